@@ -1,0 +1,213 @@
+"""Stage: evaluation. The paper's scheme: three decoding settings, lengths, reflection, intervals.
+
+Textbook evaluation is one greedy accuracy. The paper looks three ways: pass@8 at T = 1 asks what
+the model can reach, pass@1 at T = 0.6 what it usually does, pass@1 at T = 0.01 what it thinks best;
+and it counts reflection words, since longer answers that reconsider themselves are what RL is said
+to bring. Every headline number has a 95 % interval. The trainers call `evaluate_splits`.
+
+    python evaluate.py --model toy_model --data toy:validation --out runs/evaluate
+    torchrun --standalone --nproc_per_node 8 evaluate.py --model CHECKPOINT --data data.jsonl
+"""
+
+import math
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import utils
+from utils import print0, rank, world_size
+
+# name: (completions a prompt, temperature, top_p), from section 4 of arXiv 2504.02587
+SETTINGS = {
+    "pass8_t1": (8, 1.0, 1.0),
+    "pass1_t0.6": (1, 0.6, 1.0),
+    "pass1_t0.01": (1, 0.01, 0.001),
+}
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of the response length
+
+REFLECTION_WORDS = (
+    "re-check", "re-evaluate", "re-examine", "re-think", "recheck", "reevaluate", "reexamine",
+    "reevaluation", "rethink", "check again", "think again", "try again", "verify", "wait", "yet",
+)
+
+
+@dataclass
+class Args:
+    model: str = "toy_model"  # folder or hub id of a vision-language model
+    data: str = "toy:validation"  # .jsonl or .parquet data set; toy:train, toy:validation, toy:test
+    out: str = ""  # run folder; empty: a new one under runs/
+    settings: str = ",".join(SETTINGS)  # which decoding settings to run, joined by commas
+    max_new_tokens: int = 96  # completions are cut off here
+    max_prompt_tokens: int = 2048  # longer prompts, images included, are dropped
+    limit: int = 0  # use only the first this many prompts; 0: all
+    engine: Literal["auto", "hf"] = "auto"  # sampler; auto picks the embedded one
+    rollout_batch_size: int = 256  # completions sampled at one time on a rank
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, else float32
+    seed: int = 0  # same seed, same completions
+
+
+# ---------------------------------------------------------------------------------------------
+# Scores
+
+
+def pass_at_k(n, c, k):
+    """Unbiased estimate that k draws hold a right one, from n samples with c right.
+
+    1 - C(n - c, k) / C(n, k); arXiv 2107.03374, equation 1. Needs 1 <= k <= n and 0 <= c <= n.
+    """
+    assert 1 <= k <= n and 0 <= c <= n, f"need 1 <= k <= n and 0 <= c <= n, got {n=} {c=} {k=}"
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def wilson_interval(mean, n, z=1.96):
+    """95 % interval for a mean of n independent values in [0, 1] (Wilson 1927), as (low, high).
+
+    It stays inside [0, 1] and keeps a width at 0 and at 1, where the normal one collapses.
+    """
+    centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def reflection_metrics(texts, is_correct, substring=False):
+    """Count reflection words and relate them to being right (paper, section 4 and Table 2).
+
+    `texts` are the responses, `is_correct` a truth value for each. A word counts between word
+    boundaries; `substring=True` is the paper's own rule, which finds "wait" in "await". Returns the
+    five ratios, None where nothing is to be divided by, and `words`: occurrences of each word.
+    """
+    edge = "" if substring else r"\b"
+    patterns = {w: re.compile(edge + re.escape(w) + edge, re.I) for w in REFLECTION_WORDS}
+    words = {w: sum(len(p.findall(t)) for t in texts) for w, p in patterns.items()}
+    reflects = [any(p.search(t) for p in patterns.values()) for t in texts]
+    n, right, reflecting = len(texts), sum(map(bool, is_correct)), sum(reflects)
+    both = sum(r and bool(c) for r, c in zip(reflects, is_correct, strict=True))
+
+    def ratio(part, whole):
+        return part / whole if whole else None
+
+    return {
+        "reflection_ratio": ratio(reflecting, n),
+        "reflection_ratio_in_correct_answers": ratio(both, right),
+        "reflection_ratio_in_incorrect_answers": ratio(reflecting - both, n - right),
+        "correct_ratio_in_reflection_texts": ratio(both, reflecting),
+        "correct_ratio_in_no_reflection_texts": ratio(right - both, n - reflecting),
+        "words": words,
+    }
+
+
+def summarize(samples, n):
+    """Metrics of completions that come prompt by prompt, n each, with `rewards["accuracy"]` set.
+
+    `accuracy` is the mean over all completions, `pass@n` the share of prompts solved at least once.
+    Intervals count prompts, not completions: the n answers to one prompt are not independent.
+    """
+    right = [s.rewards["accuracy"] == 1.0 for s in samples]
+    prompts = len(samples) // n
+    counts = [sum(right[i * n : (i + 1) * n]) for i in range(prompts)]
+    accuracy = sum(counts) / (prompts * n)
+    passed = sum(pass_at_k(n, c, n) for c in counts) / prompts
+    lengths = sorted(len(s.completion_ids) for s in samples)
+    return {
+        "n": prompts,
+        "completions": len(samples),
+        "accuracy": accuracy,
+        "accuracy_interval": wilson_interval(accuracy, prompts),
+        f"pass@{n}": passed,
+        f"pass@{n}_interval": wilson_interval(passed, prompts),
+        "length": sum(lengths) / len(lengths),
+        "length_quantiles": {str(q): lengths[int(q * (len(lengths) - 1))] for q in QUANTILES},
+        "truncated": sum(s.finish_reason == "length" for s in samples) / len(samples),
+        **reflection_metrics([s.completion_text for s in samples], right),
+    }
+
+
+def evaluate(engine, samples, setting, max_new_tokens, seed):
+    """Run one setting of `SETTINGS` over all prompts, shared among ranks. COLLECTIVE.
+
+    Returns `(metrics, completed samples)`, the same on every rank, prompts in the order given.
+    """
+    from reward import load_rewards, score
+
+    n, temperature, top_p = SETTINGS[setting]
+    started = time.time()
+    mine = range(rank(), len(samples), world_size())
+    done = engine.generate([samples[i] for i in mine], n, temperature, top_p, max_new_tokens, seed)
+    score(done, load_rewards("accuracy:1.0"))
+    done = utils.gather([(i, done[k * n : (k + 1) * n]) for k, i in enumerate(mine)])
+    done = [s for _, answers in sorted(done, key=lambda pair: pair[0]) for s in answers]
+    return {"setting": setting, **summarize(done, n), "seconds": time.time() - started}, done
+
+
+def evaluate_splits(engine, data, settings, args, step, epoch, out):
+    """What a trainer measures: every split under every setting, kept in eval.jsonl. COLLECTIVE."""
+    for split, samples in data.items():
+        for setting in settings:
+            metrics, _ = evaluate(engine, samples, setting, args.max_new_tokens, args.seed)
+            low, high = metrics["accuracy_interval"]
+            print0(f"epoch {epoch:<5g} {split:10} {setting:11} accuracy {metrics['accuracy']:.1%} "
+                   f"[{low:.1%}, {high:.1%}]  length {metrics['length']:.1f}")
+            if rank() == 0:
+                row = {"generation_step": step, "epoch": epoch, "split": split, **metrics}
+                utils.append_jsonl(out / "eval.jsonl", row)
+
+
+def before_and_after(out):
+    """The first and the last evaluation of a run, by split and setting, from its eval.jsonl."""
+    table = {}
+    for row in utils.read_jsonl(out / "eval.jsonl"):
+        entry = table.setdefault(f"{row['split']}_{row['setting']}", {})
+        point = {"accuracy": round(row["accuracy"], 4), "interval_95": row["accuracy_interval"]}
+        entry["after" if entry else "before"] = point
+    return table
+
+
+def chosen_settings(names):
+    """Check a comma-separated list of settings, before anything slow happens."""
+    wanted = [name for name in names.split(",") if name]
+    for name in wanted:
+        if name not in SETTINGS:
+            known = ", ".join(SETTINGS)
+            raise utils.UserError(f"no decoding setting is called {name!r}; choose from {known}.")
+    return wanted
+
+
+# ---------------------------------------------------------------------------------------------
+# The stage
+
+
+def main(args):
+    from rollout import make_engine
+
+    out, _ = utils.open_run(args)
+    settings = chosen_settings(args.settings)
+    processor = utils.load_processor(args.model)
+    samples = utils.load_samples(utils.data_path(args.data, out), processor, args.max_prompt_tokens)
+    samples = samples[: args.limit or None]
+    model = utils.load_model(args.model, utils.compute_dtype(args.dtype))
+    engine = make_engine(args.engine, model, processor, args)
+
+    result = {"model": args.model, "data": args.data, "out": str(out)}
+    for setting in settings:
+        metrics, done = evaluate(engine, samples, setting, args.max_new_tokens, args.seed)
+        n = SETTINGS[setting][0]
+        passed, (low, high) = metrics[f"pass@{n}"], metrics[f"pass@{n}_interval"]
+        print0(f"{setting:11} pass@{n} {passed:6.1%} [{low:.1%}, {high:.1%}]  accuracy "
+               f"{metrics['accuracy']:6.1%}  length {metrics['length']:6.1f}  truncated "
+               f"{metrics['truncated']:6.1%}  reflection {metrics['reflection_ratio']:6.1%}")
+        headline = (f"pass@{n}", f"pass@{n}_interval", "accuracy", "length", "truncated", "n")
+        result[setting] = {name: metrics[name] for name in headline}
+        if rank() == 0:
+            row = {"generation_step": 0, "epoch": 0, "split": args.data, **metrics}
+            utils.append_jsonl(out / "eval.jsonl", row)
+            utils.write_jsonl(out / "samples" / f"{setting}.jsonl", [s.record() for s in done])
+    if rank() == 0:
+        utils.write_json(Path(out) / "result.json", result)
+    return result
+
+
+if __name__ == "__main__":
+    utils.run_script(main, Args)

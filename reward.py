@@ -1,0 +1,400 @@
+"""Stage: reward. Text in, number out: the teacher of the run, as every false verdict is trained on.
+
+    python reward.py '\\frac{1}{2}' 0.5       # is PREDICTION equal to REFERENCE?
+    python reward.py --audit answers.jsonl    # verdicts over rows of prediction, reference, equal
+
+The grader extracts the answer from a response, normalises its spelling, cuts it into tokens, parses
+these into values of 100 digits and compares them. Left out on purpose: algebra (what is no number,
+list or interval is compared as text), unit conversion, eval, sympy, signals, threads.
+The policy:
+- A reference's decimals (two digits or more) are a rounding: 36.37 accepts 21\\sqrt{3}, not 36.373,
+  and 21\\sqrt{3} refuses 36.37. Seven decimals or more accept their own rounding to six digits.
+- 25\\% (pct, percent) is 25, 0.25 and 1/4. Degrees, units and $ are ignored where one side alone
+  has them; two units must agree (12 cm is not 120 mm). Other words (12 apples) are dropped.
+- A comma before three digits groups thousands (1,234 or 1{,}234, not next to a bracket), any other
+  makes a list. A decimal comma is read in its LaTeX form alone, 3{,}14.
+- 1, 2 and {2, 1} and "2 or 1" are one set, \\pm 2 is {2, -2}; (1, 2) keeps its order and brackets.
+- An integer before a fraction makes a mixed number: 2 1/2 and 2\\frac12 are 2.5.
+- x = 5, BC \\approx 5, x \\in (0, 5), "the length is 5": the last part counts (and 21\\sqrt{3} of
+  21\\sqrt{3} \\approx 36.37); two names must agree; an equation (2x = 10, a^2 + b = 0) is text.
+- (B), b, \\text{B}, B. and B. 45 are choice B; B. 45 is 45 too.
+- Extraction: the last balanced \\boxed{}, even an empty one; else what follows the last "answer is"
+  or ####; else the last number; else the last lone A to H. Nothing inside a think block counts.
+- Mere spelling: trailing punctuation, LaTeX spacing and sizing (\\, \\! \\quad \\left \\big), $..$,
+  \\text{ cm}, \\dfrac, \\frac12, \\sqrt3, 2*sqrt(3), 1.2e3, full-width digits, × ÷ − π √ ° ² ½.
+"""
+import decimal
+import json
+import math
+import os
+import re
+import runpy
+import sys
+import time
+import unicodedata
+from collections import Counter, namedtuple
+from decimal import Decimal
+from functools import lru_cache, partial
+
+# Bounds on work: hostile text meets one of them, a real answer does not.
+LONGEST_ANSWER, LONGEST_RESPONSE = 400, 10_000  # characters; of a response the end is read
+MOST_DIGITS, MOST_DEPTH, MOST_POWERS, MOST_ITEMS = 40, 20, 20, 20
+
+# ---- 1. extract: response -> answer
+NESTED = r"[^{}]*"
+for _ in range(6):  # braces in braces, six deep: a regular expression cannot count any further
+    NESTED = rf"(?:[^{{}}]|\{{{NESTED}\}})*"
+BOX = re.compile(rf"\\boxed\s*(?:\{{({NESTED})\}}|([^\s{{$]+))")
+PHRASE = re.compile(r"####|<answer>|(?:answer|option|choice)[\s*]*(?:is|are|:|=)[\s:*#]*", re.I)
+ROOT = (r"(?:\\?[dtc]?frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d)"
+        r"|(?:\\?sqrt|√)\s*(?:\{[^{}]*\}|\d+)|\\pi|π)")
+DIGITS = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE]-?\d+|/\d+)?"
+NUMBER = re.compile(rf"(?<![\w)}}\]])-?(?:{DIGITS}(?:\s*{ROOT})*|{ROOT}+)(?:\s*\\?%)?|{DIGITS}")
+
+def extract_answer(text: str) -> str | None:
+    """The answer a response commits to, as it is written there; None where it commits to none."""
+    # <think> itself may be missing: some chat templates put it at the end of the prompt
+    text = text.rpartition("</think>")[2].partition("<think>")[0][-LONGEST_RESPONSE:]
+    if boxes := BOX.findall(text):
+        return "".join(boxes[-1]).strip()
+    *_, last = [None, *PHRASE.finditer(text)]
+    if last:
+        text = re.sub(r"\\[()\[\]]|\$", " ", text[last.end():][:LONGEST_ANSWER]).strip()
+        text = re.split(r"[.;!?](?:\s+(?![\s\d\\-])|$)|\n|<", text)[0].strip()  # C. 120 goes on
+        if text and not re.search(r"[^\W\d_]{2,}\s+[^\W\d_]{2,}", text):  # two words are prose
+            return text
+    found = NUMBER.findall(text) or re.findall(r"\b[A-H]\b(?!['’])", text)
+    return found[-1] if found else text if last and text else None
+
+# ---- 2. normalise and tokenise: answer -> tokens with one spelling each
+SIGNS = str.maketrans("−–—×·⋅∗÷∕⁄∶≈∈∪", "---****///:==,", "€£¥")
+SPELLINGS = [(re.compile(pattern, re.ASCII), meaning) for pattern, meaning in (
+    (r"\\(?:text|math|mbox|operatorname)[a-z]*\s*\{([^{}]*)\}", r" \1 "), (r"\\!", ""),
+    (r"(?:\{\})?\^\s*\{\s*(?:\\circ|o)\s*\}|\^?\s*\\(?:circ|degree)(?![a-z])|\^o\b", "°"),
+    (r"\s*\^\s*(?:\{\s*(\d)\s*\}(?!\s*\d))?", r"^\1"),  # cm ^ {2} is cm^2
+    (r"\bthousand\b", "*10^3"), (r"\bmillion\b", "*10^6"), (r"\bbillion\b", "*10^9"),
+    (r"\{,\}(?=\d{3}(?!\d))", ","), (r"\{,\}", "."),  # 1{,}234 and 3{,}14
+    (r"(?<![\d.^_])(\d+)\s*\\[dtc]?frac\s*(\{)?(\d+)(?(2)\})\s*(\{)?(\d+)(?(4)\})", r"(\1+\3/\5)"),
+    (r"(?<![\d.^_,])(\d+)\s+(\d+)/(\d+)", r"(\1+\2/\3)"))]
+TOKEN = re.compile(
+    r"(?<![(\[{\d,.])[1-9]\d{0,2}(?:(?:,|\\,|~| )\d{3})+(?![\d)\]},])(?:\.\d*)?"  # 1,234
+    r"|\d+\.?\d*(?:[eE][-+]?[0-4]?\d(?!\d))?|\.\d+|(?<=[a-z])(?<!pi)\^[23](?!\d)"  # 1.2e3, cm^2
+    r"|\\[A-Za-z]+|\\.|\*\*|k?mi?/[hs]|[A-Za-z]+|\S", re.ASCII)
+MEANING = dict.fromkeys(  # of a spelling; these have none
+    r"\left \right \big \Big \bigl \bigr \Bigl \Bigr \bigg \displaystyle \rm \limits \quad \qquad "
+    r"~ left right \, \; \: \( \) \[ \] \\ \$ $".split() + ["\\ "], "") | dict(
+    pair.split() for pair in (
+        r"\dfrac \frac|\tfrac \frac|\cfrac \frac|frac \frac|dfrac \frac|sqrt \sqrt|√ \sqrt|pi \pi"
+        r"|π \pi|\times *|\cdot *|\ast *|\div /|** ^|\pm ±|\infty ∞|\% %|\{ {|\} }|\cup ,|and ,"
+        r"|or ,|; ,|\approx =|\in =|is =|are =|equals =|about =|approx ="
+        r"|approximately =|\simeq =|\le ≤|\leq ≤|\ge ≥|\geq ≥|\lt <|\gt >"
+    ).split("|"))
+
+def tokenise(text: str) -> list[str]:
+    r"""Cut an answer into tokens: "\dfrac12 \text{ cm}" -> \frac, 12, cm."""
+    if not text.isascii():
+        text = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text))
+        text = unicodedata.normalize("NFKC", text.replace("º", "°")).translate(SIGNS)
+        text = text[:2 * LONGEST_ANSWER]  # one letter can normalise to eighteen
+    for pattern, meaning in SPELLINGS:
+        text = pattern.sub(meaning, text)
+    text = text.lstrip(" \t\n*_:=").rstrip(" \t\n*_:.,\\")
+    tokens = [MEANING.get(token, token) for token in TOKEN.findall(text)]
+    return [re.sub(r"(?<=\d)[,~ \\]+", "", token) for token in tokens if token]
+
+# ---- 3. parse: tokens -> values
+# 100 digits stand for exactness: two different fractions of 40-digit numbers differ by 10^-80 or
+# more, two different a*sqrt(b)/c of 15-digit numbers likewise, so that 90 equal digits mean equal.
+PRECISE = decimal.Context(prec=100, Emax=999, Emin=-999, traps=[
+    decimal.Overflow, decimal.DivisionByZero, decimal.InvalidOperation])
+PI = ("3.141592653589793238462643383279502884197169399375"
+      "1058209749445923078164062862089986280348253421170680")
+OPERATORS = {  # sign: (how tightly it binds, what it does); "=" is met in combine
+    "=": (1, None), "+": (2, Decimal.__add__), "-": (2, Decimal.__sub__), "*": (3, Decimal.__mul__),
+    "/": (3, Decimal.__truediv__), ":": (3, Decimal.__truediv__),
+    "^": (5, lambda x, y: x.sqrt() if y == Decimal("0.5") else x ** y)}  # sqrt is 20 times faster
+OPENING, CLOSING = ("(", "[", "{"), (")", "]", "}")
+ENDS = {"", ",", "^2", "^3", *"=+-*/^", *CLOSING}  # of a name
+UNITS = {word + plural: words.split()[0] for words in (
+    "% percent pct", "° degree deg", "mm millimeter millimetre", "cm centimeter centimetre", "dm",
+    "m meter metre", "km kilometer kilometre", "in inch inche", "ft foot feet", "yd yard", "g gram",
+    "mi mile", "kg kilogram", "L liter litre", "mL ml", "s sec second", "min minute", "h hr hour",
+    "rad radian", "cent", "m/s", "km/h", "mi/h mph", "^2 square sq", "^3 cubic", "per",
+) for word in words.split() for plural in ("", "s")}
+# decimals: as written, 2 in 0.50, and 0 for what is computed; exact: 21\sqrt3 in 21\sqrt3 = 36.37
+Number = namedtuple("Number", "value decimals unit name exact", defaults=(0, frozenset(), "", None))
+Group = namedtuple("Group", "brackets items")  # "{}" is a set; "()", "[)" and so on keep the order
+
+def answers(tokens: list[str], depth: int = 0) -> list:
+    """All that commas separate: Numbers, Groups, names. tokens is a stack, the next one is last."""
+    items = [expression(tokens, 0, depth)]
+    while tokens[-1] == "," and len(items) < MOST_ITEMS:  # factor skips the comma itself
+        items.append(expression(tokens, 0, depth))
+    return items
+
+def expression(tokens: list[str], binding: int, depth: int):
+    """Precedence climbing: read all that binds tighter than binding."""
+    left = factor(tokens, depth)
+    while True:
+        token = tokens[-1]
+        # two factors side by side are a product: 21 \sqrt 3
+        sign = "*" if token in ("\\frac", "\\sqrt", "\\pi", "(", "{") else token
+        if isinstance(left, str) and token not in ENDS:
+            left += str(factor(tokens, depth))  # a name goes on: m \angle A, f(2)
+        elif isinstance(left, Number) and (token in UNITS or token.isalpha() and len(token) > 3):
+            tokens.pop()  # a word of four letters that is no unit is dropped: 12 apples
+            left = left._replace(unit=left.unit | {UNITS[token]} if token in UNITS else left.unit)
+        elif sign not in OPERATORS or OPERATORS[sign][0] <= binding:
+            return left
+        else:
+            if sign == token:
+                tokens.pop()
+            right = expression(tokens, OPERATORS[sign][0] - (sign == "^"), depth + 1)
+            left = combine(left, sign, right)
+
+def factor(tokens: list[str], depth: int):
+    """A number, root, fraction or bracket, one of these with a sign before it, or a name."""
+    token = tokens.pop()
+    while token in ("=", ","):  # an empty part, as in "x ==" or ", and"
+        token = tokens.pop()
+    if depth > MOST_DEPTH or token in ENDS - {"+", "-"}:
+        raise ArithmeticError("nested too deep, or a part is missing")
+    if token in ("+", "-"):
+        value = expression(tokens, 2, depth + 1)
+        if isinstance(value, Number):
+            return value._replace(value=-value.value) if token == "-" else value
+        return token + str(value) if token == "-" else value  # -\infty
+    if token in OPENING:
+        items = answers(tokens, depth + 1)
+        brackets = token + tokens.pop()
+        if brackets[1:] not in CLOSING:
+            raise ArithmeticError("a bracket that never closes")
+        return items[0] if len(items) == 1 else Group(brackets, items)
+    if token == "\\frac":
+        if tokens[-1].isdecimal():  # \frac12: each argument is one digit
+            tokens[-1:] = reversed(tokens[-1])
+        above, below = factor(tokens, depth + 1), factor(tokens, depth + 1)
+        named = isinstance(above, str) or isinstance(below, str)
+        return f"{above}/{below}" if named else combine(above, "/", below)
+    if token == "\\sqrt":
+        index = factor(tokens, depth + 1) if tokens[-1] == "[" else Number(Decimal(2))
+        return combine(factor(tokens, depth + 1), "^", combine(Number(Decimal(1)), "/", index))
+    if token != "\\pi" and (token[0] not in ".0123456789" or token == "."):
+        return token
+    if len(token) > MOST_DIGITS:
+        raise ArithmeticError("too many digits")
+    value = Decimal(PI if token == "\\pi" else token)
+    return Number(value, 0 if token == "\\pi" else max(0, -value.as_tuple().exponent))
+
+def combine(left, sign: str, right):
+    """left sign right. Of an equation the right side is kept, under the name on its left."""
+    if sign == "=":
+        if isinstance(left, str) and isinstance(right, Number):
+            return right._replace(name=left)
+        agree = isinstance(left, Number) and isinstance(right, Number) and rounds(left.value, right)
+        return right._replace(name=left.name, exact=left.value) if agree else right
+    if not (isinstance(left, Number) and isinstance(right, Number)):
+        raise ArithmeticError("algebra")
+    value = OPERATORS[sign][1](left.value, right.value)
+    if value and abs(value.adjusted()) > 50:
+        raise ArithmeticError("too large or too small")
+    return Number(value, 0, left.unit | right.unit)
+
+# ---- 4. compare
+PLAIN = re.compile(r"-?\d{1,9}(?:\.\d{1,6})?", re.ASCII)  # read in a microsecond, without parsing
+CHOICE = re.compile(r"(?:\( )?(?:([A-Ha-h])(?: \))?|([A-H])(?:(?: [).:])+|(?= [A-Za-z]))(.+))")
+
+def is_equal(prediction: str, reference: str) -> bool:
+    """Do two answers say the same, under the policy at the top of this file?"""
+    prediction, reference = prediction.strip(), reference.strip()
+    if prediction == reference:
+        return True
+    if PLAIN.fullmatch(prediction) and PLAIN.fullmatch(reference):
+        return float(prediction) == float(reference)  # a double tells 15 digits apart
+    prediction, reference = (
+        extract_answer(answer) or "" if "\\boxed" in answer or "answer is" in answer else answer
+        for answer in (prediction, reference))
+    if max(len(prediction), len(reference)) > LONGEST_ANSWER:
+        return prediction == reference
+    with decimal.localcontext(PRECISE):
+        (letter, said), (wanted_letter, wanted) = understand(prediction), understand(reference)
+        if letter and wanted_letter and not (said and wanted):
+            return letter == wanted_letter
+        return same(said, wanted)
+
+@lru_cache(maxsize=10_000)  # the responses to one prompt share a reference, and often an answer
+def understand(answer: str) -> tuple:
+    """An answer, under PRECISE, as (choice letter or "", all else: a Number, a Group or text)."""
+    tokens = tokenise(answer)
+    letter = ""
+    if choice := CHOICE.fullmatch(" ".join(tokens)):
+        letter, tokens = (choice[1] or choice[2]).upper(), (choice[3] or "").split()
+    text = "".join(tokens)
+    if "±" in text:  # two answers, one with each sign
+        tokens = " ".join(tokens)
+        tokens = f"{tokens.replace('±', '+')} , {tokens.replace('±', '-')}".split()
+    if tokens.count("^") + tokens.count("\\sqrt") > MOST_POWERS:
+        return letter, text
+    try:
+        rest = ["", *reversed(tokens)]
+        items = answers(rest)
+    except ArithmeticError:  # what we refuse; decimal's own errors are of this kind too
+        return letter, text
+    if rest != [""]:  # something unread is left
+        return letter, text
+    return letter, Group("{}", items) if len(items) > 1 else items[0]
+
+def same(said, wanted) -> bool:
+    """Equal values; but two units, or two names, must agree as well. 25% is 25 and 0.25."""
+    left, right = (answer.items if isinstance(answer, Group) and answer.brackets == "{}" else [answer]
+                   for answer in (said, wanted))
+    if len(left) > 1 or len(right) > 1:  # sets: "7.5 or 15/2" is the set {7.5}
+        return (all(any(same(x, y) for x in left) for y in right)
+                and all(any(same(x, y) for y in right) for x in left))
+    if type(said) is not type(wanted) or isinstance(said, str):
+        return said == wanted or str(said).isalpha() and str(said).lower() == str(wanted).lower()
+    if isinstance(said, Group):
+        return (said.brackets == wanted.brackets and len(said.items) == len(wanted.items)
+                and all(map(same, said.items, wanted.items)))
+    if any(x != y and x and y for x, y in ((said.name, wanted.name), (said.unit, wanted.unit))):
+        return False
+    scales = [1]
+    if said.unit != wanted.unit:
+        scales += [Decimal("0.01")] * ("%" in said.unit) + [100] * ("%" in wanted.unit)
+    values = [said.value] if said.exact is None else [said.value, said.exact]
+    return any(rounds(value * scale, wanted) for value in values for scale in scales)
+
+def rounds(value: Decimal, wanted: Number) -> bool:
+    """value is the wanted one, or the wanted one is a decimal that stands for value rounded."""
+    gap = abs(value - wanted.value)
+    if gap <= Decimal("1e-90") * abs(wanted.value):
+        return True
+    _, digits, exponent = value.as_tuple()
+    if len(digits) > 90:  # no decimal can write it: 1/3, \sqrt 3, \pi
+        precise = wanted.decimals > 0 and len(wanted.value.as_tuple().digits) > 1
+        return precise and 2 * gap <= Decimal(1).scaleb(-wanted.decimals)
+    return wanted.decimals > 6 and len(digits) > 5 and 2 * gap <= Decimal(1).scaleb(exponent)
+
+# ---- 5. rewards: samples -> numbers
+def accuracy_reward(completion: str, answer: str) -> float | None:
+    """1.0 for the right answer, else 0.0; None (cannot be scored) where the data has no answer."""
+    if not (answer or "").strip():
+        return None
+    found = extract_answer(completion)
+    return float(found is not None and is_equal(found, answer))
+
+def language_reward(completion: str) -> float:
+    """-0.1 times the share of letters that are neither Latin nor Greek (the paper's reward)."""
+    letters = Counter(filter(str.isalpha, completion[-LONGEST_RESPONSE:]))
+    foreign = [letter for letter in letters if not unicodedata.name(
+        unicodedata.normalize("NFKC", letter)[0], "").startswith(("LATIN", "GREEK"))]
+    return -0.1 * (sum(letters[letter] for letter in foreign) / max(1, letters.total()))
+
+def format_reward(completion: str) -> float:
+    """1.0 for exactly one balanced, filled \\boxed{} after all thinking, else 0.0."""
+    text = completion.rpartition("</think>")[2][-LONGEST_RESPONSE:]
+    boxes = BOX.findall(text)
+    one = len(boxes) == text.count("\\boxed") == 1
+    return float(one and any(boxes[0]) and "<think>" not in text)
+
+def unfinished_penalty(samples: list, min_tokens: int = 1) -> list[float]:
+    """-0.1 for a response cut off or shorter than min_tokens, else 0; score lets it stand alone."""
+    return [-0.1 if s.finish_reason != "stop" or len(s.completion_ids) < min_tokens else 0.0
+            for s in samples]
+
+def overlong_penalty(samples: list, max_length: int = 2048, buffer: int = 512) -> list[float]:
+    """0 up to max_length - buffer tokens, then a line down to -1 at max_length (DAPO, eq. 13)."""
+    excess = [len(s.completion_ids) - max_length + buffer for s in samples]
+    return [-min(1.0, max(0.0, tokens / buffer)) for tokens in excess]
+
+REWARDS = {  # what --rewards can name: functions of the samples, a number or None for each
+    "accuracy": lambda samples: [accuracy_reward(s.completion_text, s.answer) for s in samples],
+    "language": lambda samples: [language_reward(s.completion_text) for s in samples],
+    "format": lambda samples: [format_reward(s.completion_text) for s in samples],
+    "unfinished": unfinished_penalty, "overlong": overlong_penalty}
+
+def load_rewards(spec: str, max_new_tokens: int = 2048) -> dict[str, tuple]:
+    """"accuracy:1.0,my_file.py:my_function:0.5" -> {name: (function of the samples, weight)}."""
+    overlong = partial(overlong_penalty, max_length=max_new_tokens, buffer=max_new_tokens / 4)
+    rewards = {}
+    for part in spec.split(","):
+        source, _, weight = part.strip().rpartition(":")
+        path, _, name = source.rpartition(":")
+        if not re.fullmatch(r"-?(\d+\.?\d*|\.\d+)(e-?\d\d?)?", weight) or name in rewards:
+            raise ValueError(f"reward {part!r} has no weight, or its name is there twice: write "
+                             "name:weight for each, as in accuracy:1.0,language:0.5")
+        if path and not os.path.isfile(path):
+            raise ValueError(f"reward file {path!r} does not exist: give the path of a Python file")
+        known = runpy.run_path(path) if path else REWARDS | {"overlong": overlong}
+        if not callable(known.get(name)):
+            raise ValueError(f"{path or 'reward.py'} has no reward {name!r}: take one of "
+                             f"{', '.join(REWARDS)}, or file.py:function:weight with your own")
+        rewards[name] = (known[name], float(weight))
+    return rewards
+
+def score(samples: list, rewards: dict[str, tuple]) -> None:
+    """Set rewards (by name) and reward (weighted sum of those that are not None) of each sample."""
+    values = {name: function(samples) for name, (function, _) in rewards.items()}
+    for name, column in values.items():
+        if not isinstance(column, list) or len(column) != len(samples) or not all(
+                x is None or isinstance(x, (int, float)) and math.isfinite(x) for x in column):
+            raise ValueError(f"reward {name!r} must return a list of {len(samples)} finite numbers "
+                             f"(None for what cannot be scored): it returned {str(column)[:80]}")
+    for sample, *row in zip(samples, *values.values()):
+        sample.rewards = dict(zip(values, row))
+        parts = {name: rewards[name][1] * x for name, x in sample.rewards.items() if x is not None}
+        # the paper's code: -0.1 in all for an unfinished response, whatever else it earned
+        sample.reward = parts.get("unfinished") or (sum(parts.values()) if parts else None)
+
+# ---- 6. the command line
+COLUMNS = ("rows", "right", "false +", "false -", "unscored", "us a call")
+
+def audit(path: str) -> dict:
+    """Grade the rows of a JSON lines file; print what their "equal" denies, and a table."""
+    kinds, bad_lines = {}, []
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                said, wanted, equal = row["prediction"] + "", row["reference"] + "", row["equal"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                print(f"{path}:{number}: left out: no row of prediction, reference and equal")
+                bad_lines.append(number)
+                continue
+            start = time.perf_counter()
+            found = extract_answer(said) if row.get("pred_form") == "response" else said
+            verdict = found is not None and is_equal(found, wanted)
+            microseconds = (time.perf_counter() - start) * 1e6
+            kind = "(doubtful)" if row.get("doubtful") else str(row.get("kind"))
+            if verdict != equal:
+                print(f"{path}:{number}: {kind}: {found!r} {'=' if verdict else '!='} {wanted!r}")
+            cells = (1, verdict == equal, verdict and not equal, equal and not verdict,
+                     found is None, microseconds)
+            for name in {kind, "(doubtful)" if row.get("doubtful") else "all"}:
+                kinds[name] = [x + y for x, y in zip(kinds.get(name, [0] * 6), cells)]
+    print("".join(f"{name:>12}" for name in ("kind", *COLUMNS)))
+    for kind, cells in sorted(kinds.items()):
+        cells[-1] = round(cells[-1] / cells[0], 1)
+        print("".join(f"{cell:>12}" for cell in (kind, *cells)))
+    return {"bad_lines": bad_lines} | {kind: dict(zip(COLUMNS, kinds[kind])) for kind in kinds}
+
+def main() -> None:
+    sys.stdout.reconfigure(errors="backslashreplace")  # a lone surrogate can be graded, not printed
+    arguments = sys.argv[1:]
+    if arguments in (["-h"], ["--help"]):
+        print(__doc__)
+    elif len(arguments) == 2 and arguments[0] == "--audit" and os.path.isfile(arguments[1]):
+        print(json.dumps(audit(arguments[1])))
+    elif len(arguments) == 2 and not arguments[0].startswith("--"):
+        verdict = is_equal(*arguments)
+        print("equal" if verdict else "not equal")
+        for answer in arguments:
+            with decimal.localcontext(PRECISE):
+                print(f"  {answer} is read as {understand(answer[:LONGEST_ANSWER])}")
+        print(json.dumps({"equal": verdict, "prediction": arguments[0], "reference": arguments[1]}))
+    else:
+        sys.stderr.write("usage: reward.py PREDICTION REFERENCE, or --audit FILE, or --help\n")
+        sys.exit(2)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""What all tests share: pytest's settings, three tiny random models and a small, nasty data set.
+
+Nothing here needs a network, a GPU or trained weights. The models are transformers' own classes
+with about 100,000 random weights: enough to be right or wrong, too few to be clever.
+"""
+
+import io
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from PIL import Image, ImageDraw
+
+import toy
+import utils
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+# ---------------------------------------------------------------------------------------------
+# Settings
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: learns to a threshold; only with -m slow")
+    if not config.option.markexpr:
+        config.option.markexpr = "not slow"
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def one_rank():
+    """A process group of one: `update` and its like issue collectives on one rank too."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------
+# Models: hidden size 32, two layers of language and two of vision, in three families
+
+
+def build_processor(family):
+    """The family's own processor class around the toy's tokenizer; Qwen3-VL has patches of 16."""
+    base = toy.build_processor()
+    patch = 16 if family == "qwen3_vl" else 14
+    cell = 2 * patch  # two by two patches become one token
+    images = transformers.Qwen2VLImageProcessor(
+        patch_size=patch, min_pixels=cell**2, max_pixels=16 * cell**2)
+    Processor, Videos = {
+        "qwen2_vl": (transformers.Qwen2VLProcessor, transformers.Qwen2VLVideoProcessor),
+        "qwen2_5_vl": (transformers.Qwen2_5_VLProcessor, transformers.Qwen2VLVideoProcessor),
+        "qwen3_vl": (transformers.Qwen3VLProcessor, transformers.Qwen3VLVideoProcessor)}[family]
+    return Processor(images, base.tokenizer, Videos(), chat_template=toy.CHAT_TEMPLATE)
+
+
+def build_model(family, processor):
+    """A random model; weights larger than usual, so that its distributions are far from uniform."""
+    ids = processor.tokenizer.convert_tokens_to_ids
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 100.0}
+    text = {"vocab_size": len(processor.tokenizer), "hidden_size": 32, "intermediate_size": 64,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+            "max_position_embeddings": 4096, "tie_word_embeddings": True, "initializer_range": 0.2,
+            "bos_token_id": None, "eos_token_id": ids("<|im_end|>"),
+            "pad_token_id": ids("<|endoftext|>"), "rope_parameters": rope}
+    vision = {"depth": 2, "num_heads": 2, "hidden_size": 32, "initializer_range": 0.2}
+    if family == "qwen2_vl":  # here hidden_size is what comes out
+        vision |= {"embed_dim": 32, "mlp_ratio": 2, "patch_size": 14}
+        Config, Model = transformers.Qwen2VLConfig, transformers.Qwen2VLForConditionalGeneration
+    elif family == "qwen2_5_vl":
+        vision |= {"out_hidden_size": 32, "intermediate_size": 64, "patch_size": 14,
+                   "window_size": 56, "fullatt_block_indexes": [1]}
+        Config = transformers.Qwen2_5_VLConfig
+        Model = transformers.Qwen2_5_VLForConditionalGeneration
+    else:
+        text |= {"head_dim": 16}
+        rope |= {"mrope_interleaved": True}
+        vision |= {"out_hidden_size": 32, "intermediate_size": 64, "patch_size": 16,
+                   "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+        Config, Model = transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration
+    torch.manual_seed(0)
+    return Model(Config(
+        text_config=text, vision_config=vision, tie_word_embeddings=True,
+        image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>")))
+
+
+def save_tiny(family, folder):
+    processor = build_processor(family)
+    build_model(family, processor).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_paths(tmp_path_factory):
+    """Family name to a saved checkpoint folder, model and processor."""
+    return {f: save_tiny(f, tmp_path_factory.mktemp(f)) for f in FAMILIES}
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def tiny(family, tiny_paths, data_path):
+    """`model` (fresh for every test), `processor` and `samples`, for each family in turn."""
+    return load_tiny(tiny_paths[family], data_path)
+
+
+@pytest.fixture
+def qwen(tiny_paths, data_path):
+    """The same for Qwen2.5-VL alone, where the family makes no difference."""
+    return load_tiny(tiny_paths["qwen2_5_vl"], data_path)
+
+
+def load_tiny(path, data):
+    processor = utils.load_processor(path)
+    samples = utils.load_samples(data, processor, 2048)
+    model = utils.load_model(path)
+    return SimpleNamespace(path=path, model=model, processor=processor, samples=samples)
+
+
+# ---------------------------------------------------------------------------------------------
+# Data: every image mode and shape that real data sets were seen to hold
+
+
+@pytest.fixture(scope="session")
+def data_path(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "images").mkdir()
+    rows = [{"id": name, "question": "<image>What is it?", "answer": str(i),
+             "solution": f"\\boxed{{{i}}}", "image": save_image(folder, name)}
+            for i, name in enumerate(IMAGES)]
+    rows.append({"id": "two", "question": "<image>or<image>: which is larger?", "answer": "2",
+                 "solution": "\\boxed{2}", "images": [rows[0]["image"], rows[3]["image"]]})
+    rows.append({"id": "text", "question": "What is 2 + 3?", "answer": "5",
+                 "solution": "2 + 3 = \\boxed{5}"})
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+IMAGES = {  # name: (mode, width, height, file ending)
+    "rgb": ("RGB", 60, 60, "png"),
+    "rgba": ("RGBA", 90, 40, "png"),
+    "palette": ("P", 56, 84, "png"),
+    "grey": ("L", 100, 100, "png"),
+    "cmyk": ("CMYK", 70, 50, "jpg"),
+    "rotated": ("RGB", 112, 56, "jpg"),
+    "line": ("RGB", 150, 1, "png"),
+    "dot": ("RGB", 3, 2, "png"),
+}
+
+
+def save_image(folder, name):
+    """Left half red, right half transparent or white; "rotated" carries an EXIF quarter turn."""
+    mode, width, height, ending = IMAGES[name]
+    picture = Image.new("RGBA", (width, height), (255, 255, 255, 0))
+    ImageDraw.Draw(picture).rectangle((0, 0, width // 2 - 1, height), fill=(200, 30, 30, 255))
+    options = {}
+    if mode == "P":
+        picture = picture.quantize(8)
+        options = {"transparency": picture.getpixel((width - 1, 0))}
+    elif mode != "RGBA":
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture).convert(mode)
+    if name == "rotated":
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = 6  # orientation: turn a quarter clockwise to show
+    picture.save(folder / "images" / f"{name}.{ending}", **options)
+    return f"images/{name}.{ending}"
+
+
+def png(colour):
+    """The bytes of a 56 x 56 picture of one colour."""
+    file = io.BytesIO()
+    Image.new("RGB", (56, 56), colour).save(file, "png")
+    return file.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------
+# Completions to train on
+
+
+def answered(samples, processor, seed=0):
+    """Samples completed by 1 to 9 random tokens, every second one ended by EOS: ready for
+    `update`."""
+    generator = torch.Generator().manual_seed(seed)
+    done = []
+    for i, sample in enumerate(samples):
+        count = int(torch.randint(1, 10, (1,), generator=generator))
+        words = (len(toy.SPECIAL), len(processor.tokenizer))
+        ids = torch.randint(*words, (count,), generator=generator).tolist()
+        ids += [processor.tokenizer.eos_token_id] * (i % 2)
+        done.append(replace(sample, completion_ids=ids, sampler_logprobs=[-1.0] * len(ids),
+                            finish_reason="stop" if i % 2 else "length",
+                            advantage=(-1.0) ** i * (1 + i)))
+    return done

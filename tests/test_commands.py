@@ -1,0 +1,243 @@
+"""Tier 3: every command line in a subprocess at toy size on the CPU, one rank and two, and its files."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import toy
+import train_grpo
+import utils
+
+ROOT = Path(__file__).parents[1]
+TINY = ("--batch_size 4 --mini_batch_size 4 --group_size 2 --micro_batch_size 4 --save_every 1 "
+        "--max_new_tokens 60 --warmup_steps 0").split()
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """The toy's three splits, cut to 16 rows each."""
+    folder = tmp_path_factory.mktemp("data")
+    toy.write_data(folder)
+    for path in folder.glob("*.jsonl"):
+        utils.write_jsonl(path, utils.read_jsonl(path)[:16])
+    return folder
+
+
+def splits(data):
+    names = ("train", "validation", "test")
+    return [word for n in names for word in (f"--{n}_data", str(data / f"toy_{n}.jsonl"))]
+
+
+def command(*words, ranks=1):
+    """The words of `python script ...`, or of torchrun with several ranks."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    return [*([sys.executable] if ranks == 1 else [*torchrun, str(ranks)]), *map(str, words)]
+
+
+def run(*words, ranks=1, code=0):
+    """Run a script to its end; return the JSON of its last line of stdout, and its stderr."""
+    done = subprocess.run(command(*words, ranks=ranks), cwd=ROOT, capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == code, done.stderr[-3000:]
+    return (json.loads(done.stdout.splitlines()[-1]) if code == 0 else None), done.stderr
+
+
+@pytest.fixture(scope="session")
+def grpo_run(data, tmp_path_factory):
+    """Four steps of GRPO on one rank, a checkpoint after each."""
+    out = tmp_path_factory.mktemp("runs") / "grpo"
+    words = ["train_grpo.py", *TINY, *splits(data), "--epochs", 1, "--out", out]
+    return words, out, *run(*words)
+
+
+def test_grpo_writes_the_run_folder(grpo_run):
+    """All that DESIGN section 2 lists is there, and the last line of stdout is one JSON document."""
+    _, out, result, stderr = grpo_run
+    assert result["steps"] == 4 and result["out"] == str(out) and result["minutes"] > 0
+    assert json.loads((out / "result.json").read_text()) == result
+    for split in ("validation", "test"):
+        for moment in ("before", "after"):
+            point = result[f"{split}_pass1_t0.6"][moment]
+            low, high = point["interval_95"]
+            assert 0 <= low <= point["accuracy"] <= high <= 1
+    args = json.loads((out / "args.json").read_text())
+    assert set(args) == {"script", *train_grpo.Args.__dataclass_fields__}
+    metrics = utils.read_jsonl(out / "metrics.jsonl")
+    assert [row["generation_step"] for row in metrics] == [1, 2, 3, 4]
+    assert metrics[3]["gradient_step"] == 4 and metrics[3]["epoch"] == 1.0
+    for name in ("reward", "reward/accuracy", "length", "truncated", "loss", "entropy", "grad_norm",
+                 "lr", "sampler_gap", "seconds_rollout", "seconds_update", "seconds_sync"):
+        assert name in metrics[0], name
+    assert metrics[0]["sampler_gap"] < 1e-5  # the sampler is the trainer
+    samples = utils.read_jsonl(out / "samples" / "step_000001.jsonl")
+    assert len(samples) == 8  # 4 prompts x 2 answers
+    assert {"id", "completion_text", "rewards", "length", "finish_reason"} <= set(samples[0])
+    assert len(utils.read_jsonl(out / "eval.jsonl")) == 4  # two splits, before and after
+    for word in ("reward", "accuracy", "length", "rollout", "update"):
+        assert word in stderr, f"the progress bar does not show {word}"
+
+
+def test_checkpoints_are_hugging_face_folders(grpo_run):
+    """transformers alone loads a checkpoint, and its weights are the trained ones."""
+    _, out, _, _ = grpo_run
+    folders = sorted((out / "checkpoints").iterdir())
+    assert [f.name for f in folders] == [f"step_{i:06d}" for i in (1, 2, 3, 4)]
+    model = AutoModelForImageTextToText.from_pretrained(folders[-1])
+    base = AutoModelForImageTextToText.from_pretrained(ROOT / "toy_model")
+    assert AutoProcessor.from_pretrained(folders[-1]).chat_template
+    moved = {name for (name, a), b in zip(model.named_parameters(), base.parameters())
+             if not torch.equal(a, b)}
+    assert any("language_model" in name for name in moved)
+    assert not any("visual" in name for name in moved)  # frozen by default, as in the paper
+
+
+def test_two_ranks_do_the_first_step_of_one(grpo_run, data, tmp_path):
+    """The same prompts, completions and rewards, and the same loss to rounding."""
+    _, out, _, _ = grpo_run
+    words = ["train_grpo.py", *TINY, *splits(data), "--max_steps", 1, "--out", tmp_path / "two"]
+    run(*words, ranks=2)
+    one, two = (utils.read_jsonl(o / "metrics.jsonl")[0] for o in (out, tmp_path / "two"))
+    for name in ("reward", "length", "loss", "entropy", "grad_norm"):
+        assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+    texts = [{(r["id"], r["completion_text"], r["advantage"])
+              for r in utils.read_jsonl(o / "samples" / "step_000001.jsonl")}
+             for o in (out, tmp_path / "two")]
+    assert texts[0] == texts[1]
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(grpo_run):
+    """Forget the last two steps of a run; the same command repeats them exactly."""
+    words, out, _, _ = grpo_run
+    last = out / "checkpoints" / "step_000004"
+    weights = load_file(last / "model.safetensors")
+    log = utils.read_jsonl(out / "metrics.jsonl")
+    _, stderr = run(*words, code=2)
+    assert "holds a finished run" in stderr
+    (out / "result.json").unlink()
+    shutil.rmtree(last)
+    shutil.rmtree(out / "checkpoints" / "step_000003")
+    (out / "checkpoints" / "step_000003.part").mkdir()  # what a crash while saving leaves
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"generation_step": 5, "rew')  # what a crash while logging leaves
+    _, stderr = run(*words)
+    assert "Continuing after step 2" in stderr
+    again = load_file(last / "model.safetensors")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    timeless = [{k: v for k, v in row.items() if "seconds" not in k} for row in log]
+    repeated = utils.read_jsonl(out / "metrics.jsonl")
+    assert timeless == [{k: v for k, v in row.items() if "seconds" not in k} for row in repeated]
+    _, stderr = run(*words, "--lr", "0.5", code=2)
+    assert "other arguments" in stderr
+
+
+def test_several_updates_with_divergence_and_every_part_training(data, tmp_path):
+    """The options that the quick start leaves off: 4 updates a batch, KL, vision, checkpointing."""
+    words = ["train_grpo.py", *splits(data), "--batch_size", 4, "--mini_batch_size", 2, "--group_size",
+             2, "--ppo_epochs", 2, "--kl_coef", 0.1, "--max_steps", 2, "--train_vision",
+             "--train_connector", "--gradient_checkpointing", "--advantage", "reinforce++",
+             "--max_new_tokens", 60, "--out", tmp_path / "run"]
+    run(*words)
+    rows = utils.read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [row["gradient_step"] for row in rows] == [4, 8]  # N = (4 // 2) x 2
+    assert rows[1]["kl"] > 0
+    assert rows[1]["seconds_logprobs"] > 0
+
+
+def test_sft_writes_the_same_kind_of_run(data, tmp_path):
+    """Golden responses lower the loss; the checkpoint is evaluated by the stand-alone script."""
+    out = tmp_path / "sft"
+    words = ["train_sft.py", *splits(data), "--batch_size", 4, "--epochs", 2, "--lr", 1e-3, "--out", out]
+    result, _ = run(*words, ranks=2)
+    metrics = utils.read_jsonl(out / "metrics.jsonl")
+    assert [row["generation_step"] for row in metrics] == list(range(1, 9))
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    assert metrics[3]["lr"] == pytest.approx(1e-3)  # the peak, after 4 warm-up steps
+    assert metrics[-1]["lr"] == pytest.approx(0)
+    assert result["validation_pass1_t0.6"]["after"]["accuracy"] >= 0
+    words = ["evaluate.py", "--model", out / "checkpoints" / "step_000008", "--data",
+             data / "toy_validation.jsonl", "--out", tmp_path / "eval"]
+    result, stderr = run(*words)
+    for name, n in (("pass8_t1", 8), ("pass1_t0.6", 1), ("pass1_t0.01", 1)):
+        assert result[name]["n"] == 16 and 0 <= result[name][f"pass@{n}"] <= 1
+        assert name in stderr
+    rows = utils.read_jsonl(tmp_path / "eval" / "eval.jsonl")
+    assert [row["setting"] for row in rows] == ["pass8_t1", "pass1_t0.6", "pass1_t0.01"]
+    assert rows[0]["completions"] == 128
+
+
+def test_rollout_is_the_same_on_two_ranks(data, tmp_path):
+    """8 completions a prompt with their scores, in the data's order, whatever the ranks."""
+    texts = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        result, _ = run("rollout.py", "--model", "toy_model", "--data", data / "toy_test.jsonl", "--n",
+                        8, "--limit", 5, "--out", out, ranks=ranks)
+        assert result["completions"] == 40
+        rows = utils.read_jsonl(out / "samples" / "step_000000.jsonl")
+        assert [r["id"] for r in rows] == [f"toy_test_{i:04d}" for i in range(5) for _ in range(8)]
+        assert {r["reward"] for r in rows} <= {0.0, 1.0}
+        texts.append([r["completion_text"] for r in rows])
+    assert texts[0] == texts[1]
+
+
+def test_ctrl_c_ends_all_ranks_and_names_the_checkpoint(data, tmp_path):
+    """SIGINT to the terminal's process group, as Ctrl-C sends it, while both ranks are at work."""
+    out = tmp_path / "run"
+    words = ["train_grpo.py", *TINY, *splits(data), "--epochs", 500, "--out", out]
+    process = subprocess.Popen(command(*words, ranks=2), cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                               stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.time() + 120
+    while len(list(out.glob("checkpoints/step_??????"))) < 2 and time.time() < deadline:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)  # raises when a rank hangs
+    assert process.returncode != 0
+    assert stderr.count("Stopped; the last whole checkpoint is") == 1
+    named = Path(stderr.split("the last whole checkpoint is ")[1].split(". The same")[0])
+    assert AutoModelForImageTextToText.from_pretrained(named)
+    assert not (out / "result.json").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_mistake_is_one_sentence(data, tmp_path, ranks):
+    """Exit code 2 (torchrun makes it 1), the sentence once, no traceback of ours."""
+    path = tmp_path / "train.jsonl"
+    path.write_text((data / "toy_train.jsonl").read_text().splitlines()[0] + "\n{broken\n")
+    shutil.copytree(data / "images", tmp_path / "images")
+    words = ["train_grpo.py", "--train_data", path, "--out", tmp_path / "run"]
+    _, stderr = run(*words, ranks=ranks, code=2 if ranks == 1 else 1)
+    assert stderr.count("train.jsonl, line 2: not valid JSON") == 1
+    if ranks == 1:
+        assert "Traceback" not in stderr and len(stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["--group_size", 1], "--group_size must be at least 2"),
+    (["--batch_size", 10, "--mini_batch_size", 4], "must be a multiple"),
+    (["--batch_size", 600, "--mini_batch_size", 600], "is more than the 16 prompts"),
+    (["--eval_settings", "pass9"], "no setting is called 'pass9'"),
+    (["--rewards", "accuracy:much"], "--rewards"),
+    (["--no-train_language"], "nothing is left to train"),
+    (["--learning_rate", 1], "unrecognized arguments: --learning_rate"),
+])
+def test_mistakes_in_the_flags(data, tmp_path, words, sentence):
+    """Each ends with exit code 2 and a sentence that says what to change."""
+    _, stderr = run("train_grpo.py", *splits(data), "--out", tmp_path / "run", *words, code=2)
+    assert sentence in stderr.splitlines()[-1]
+    assert "Traceback" not in stderr
+
+
+def test_reward_command_says_equal_or_not():
+    assert subprocess.run(command("reward.py", r"\frac{1}{2}", "0.5"), cwd=ROOT).returncode == 0
+    done = subprocess.run(command("reward.py", "3", "4"), cwd=ROOT, capture_output=True, text=True)
+    assert "not equal" in done.stdout

@@ -1,0 +1,146 @@
+"""The house rules of the README and the design, enforced."""
+
+import ast
+import importlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+
+import utils
+
+ROOT = Path(__file__).parents[1]
+STAGES = ["reward", "rollout", "train_sft", "train_grpo", "evaluate", "utils", "toy"]
+BUDGETS = {"reward": 300, "rollout": 450, "train_sft": 280, "train_grpo": 600, "evaluate": 350,
+           "utils": 450, "toy": 300}
+README = (ROOT / "README.md").read_text()
+
+
+def source(stage):
+    return (ROOT / f"{stage}.py").read_text()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_budgets(stage):
+    """Lines with comments, 100 columns, main at most 150 lines, any other function 60."""
+    lines = source(stage).splitlines()
+    assert len(lines) <= BUDGETS[stage], f"{stage}.py has {len(lines)} lines"
+    assert [i for i, line in enumerate(lines, 1) if len(line) > 100] == []
+    for node in ast.walk(ast.parse(source(stage))):
+        if isinstance(node, ast.FunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= (150 if node.name == "main" else 60), f"{node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_statement_a_line_and_nothing_swallowed(stage):
+    """No two statements on a line, no bare except, no `pass` in an except."""
+    statements = [n for n in ast.walk(ast.parse(source(stage))) if isinstance(n, ast.stmt)]
+    begins = [n.lineno for n in statements]
+    assert len(begins) == len(set(begins))
+    for node in ast.walk(ast.parse(source(stage))):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None and not isinstance(node.body[0], ast.Pass), node.lineno
+
+
+@pytest.mark.parametrize("stage", [s for s in STAGES if "class Args" in source(s)])
+def test_every_flag_is_documented_and_read(stage):
+    """A flag that nobody reads is a lie; so is one without a line of help."""
+    text = source(stage)
+    module = importlib.import_module(stage)
+    docs = re.findall(r"^    (\w+):.*?  # (.+)$", text.split("class Args")[1].split("\n\n\n")[0], re.M)
+    names = list(module.Args.__dataclass_fields__)
+    assert [name for name, _ in docs] == names
+    everywhere = "".join(source(s) for s in STAGES)
+    for name in names:
+        assert re.search(rf"\bargs\.{name}\b", everywhere), f"args.{name} is never read"
+
+
+def test_stages_import_nothing_but_the_card_at_import_time():
+    """Other stages, vllm, matplotlib and trackers are imported where they are used."""
+    third = {"torch", "numpy", "PIL", "transformers", "tqdm", "tokenizers", "utils"}
+    for stage in STAGES:
+        for node in ast.parse(source(stage)).body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                top = name.split(".")[0]
+                assert top in third or top in sys.stdlib_module_names, f"{stage}.py imports {name}"
+
+
+@pytest.mark.parametrize("stage", [s for s in STAGES if s != "utils"])
+def test_a_stage_copied_with_utils_still_starts(stage, tmp_path):
+    for name in (stage, "utils"):
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    done = subprocess.run([sys.executable, f"{stage}.py", "--help"], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) > 300
+
+
+@pytest.mark.parametrize("stage, low, high", [
+    (s, 0.25 if s == "train_grpo" else 0.10, 0.40 if s == "train_grpo" else 0.25)
+    for s in STAGES])
+def test_share_of_comment_lines(stage, low, high):
+    """Lines that bear a comment or belong to a docstring of a function, over lines of code."""
+    path = ROOT / f"{stage}.py"
+    with open(path, "rb") as file:
+        tokens = list(tokenize.tokenize(file.readline))
+    commented = {t.start[0] for t in tokens if t.type == tokenize.COMMENT}
+    skip = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    code = {t.start[0] for t in tokens if t.type not in skip}
+    share = len(commented) / len(code)
+    assert low <= share <= high, f"{stage}.py: {share:.0%} comment lines"
+
+
+# ---------------------------------------------------------------------------------------------
+# The README
+
+
+def commands():
+    """Every command of the README's shell blocks, continued lines joined, `&&` split."""
+    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in line.split("&&"):
+                words = shlex.split(part, comments=True)
+                if words:
+                    yield words
+
+
+def test_readme_commands_parse():
+    """Each flag of each command exists and has a value of its type; each script is in the tree."""
+    scripts = 0
+    for words in commands():
+        assert words[0] in ("pip", "pytest", "python", "torchrun", "bash", "git", "cd", "source"), words
+        script = next((w for w in words if w.endswith(".py")), None)
+        if words[0] not in ("python", "torchrun"):
+            continue
+        assert (ROOT / script).exists(), words
+        scripts += 1
+        module = importlib.import_module(Path(script).stem)
+        rest = words[words.index(script) + 1 :]
+        if hasattr(module, "Args"):
+            utils.parse_args(module.Args, rest)
+    assert scripts >= 8
+
+
+def test_readme_has_the_two_commands():
+    assert "pip install -r requirements.txt && torchrun --standalone --nproc_per_node 2 train_grpo.py\n" in README
+    assert "pip install -r requirements.txt && pytest\n" in README
+
+
+def test_readme_file_table_is_the_tree():
+    """Every file of the top level stands in the table, and nothing else does."""
+    listed = set(re.findall(r"^\| `([\w./]+)` \|", README, re.M))
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    top = {p.split("/")[0] + ("/" if "/" in p else "") for p in tracked.split()}
+    top -= {".gitignore", ".ci/", "LICENSE", "README.md"}
+    assert listed == top
+    sizes = dict(re.findall(r"^\| `([\w./]+)` \| (\d+) \|", README, re.M))
+    for name, lines in sizes.items():
+        assert int(lines) == len((ROOT / name).read_text().splitlines()), name

@@ -1,0 +1,550 @@
+"""Tier 1: the mathematics, on numbers small enough to be worked by hand in the comments.
+
+Where a well-known wrong version is a line long, it stands beside the right one and must disagree: a
+test that the bug would pass too is no test.
+"""
+
+import itertools
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import rollout
+import toy
+import train_grpo
+import train_sft
+import utils
+from conftest import IMAGES
+from utils import UserError
+
+NAN = math.nan
+
+
+def close(got, want, tolerance=1e-6):
+    got = torch.as_tensor(got, dtype=torch.float64)
+    return torch.allclose(got, torch.tensor(want, dtype=torch.float64), rtol=0, atol=tolerance)
+
+
+# ---------------------------------------------------------------------------------------------
+# Advantages
+
+
+def test_grpo_advantages_by_hand():
+    # 1 0 0 1: mean 1/2, centred +-1/2, sum of squares 1, unbiased variance 1/3, std 0.57735;
+    # 0.5 / (0.57735 + 0.0001) = 0.86588. A second group has its own mean: 3 1 1 1 has mean 3/2,
+    # centred 3/2 and -1/2, sum of squares 3, std 1; 1.5 / 1.0001 = 1.49985
+    got = train_grpo.grpo_advantages(torch.tensor([[1.0, 0, 0, 1], [3.0, 1, 1, 1]]))
+    half, high = 0.86588, 1.49985
+    assert close(got, [[half, -half, -half, half], [high, -high / 3, -high / 3, -high / 3]], 1e-5)
+    biased = torch.tensor([1.0, 0, 0, 1]).std(correction=0)  # 1/2, which would give 0.9998
+    assert not close(0.5 / (biased + 1e-4), half, 1e-2)
+
+
+def test_equal_rewards_give_exactly_zero():
+    """0.1 is no binary fraction: its float32 mean over 7 answers is off, and / 1e-4 shows it."""
+    rewards = torch.full((1, 7), 0.1)
+    textbook = (rewards - rewards.sum(1) / 7) / (rewards.std(1) + 1e-4)
+    assert (textbook != 0).any()  # the usual formula leaves a residue
+    assert (train_grpo.grpo_advantages(rewards) == 0).all()
+
+
+def test_unscored_answers_take_no_part_in_their_group():
+    # 1 and 0 are scored: mean 1/2, sum of squares 1/2, std of two 0.70711; 0.5 / 0.70721 = 0.70701.
+    # One scored answer, and none, have nothing to be compared with.
+    rewards = torch.tensor([[1.0, 0, NAN], [1.0, NAN, NAN], [NAN, NAN, NAN]])
+    got = train_grpo.grpo_advantages(rewards)
+    assert close(got, [[0.70701, -0.70701, 0], [0, 0, 0], [0, 0, 0]], 1e-5)
+    as_wrong = train_grpo.grpo_advantages(torch.tensor([[1.0, 0, 0]]))  # "unscored" read as 0
+    assert not close(as_wrong[0, 0], 0.70701, 1e-2)
+
+
+def test_advantages_scale_and_shift():
+    """A constant added to all rewards changes nothing; a factor, nothing but the epsilon."""
+    rewards = torch.tensor([[0.2, 0.9, 0.4, 0.4]])
+    advantages = train_grpo.grpo_advantages(rewards)
+    assert close(train_grpo.grpo_advantages(rewards + 3), advantages.tolist(), 1e-4)
+    assert close(train_grpo.grpo_advantages(rewards * 10), advantages.tolist(), 1e-3)
+    assert abs(advantages.sum()) < 1e-6
+
+
+def test_reinforce_advantages_by_hand():
+    # the whole batch is one population: 1 0 0 0 has mean 1/4, centred 3/4 and -1/4, sum of squares
+    # 3/4, unbiased variance 1/4, std 1/2; 0.75 / 0.5001 = 1.4997, -0.25 / 0.5001 = -0.4999
+    got = train_grpo.reinforce_advantages(torch.tensor([1.0, 0, NAN, 0, 0]))
+    assert close(got, [1.4997, -0.4999, 0, -0.4999, -0.4999], 1e-4)
+    alone = train_grpo.reinforce_advantages(torch.tensor([1.0]))  # std of one number is NaN
+    assert alone.tolist() == [0]
+    assert train_grpo.reinforce_advantages(torch.full((7,), 0.1)).tolist() == [0] * 7
+    assert train_grpo.reinforce_advantages(torch.tensor([NAN, NAN])).tolist() == [0, 0]
+
+
+def test_set_advantages_keeps_groups_together(qwen, one_rank):
+    """Samples come prompt by prompt; an advantage must land on the answer it was computed from."""
+    rewards = [1.0, 0.0, 0.0, 0.0, 5.0, None]  # three prompts, two answers each
+    samples = [replace(qwen.samples[i // 2], reward=r) for i, r in enumerate(rewards)]
+    train_grpo.set_advantages(samples, 2, "grpo")
+    # 0.5 / (0.70711 + 0.0001) = 0.70701; a pair of zeros; a single scored answer
+    assert close([s.advantage for s in samples], [0.70701, -0.70701, 0, 0, 0, 0], 1e-5)
+    train_grpo.set_advantages(samples, 2, "reinforce++")
+    # 1 0 0 0 5: mean 6/5, squares 0.04 + 3 * 1.44 + 14.44 = 18.8, variance 4.7, std 2.16795
+    want = [-0.2, -1.2, -1.2, -1.2, 3.8]
+    assert close([s.advantage for s in samples], [w / 2.16805 for w in want] + [0], 1e-5)
+
+
+# ---------------------------------------------------------------------------------------------
+# The loss
+
+
+def test_policy_loss_by_hand():
+    """All four corners of PPO's clip, with unequal bounds so that a swap of the two shows."""
+    #   ratio  advantage  unclipped  clipped to [0.8, 1.3]   smaller   loss
+    #   1.5    +1         +1.5       +1.3                    +1.3      -1.3   stopped above
+    #   1.5    -1         -1.5       -1.3                    -1.5      +1.5   a wrong answer grew
+    #   0.5    +1         +0.5       +0.8                    +0.5      -0.5   a right answer shrank
+    #   0.5    -1         -0.5       -0.8                    -0.8      +0.8   stopped below
+    old = torch.tensor([[-2.0], [-2.0], [-2.0], [-2.0]])
+    new = (old + torch.tensor([[1.5], [1.5], [0.5], [0.5]]).log()).requires_grad_()
+    advantages = torch.tensor([[1.0], [-1], [1], [-1]])
+    mask = torch.ones(4, 1, dtype=torch.bool)
+    losses, low, high = train_grpo.policy_loss(new, old, advantages, mask, 0.2, 0.3)
+    assert close(losses, [[-1.3], [1.5], [-0.5], [0.8]])
+    assert (low, high) == (1, 1)
+    losses.sum().backward()
+    # d(-ratio A)/d(log p) = -ratio A where not stopped, and exactly 0 where stopped
+    assert close(new.grad, [[0.0], [1.5], [-0.5], [0.0]])
+
+
+def test_policy_loss_ignores_what_is_masked():
+    """Padding may hold anything, even an advantage and a ratio that would be clipped."""
+    new = torch.tensor([[0.0, 3.0, -3.0]], requires_grad=True)
+    mask = torch.tensor([[True, False, False]])
+    old, advantages = torch.zeros(1, 3), torch.ones(1, 1)
+    losses, low, high = train_grpo.policy_loss(new, old, advantages, mask, 0.2, 0.2)
+    losses.sum().backward()
+    assert losses.tolist() == [[-1, 0, 0]] and new.grad.tolist() == [[-1, 0, 0]]
+    assert (low, high) == (0, 0)
+
+
+def test_the_first_update_is_plain_policy_gradient():
+    """With old = new.detach() the ratio is 1 and the gradient is -A grad log p: REINFORCE."""
+    new = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    advantages = torch.tensor([[0.7]])
+    losses, *_ = train_grpo.policy_loss(new, new.detach(), advantages, mask, 0.2, 0.2)
+    losses.sum().backward()
+    assert close(losses, [[-0.7, -0.7]]) and close(new.grad, [[-0.7, -0.7]])
+
+
+def test_k3_divergence_by_hand():
+    # r = reference / policy: 2 - 1 - ln 2 = 0.306853; 1/2 - 1 + ln 2 = 0.193147; 1 - 1 - 0 = 0
+    policy = torch.tensor([[0.25, 0.5, 0.3, 0.1]]).log()
+    reference = torch.tensor([[0.5, 0.25, 0.3, 0.9]]).log()
+    got = train_grpo.k3_divergence(policy, reference, torch.tensor([[True, True, True, False]]))
+    assert close(got, [[0.306853, 0.193147, 0, 0]])
+    other_way = train_grpo.k3_divergence(reference, policy, torch.ones(1, 4, dtype=torch.bool))
+    assert not close(other_way[0, :2], got[0, :2].tolist(), 0.1)
+
+
+def test_k3_is_unbiased():
+    """Its mean under the policy is the divergence itself: sum p (r - 1 - log r) = sum p log(p /
+    q)."""
+    p, q = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0.2, 0.3, 0.5]])
+    k3 = train_grpo.k3_divergence(p.log(), q.log(), torch.ones(1, 3, dtype=torch.bool))
+    assert (k3 > 0).all() and close((p * k3).sum(), (p * (p / q).log()).sum().item())
+
+
+# ---------------------------------------------------------------------------------------------
+# Scores
+
+
+def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_answer():
+    assert evaluate.pass_at_k(4, 1, 2) == 0.5  # 3 of the 6 pairs hold the one right answer
+    naive = 1 - (1 - 1 / 4) ** 2  # 0.4375: draws with replacement, biased
+    assert naive != 0.5
+    for n, c, k in itertools.product(range(1, 6), range(6), range(1, 6)):
+        if c > n or k > n:
+            with pytest.raises(AssertionError):
+                evaluate.pass_at_k(n, c, k)
+            continue
+        draws = list(itertools.combinations([1] * c + [0] * (n - c), k))
+        assert evaluate.pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_wilson_interval_by_hand():
+    # 5 of 10: z^2 = 3.8416, centre (0.5 + 0.19208) / 1.38416 = 0.5,
+    # half 1.96 / 1.38416 * sqrt(0.025 + 0.009604) = 1.416021 * 0.186022 = 0.263411
+    assert close(evaluate.wilson_interval(0.5, 10), [0.236589, 0.763411], 1e-5)
+    # 0 of 10: up to z^2 / (n + z^2) = 3.8416 / 13.8416 = 0.277540; the normal one would be [0, 0]
+    assert close(evaluate.wilson_interval(0.0, 10), [0, 0.277540], 1e-5)
+    assert close(evaluate.wilson_interval(1.0, 10), [0.722460, 1], 1e-5)
+    low, high = evaluate.wilson_interval(0.5, 1000)  # 100 times the data, a tenth of the width
+    assert (high - low) == pytest.approx((0.763411 - 0.236589) / 10, rel=0.2)
+
+
+def test_summarize_by_hand(qwen):
+    """Three prompts, two answers each: the accuracy is over answers, the interval over prompts."""
+    right, lengths = [1, 1, 0, 1, 0, 0], [1, 2, 3, 4, 5, 9]
+    done = [replace(qwen.samples[i // 2], rewards={"accuracy": float(r)}, completion_ids=[0] * n,
+                    completion_text="wait", finish_reason="length" if n == 9 else "stop")
+            for i, (r, n) in enumerate(zip(right, lengths))]
+    got = evaluate.summarize(done, 2)
+    assert (got["n"], got["completions"]) == (3, 6)
+    assert got["accuracy"] == 3 / 6  # 2 + 1 + 0 of 6
+    assert got["pass@2"] == pytest.approx(2 / 3)  # prompts 1 and 2 were solved at least once
+    assert got["accuracy_interval"] == evaluate.wilson_interval(0.5, 3)
+    assert got["length"] == 24 / 6 and got["truncated"] == 1 / 6
+    # of the sorted lengths those at int(5 q): 0, 1, 2, 3, 4
+    assert list(got["length_quantiles"].values()) == [1, 2, 3, 4, 5]
+    assert got["reflection_ratio"] == 1
+
+
+def test_reflection_metrics_by_hand():
+    """Five ratios on seven texts; reflecting: 4, right: 3, both: 2, so wrong and reflecting: 2."""
+    texts = ["Wait, let me re-check: \\boxed{3}", "wait wait yet 4", "so I get 5",
+             "we await the end", "I recheck and VERIFY", "let me try again", "nothing"]
+    right = [True, True, True, False, False, False, False]
+    got = evaluate.reflection_metrics(texts, right)
+    assert got["reflection_ratio"] == 4 / 7
+    assert got["reflection_ratio_in_correct_answers"] == 2 / 3
+    assert got["reflection_ratio_in_incorrect_answers"] == 2 / 4
+    assert got["correct_ratio_in_reflection_texts"] == 2 / 4
+    assert got["correct_ratio_in_no_reflection_texts"] == 1 / 3
+    found = {word: count for word, count in got["words"].items() if count}
+    assert found == {"wait": 3, "re-check": 1, "yet": 1, "recheck": 1, "verify": 1, "try again": 1}
+    assert len(got["words"]) == 15
+
+
+def test_reflection_words_end_at_word_boundaries():
+    """The paper's own rule finds "wait" in "await", "yet" in "eyeteeth" and "verify" in
+    "verifying"."""
+    texts = ["await eyeteeth verifying waiting"]
+    strict = evaluate.reflection_metrics(texts, [True])
+    paper = evaluate.reflection_metrics(texts, [True], substring=True)
+    assert strict["reflection_ratio"] == 0 and paper["reflection_ratio"] == 1
+    assert (strict["words"]["wait"], paper["words"]["wait"], paper["words"]["yet"]) == (0, 2, 1)
+
+
+def test_reflection_ratios_without_a_denominator_are_none():
+    got = evaluate.reflection_metrics([], [])
+    assert {v for k, v in got.items() if k != "words"} == {None}
+    got = evaluate.reflection_metrics(["wait"], [True])  # none wrong, none without reflection
+    assert got["reflection_ratio_in_incorrect_answers"] is None
+    assert got["correct_ratio_in_no_reflection_texts"] is None
+    assert got["correct_ratio_in_reflection_texts"] == 1
+    with pytest.raises(ValueError):
+        evaluate.reflection_metrics(["wait", "yet"], [True])
+
+
+# ---------------------------------------------------------------------------------------------
+# Sampling
+
+HALVES = torch.tensor([[0.5, 0.3, 0.2]]).log()  # logits of probabilities 0.5, 0.3, 0.2
+
+
+def pick(logits, *numbers, temperature=1.0, top_p=1.0):
+    """Token ids and probabilities for one row of logits under several uniform numbers."""
+    numbers = torch.tensor(numbers, dtype=torch.float64)
+    rows = logits.expand(len(numbers), -1)
+    ids, logprobs = rollout.sample_tokens(rows, numbers, temperature, top_p)
+    return ids.tolist(), logprobs.exp().tolist()
+
+
+def test_sampling_inverts_the_cumulative_distribution():
+    # borders at 0.5 and 0.8
+    ids, probs = pick(HALVES, 0.0, 0.49, 0.51, 0.79, 0.81, 0.999)
+    assert ids == [0, 0, 1, 1, 2, 2]
+    assert close(probs, [0.5, 0.5, 0.3, 0.3, 0.2, 0.2])
+
+
+def test_sampling_temperature():
+    # T = 1/2 squares: 0.25, 0.09, 0.04 over 0.38 = 0.657895, 0.236842, 0.105263; borders there
+    ids, probs = pick(HALVES, 0.65, 0.67, 0.89, 0.90, temperature=0.5)
+    assert ids == [0, 1, 1, 2]
+    assert close(probs, [0.657895, 0.236842, 0.236842, 0.105263])
+    ids, probs = pick(HALVES, 0.999, temperature=0.01)  # 0.6^100 is 7e-23: as good as greedy
+    assert ids == [0] and close(probs, [1.0])
+
+
+def test_sampling_top_p():
+    # top_p 0.7 keeps 0.5 and 0.3 (the mass before the second, 0.5, is below 0.7), renormalised by
+    # 0.8: 0.625 and 0.375. top_p 0.001 keeps the first alone.
+    ids, probs = pick(HALVES, 0.62, 0.63, 0.999, top_p=0.7)
+    assert ids == [0, 1, 1] and close(probs, [0.625, 0.375, 0.375])
+    shuffled = HALVES[:, [2, 0, 1]]  # ids must come back from the sorted order
+    ids, probs = pick(shuffled, 0.62, 0.63, 0.999, top_p=0.7)
+    assert ids == [1, 2, 2] and close(probs, [0.625, 0.375, 0.375])
+    assert pick(HALVES, 0.0, 0.999, top_p=0.001) == ([0, 0], [1.0, 1.0])
+
+
+def test_sampling_greedy():
+    ids, probs = pick(HALVES[:, [1, 0, 2]], 0.0, 0.999, temperature=0)
+    assert ids == [1, 1] and probs == [1, 1]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_tokens_without_mass_are_never_picked(top_p):
+    """A banned id is -inf. At the ends of [0, 1) and between equal sums it must be stepped over."""
+    ban, ends = -math.inf, (0.0, 1 - 2**-53)
+    logits = torch.tensor([[ban, 0, ban, 0, ban]])  # cumulative 0, 0.5, 0.5, 1, 1
+    ids, probs = pick(logits, ends[0], 0.5, ends[1], top_p=top_p)
+    assert ids == [1, 3, 3] and close(probs, [0.5, 0.5, 0.5])
+    from_left = torch.searchsorted(torch.tensor([0, 0.5, 0.5, 1, 1]), torch.tensor([0.0, 0.5]))
+    assert from_left.tolist() == [0, 1]  # right=False would have picked the banned id 0
+
+
+def test_a_large_vocabulary_loses_no_mass():
+    """At 150,000 tokens a float32 running sum ends near, not at, 1: the last token must be in
+    range."""
+    logits = torch.randn(1, 150_000, generator=torch.Generator().manual_seed(0)) * 3
+    numbers = torch.linspace(0, 1 - 2**-53, 50, dtype=torch.float64)
+    ids, probs = pick(logits, *numbers.tolist())
+    exact = logits[0].double().softmax(-1)
+    assert all(0 <= i < 150_000 for i in ids)
+    borders = exact.cumsum(-1)
+    want = torch.searchsorted(borders, numbers.clamp(max=float(borders[-1]) - 1e-9), right=True)
+    off = (borders[ids] - borders[want]).abs().max()
+    assert off < 1e-6  # at most a token's width away in probability
+    assert close(probs, exact[ids].tolist(), 1e-7)
+
+
+def chi_square(counts, probabilities):
+    draws = sum(counts)
+    return sum((c - draws * p) ** 2 / (draws * p) for c, p in zip(counts, probabilities))
+
+
+def test_sampled_frequencies():
+    """4,000 draws with our own random numbers; chi-square, 3 degrees of freedom, 16.27 at p =
+    0.001."""
+    logits = torch.tensor([[1.0, 0.0, -1.0, 0.5]])
+    numbers = torch.cat([rollout.uniforms("s", f"id{i}", i % 8, 10) for i in range(400)])
+    ids, _ = pick(logits, *numbers.tolist(), temperature=0.7)
+    counts = [Counter(ids)[t] for t in range(4)]
+    assert chi_square(counts, (logits[0] / 0.7).softmax(-1).tolist()) < 16.27
+    assert chi_square(counts, logits[0].softmax(-1).tolist()) > 16.27  # the temperature forgotten
+
+
+def test_uniforms_belong_to_seed_prompt_and_index():
+    numbers = rollout.uniforms(0, "prompt", 0, 5)
+    torch.manual_seed(1)
+    torch.rand(3)
+    assert torch.equal(rollout.uniforms(0, "prompt", 0, 5), numbers)  # no global state
+    assert torch.equal(rollout.uniforms(0, "prompt", 0, 9)[:5], numbers)  # a prefix stays
+    others = [(1, "prompt", 0), (0, "prompts", 0), (0, "prompt", 1), ("0 1", "prompt", 0)]
+    assert all(not torch.equal(rollout.uniforms(*key, 5), numbers) for key in others)
+    # "1|1" must not be confused with index 11 or the like
+    keys = [("1", "1", 1), ("11", "", 1), ("1", "", 11), ("", "1", 11), ("1", "11", 1)]
+    assert len({tuple(rollout.uniforms(*key, 3).tolist()) for key in keys}) == len(keys)
+    assert numbers.dtype == torch.float64 and (0 <= numbers).all() and (numbers < 1).all()
+
+
+# ---------------------------------------------------------------------------------------------
+# Schedules and batches
+
+
+def test_learning_rate_by_hand():
+    # peak 2, warm-up 2 of 6 steps: 1, 2, then 1 + cos(pi k / 4): 1.707107, 1, 0.292893, 0
+    got = [train_sft.learning_rate_at(step, 6, 2.0, 2) for step in range(1, 7)]
+    assert close(got, [1, 2, 1.707107, 1, 0.292893, 0])
+    assert train_sft.learning_rate_at(1, 1, 2.0, 0) == pytest.approx(0)
+    assert train_sft.learning_rate_at(3, 3, 2.0, 3) == 2  # all warm-up: no division by zero
+    assert train_sft.learning_rate_at(2, 3, 2.0, 8) == 0.5  # stopped inside the warm-up
+
+
+@pytest.mark.parametrize("trainer", [train_sft, train_grpo])
+def test_epoch_batches(trainer):
+    """10 prompts by 3: three batches, no prompt twice, one left out, the same for the same seed."""
+    def batches(seed, epoch):
+        return trainer.epoch_batches(list("abcdefghij"), 3, seed, epoch)
+
+    flat = [x for b in batches(0, 0) for x in b]
+    assert [len(b) for b in batches(0, 0)] == [3, 3, 3] and len(set(flat)) == 9
+    assert flat != sorted(flat)
+    assert batches(0, 0) == batches(0, 0)
+    orders = [batches(0, 1), batches(1, 0), batches(1, 1)]
+    assert batches(0, 0) not in orders and orders[0] != orders[1]
+    seen = {x for epoch in range(20) for b in batches(0, epoch) for x in b}
+    assert seen == set("abcdefghij")  # the one left out is not always the same
+
+
+@pytest.mark.parametrize("trainer", [train_sft, train_grpo])
+def test_micro_batches(trainer, qwen):
+    samples = [replace(qwen.samples[0], id=str(i), completion_ids=[9] * n)
+               for i, n in enumerate([5, 1, 4, 2, 3])]
+    parts = trainer.micro_batches(samples, 2, 4)  # another rank needs 4
+    assert [[len(s.completion_ids) for s in part] for part in parts] == [[1, 2], [3, 4], [5], []]
+    long_prompt = replace(samples[1], prompt_ids=samples[1].prompt_ids + [9] * 9)
+    assert trainer.micro_batches([long_prompt, samples[0]], 1, 2)[0] == [samples[0]]
+
+
+def test_golden_responses_end_in_a_trained_eos(qwen):
+    """The response is the data's own words and EOS; a model that never sees EOS never stops."""
+    eos = qwen.processor.tokenizer.eos_token_id
+    done = train_sft.with_golden_responses(qwen.samples, qwen.processor, 30)
+    for sample, source in zip(done, qwen.samples, strict=True):
+        assert sample.completion_ids[-1] == eos and sample.completion_ids.count(eos) == 1
+        assert qwen.processor.tokenizer.decode(sample.completion_ids[:-1]) == source.solution
+        assert source.completion_ids == []  # the given samples are left alone
+    batch = utils.collate(done, qwen.processor)
+    ends = batch["mask"].sum(1) - 1
+    assert (batch["completion_ids"].gather(1, ends[:, None]) == eos).all()  # EOS is under the mask
+
+
+def test_golden_responses_that_cannot_be_trained_are_refused(qwen):
+    sample = replace(qwen.samples[0], solution="abc")
+    count = len(qwen.processor.tokenizer("abc")["input_ids"])
+    train_sft.with_golden_responses([sample], qwen.processor, count + 1)  # words and EOS just fit
+    with pytest.raises(UserError, match=f"has {count} tokens"):
+        train_sft.with_golden_responses([sample], qwen.processor, count)
+    for nothing in ("", " \n"):
+        with pytest.raises(UserError, match="rgb.*is empty"):
+            train_sft.with_golden_responses([replace(sample, solution=nothing)], qwen.processor, 30)
+
+
+# ---------------------------------------------------------------------------------------------
+# Flags
+
+
+@dataclass
+class Flags:
+    count: int = 3  # how many, at 100 % of the time
+    rate: float = 1e-4  # how fast
+    name: str = ""  # of what
+    train_vision: bool = False  # whether to look
+    train_language: bool = True  # whether to speak
+    kind: Literal["auto", "hf"] = "auto"  # which
+
+
+def test_parse_args():
+    assert utils.parse_args(Flags, []) == Flags()
+    words = "--count 7 --rate 1e-3 --name x --train_vision --no-train_language --kind hf"
+    assert utils.parse_args(Flags, words.split()) == Flags(7, 1e-3, "x", True, False, "hf")
+
+
+@pytest.mark.parametrize("wrong", ["--unknown 1", "--coun 3", "--count 1.5", "--kind vllm",
+                                   "--train_vision yes", "extra", "--name"])
+def test_parse_args_refuses(wrong, capsys):
+    """Also abbreviations: `--coun` today is another flag tomorrow."""
+    with pytest.raises(SystemExit) as end:
+        utils.parse_args(Flags, wrong.split())
+    assert end.value.code == 2 and "error" in capsys.readouterr().err
+
+
+def test_help_shows_every_flag_with_its_default_and_comment(capsys):
+    with pytest.raises(SystemExit) as end:
+        utils.parse_args(Flags, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0 and "how many, at 100 % of the time (default: 3)" in text
+    assert "--no-train_vision" in text and "(default: 0.0001)" in text
+
+
+@pytest.mark.parametrize("module", [evaluate, rollout, toy, train_grpo, train_sft])
+def test_every_stage_documents_its_flags(module, capsys):
+    with pytest.raises(SystemExit):
+        utils.parse_args(module.Args, ["--help"])
+    assert "--" in capsys.readouterr().out
+    assert utils.parse_args(module.Args, []) == module.Args()
+
+
+# ---------------------------------------------------------------------------------------------
+# Images
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_open_image(name, data_path):
+    """Every picture is red on its left half; what was transparent has become white, not black."""
+    mode, width, height, ending = IMAGES[name]
+    path = data_path.parent / "images" / f"{name}.{ending}"
+    image = utils.open_image(path)
+    assert image.mode == "RGB"
+    first, last = image.getpixel((0, 0)), image.getpixel((image.width - 1, image.height - 1))
+    if name == "rotated":  # a quarter turn clockwise: left is up, and the sides are exchanged
+        assert image.size == (height, width)
+        assert image.getpixel((image.width - 1, 0))[1] < 100  # red along the upper edge
+        assert image.getpixel((0, image.height - 1))[1] > 200
+    else:
+        assert image.size == (width, height)
+    # grey is 0.299 * 200 + 0.587 * 30 + 0.114 * 30 = 81
+    red = (81, 81, 81) if mode == "L" else (200, 30, 30)
+    assert all(abs(a - b) < 12 for a, b in zip(first, red)), first  # JPEG is not exact
+    assert min(last) > 240, last
+    assert utils.open_image(path.read_bytes()).tobytes() == image.tobytes()
+
+
+def test_plain_conversion_is_wrong_for_transparent_images(data_path):
+    """What `convert("RGB")` alone does: the invisible colour under the transparency comes to
+    light."""
+    picture = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    path = data_path.parent / "clear.png"
+    picture.save(path)
+    assert Image.open(path).convert("RGB").getpixel((0, 0)) == (0, 0, 0)
+    assert utils.open_image(path).getpixel((0, 0)) == (255, 255, 255)
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+
+def test_a_crash_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "sub" / "file.json"
+    utils.write_text(path, "old")
+    assert path.read_text() == "old"
+
+    def crash(*_):
+        raise OSError("the machine stops here")
+
+    with monkeypatch.context() as patch:  # before the new file has its name
+        patch.setattr(utils.os, "replace", crash)
+        with pytest.raises(OSError):
+            utils.write_text(path, "new and longer")
+    assert path.read_text() == "old"
+    utils.write_text(path, "new and longer")
+    assert path.read_text() == "new and longer"
+    assert [p.name for p in path.parent.iterdir()] == ["file.json"]  # no half-written file stays
+
+
+def test_jsonl_with_a_torn_last_line(tmp_path):
+    """A process killed inside a write leaves half a line; what came before it must still be
+    read."""
+    path = tmp_path / "metrics.jsonl"
+    assert utils.read_jsonl(path) == []
+    rows = [{"step": 1, "text": "two\nlines, \u00fc \u2028"}, {"step": 2, "text": ""}]
+    for row in rows:
+        utils.append_jsonl(path, row)
+    assert utils.read_jsonl(path) == rows
+    whole = path.read_bytes()
+    with pytest.raises(ValueError):
+        [json.loads(line) for line in whole[:-3].splitlines()]
+    path.write_bytes(whole[:-3])
+    assert utils.read_jsonl(path) == rows[:1]
+    path.write_bytes(whole[:-1])  # only the line's end is missing: not known to be whole
+    assert utils.read_jsonl(path) == rows[:1]
+
+
+def test_cut_logs_forgets_what_came_after_the_checkpoint(tmp_path):
+    for step in (1, 2, 3):
+        utils.append_jsonl(tmp_path / "metrics.jsonl", {"generation_step": step})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"generation_')
+    utils.cut_logs(tmp_path, 2)
+    utils.append_jsonl(tmp_path / "metrics.jsonl", {"generation_step": 3})
+    assert [r["generation_step"] for r in utils.read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert not (tmp_path / "eval.jsonl").exists()
+
+
+def test_step_metrics_are_means_over_tokens_and_completions():
+    """Sums of two ranks in, means out: by completion for rewards, by token for the loss."""
+    sums = {"completions": 4, "tokens": 20, "truncated": 1, "reward": 3.0, "unscored": 0,
+            "reward/accuracy": 3.0, "groups": 2, "groups_all_alike": 1,
+            "update_tokens": 40, "loss": 8.0, "entropy": 80.0}  # two passes over the 20 tokens
+    got = train_grpo.step_metrics(sums, [1.0, 3.0], {"rollout": 0.5}, 1e-4)
+    assert (got["reward"], got["reward/accuracy"], got["length"]) == (0.75, 0.75, 5)
+    assert (got["truncated"], got["groups_all_alike"]) == (0.25, 0.5)
+    assert (got["loss"], got["entropy"], got["grad_norm"]) == (0.2, 2.0, 2.0)
+    assert "kl" not in got and got["seconds_rollout"] == 0.5

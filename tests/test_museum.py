@@ -1,0 +1,498 @@
+"""A museum of bugs that other projects shipped, each run here beside the form that is right.
+
+Every docstring says whose bug it was and what it did. The test shows that the buggy form is wrong
+on our models, and that ours is not: when one of these comes back, a test with its story fails.
+Stories with two ranks, and stale `rope_deltas`, are in test_parity.py.
+"""
+
+import copy
+import math
+import pickle
+import signal
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+import reward
+import rollout
+import train_grpo
+import utils
+from conftest import answered, png
+from test_parity import ARGS, Probe, assert_same_gradients, by_id, gradients, mixed
+from utils import Policy, collate
+
+
+@torch.no_grad()
+def logprobs_of(tiny, samples, temperature=1.0):
+    return Policy(tiny.model, tiny.processor)(collate(samples, tiny.processor), temperature)[0]
+
+
+def differ(a, b, by=1e-3):
+    return (a - b).abs().max().item() > by
+
+
+# ---------------------------------------------------------------------------------------------
+# Data: images, placeholders, prompts
+
+
+def test_placeholders_expanded_twice(tiny):
+    """trl#6294, #6401: ids with N placeholders were given to vLLM together with the image, which
+    expanded them again; half of the answers came out empty. Ours: the sampler gets the text with
+    one placeholder an image, the trainer the expanded ids, and the first expands into the
+    second."""
+    sample = by_id(tiny.samples, "grey")[0]
+    image, pad = [utils.open_image(sample.images[0])], tiny.processor.image_token_id
+    assert sample.prompt_text.count(tiny.processor.image_token) == 1
+    once = tiny.processor(text=[sample.prompt_text], images=image)["input_ids"][0]
+    assert list(once) == sample.prompt_ids and once.count(pad) > 1
+    with pytest.raises((ValueError, StopIteration)):  # transformers notices, vLLM did not
+        tiny.processor(text=[tiny.processor.tokenizer.decode(once)], images=image)
+
+
+def test_truncation_through_an_image(qwen, data_path, capsys):
+    """Qwen-VL-Series-Finetune#152, open-r1-multimodal#28, verl#3469: a prompt cut to length lost
+    some of its placeholders ("image features and image tokens do not match"). Ours drops it and
+    says so."""
+    long = answered(by_id(qwen.samples, "two"), qwen.processor)[0]
+    limit = len(long.prompt_ids) - 20
+    with pytest.raises(ValueError, match="do not match"):
+        logprobs_of(qwen, [replace(long, prompt_ids=long.prompt_ids[-limit:])])
+    kept = utils.load_samples(data_path, qwen.processor, limit)
+    assert all(s in qwen.samples for s in kept)  # whole, or not there
+    dropped = [s.id for s in qwen.samples if len(s.prompt_ids) > limit]
+    assert "two" in dropped and len(kept) + len(dropped) == len(qwen.samples)
+    assert f"left out {len(dropped)} of {len(qwen.samples)}" in capsys.readouterr().err
+
+
+def test_a_sampled_placeholder(qwen):
+    """R1-V#91 and #180, EasyR1#110, trl#3847 and three more: hours into a run the policy samples
+    <|image_pad|>, and the trainer finds one placeholder more than it has image features."""
+    wish = torch.zeros(len(qwen.processor.tokenizer))
+    wish[qwen.processor.image_token_id] = 5.0
+    qwen.model.get_output_embeddings().register_forward_hook(lambda module, args, out: out + wish)
+    engine = rollout.HFEngine(qwen.model, qwen.processor, 64)
+    fine = engine.generate(qwen.samples[:3], 2, 1.0, 1.0, 8, 0)
+    assert logprobs_of(qwen, fine).isfinite().all()
+    engine.banned = []
+    wild = engine.generate(qwen.samples[:3], 2, 1.0, 1.0, 8, 0)
+    with pytest.raises(ValueError, match="do not match"):
+        logprobs_of(qwen, wild)
+
+
+def test_a_ban_in_the_sampler_alone(qwen):
+    """The half cure of pitfall 3: banning an id in the sampler but not in the trainer leaves the
+    ratio off by log(1 - p) on every token, p being the probability of what is banned."""
+    wish = torch.zeros(len(qwen.processor.tokenizer))
+    wish[qwen.processor.image_token_id] = 5.0
+    qwen.model.get_output_embeddings().register_forward_hook(lambda module, args, out: out + wish)
+    engine = rollout.HFEngine(qwen.model, qwen.processor, 8)
+    done = engine.generate(qwen.samples[:1], 1, 1.0, 1.0, 6, 0)
+    reported = torch.tensor([done[0].sampler_logprobs])
+    policy = Policy(qwen.model, qwen.processor)
+    with torch.no_grad():
+        assert not differ(policy(collate(done, qwen.processor), 1.0)[0], reported, 1e-4)
+        policy.banned = []
+        assert differ(policy(collate(done, qwen.processor), 1.0)[0], reported, 0.1)
+
+
+def test_one_small_image_resizes_all_later_ones(qwen):
+    """VLM-R1: the resize stood outside its `if`, so after one image below 28 pixels every later
+    image took *its* size. Ours: an image's tensors depend on nothing that came before."""
+    small, large = by_id(qwen.samples, "dot", "grey")
+    size = None
+
+    def buggy(image):
+        nonlocal size
+        if min(image.size) < 28:
+            size = (28, 28)
+        return image.resize(size) if size else image
+
+    sizes = [buggy(utils.open_image(s.images[0])).size for s in (large, small, large)]
+    assert sizes == [(100, 100), (28, 28), (28, 28)]
+    grids = []
+    for order in ((large,), (small, large)):
+        utils.image_inputs.cache_clear()
+        for s in order:
+            grid = utils.image_inputs(qwen.processor.image_processor, s.images[0])["image_grid_thw"]
+        grids.append(grid.tolist())
+    assert grids[0] == grids[1] == [[1, 8, 8]]  # 100 pixels round to 112 = 8 patches of 14
+
+
+def test_a_sampler_with_other_pixel_limits(qwen):
+    """R1-V#63, #73: the trainer's processor and vLLM's had different max_pixels, so one image had
+    two numbers of placeholders. Ours: one processor for both, and the count is checked at load."""
+    sample = by_id(qwen.samples, "grey")[0]
+    grids = []
+    for limit in (16 * 28**2, 4 * 28**2):
+        other = copy.deepcopy(qwen.processor.image_processor)
+        other.size = type(other.size)(shortest_edge=28**2, longest_edge=limit)
+        grids.append(int(utils.image_inputs(other, sample.images[0])["image_grid_thw"].prod()) // 4)
+    placeholders = sample.prompt_ids.count(qwen.processor.image_token_id)
+    assert placeholders == grids[0] != grids[1]
+
+
+def test_the_template_that_loses_the_question(tiny):
+    """MAYE: a plain string with {{question}} went through .format(), so that the model was asked
+    the literal "{question}". Ours: the prompt, decoded, holds the question and the instruction
+    once."""
+    assert "Solve: {{question}}".format(question="What is 2 + 3?") == "Solve: {question}"
+    text = tiny.processor.tokenizer.decode(by_id(tiny.samples, "text")[0].prompt_ids)
+    assert text.count("What is 2 + 3?") == 1 and text.count(utils.INSTRUCTION) == 1
+    awkward = {"question": "Is {x} in {{1}} or %s?", "answer": "1"}  # nothing is ever formatted
+    sample = utils.make_sample(awkward, utils.Path("."), "here", tiny.processor)
+    assert awkward["question"] in tiny.processor.tokenizer.decode(sample.prompt_ids)
+
+
+def test_decoded_images_that_travel(qwen):
+    """verl#3236 (1.5 TB of host memory), #5206, lmm-r1#71: decoded images were copied into each of
+    the G answers and pickled between processes. Ours: a sample carries a path, decoded at the last
+    moment."""
+    sample = by_id(qwen.samples, "grey")[0]
+    decoded = replace(sample, images=[utils.open_image(i) for i in sample.images])
+    assert len(pickle.dumps(decoded)) > 100 * 100 * 3
+    assert len(pickle.dumps(sample)) < 4000
+
+
+# ---------------------------------------------------------------------------------------------
+# Positions, padding, masks
+
+
+def test_lost_mrope(tiny):
+    """MAYE, AReaL#217: ordinary 0, 1, 2, ... positions were passed in training, while the sampler
+    used the image's rows and columns; every token after an image was scored by another model."""
+    engine = rollout.HFEngine(tiny.model, tiny.processor, 8)
+    done = engine.generate(by_id(tiny.samples, "grey", "line"), 1, 1.0, 1.0, 6, 0)
+    for flat in (False, True):
+        batch = collate(done, tiny.processor)
+        if flat:
+            batch["inputs"]["position_ids"] = batch["inputs"]["attention_mask"].cumsum(1) - 1
+        with torch.no_grad():
+            logprobs, _ = Policy(tiny.model, tiny.processor)(batch, 1.0)
+        reported = train_grpo.beside(batch["mask"], done, {id(s): s.sampler_logprobs for s in done})
+        assert differ(logprobs, reported) == flat
+
+
+def test_token_types_padded_on_the_other_side(tiny):
+    """trl#5785, hf#36100, VLM-R1#220: ids were padded on the left and a second tensor of their
+    shape on the right, so that image positions were given to text. Ours: one place pads all of
+    them."""
+    samples = answered(by_id(tiny.samples, "grey", "rgb"), tiny.processor)
+    batch = collate(samples, tiny.processor)
+    names = ("input_ids", "attention_mask", "mm_token_type_ids")
+    assert len({batch["inputs"][name].shape for name in names}) == 1
+    pads = batch["inputs"]["input_ids"] == tiny.processor.image_token_id
+    assert torch.equal(batch["inputs"]["mm_token_type_ids"] == 1, pads)
+    right = logprobs_of(tiny, samples)
+    width, lengths = pads.shape[1], batch["inputs"]["attention_mask"].sum(1)
+    index = (torch.arange(width) + lengths[:, None]) % width
+    batch["inputs"]["mm_token_type_ids"] = batch["inputs"]["mm_token_type_ids"].gather(1, index)
+    with torch.no_grad():
+        wrong, _ = Policy(tiny.model, tiny.processor)(batch, 1.0)
+    assert differ(wrong, right)
+
+
+def test_a_mask_made_from_token_ids(qwen):
+    """trl PR#4970, pytorch/rl PR#3578, tiny-grpo, simple_GRPO: mask = ids != pad. Where pad and EOS
+    are one token, EOS is never trained and the model never learns to stop."""
+    qwen.processor.tokenizer.pad_token = qwen.processor.tokenizer.eos_token
+    samples = [replace(s, completion_ids=[20, 21, qwen.processor.tokenizer.eos_token_id])
+               for s in qwen.samples[:2]]
+    batch = collate(samples, qwen.processor)
+    buggy = batch["completion_ids"] != qwen.processor.tokenizer.pad_token_id
+    assert buggy.sum(1).tolist() == [2, 2]
+    assert batch["mask"].sum(1).tolist() == [3, 3]
+    logprobs, _ = Policy(qwen.model, qwen.processor)(batch, 1.0)
+    row = qwen.model.get_output_embeddings().weight
+    logprobs[:, 2].sum().backward()  # EOS alone
+    assert row.grad[qwen.processor.tokenizer.eos_token_id].abs().max() > 0
+
+
+def test_images_repeated_in_another_order_than_prompts(qwen):
+    """R1-V#4, #146: prompts went A A B B (repeat_interleave) and pixels A B A B (repeat): half of
+    the answers were scored against the other prompt's picture. Ours: whole samples are repeated."""
+    row = {"question": "<image>Which colour?", "answer": "1"}
+    a, b = (utils.make_sample(row | {"images": [png(c)]}, utils.Path("."), c, qwen.processor)
+            for c in ("white", "red"))
+    samples = [replace(s, completion_ids=[20, 21, 22]) for s in (a, a, b, b)]
+    batch = collate(samples, qwen.processor)
+    right = logprobs_of(qwen, samples)
+    assert not differ(right[0], right[1], 1e-6) and differ(right[1], right[2])
+    once = collate([a, b], qwen.processor)["inputs"]["pixel_values"]
+    batch["inputs"]["pixel_values"] = once.repeat(2, 1)
+    with torch.no_grad():
+        wrong, _ = Policy(qwen.model, qwen.processor)(batch, 1.0)
+    assert differ(wrong[0], wrong[1])
+
+
+# ---------------------------------------------------------------------------------------------
+# Sampler against trainer
+
+
+def test_a_temperature_forgotten_in_the_trainer(qwen):
+    """trl#4159, swift PR#8442, simple_GRPO: sampled at T = 0.7, scored at T = 1, so that the ratio
+    was not 1 before the first update."""
+    engine = rollout.HFEngine(qwen.model, qwen.processor, 64)
+    done = engine.generate(qwen.samples, 2, 0.7, 1.0, 8, 0)
+    mask = collate(done, qwen.processor)["mask"]
+    reported = train_grpo.beside(mask, done, {id(s): s.sampler_logprobs for s in done})
+    ratio = {t: (logprobs_of(qwen, done, t) - reported).exp()[mask] for t in (1.0, 0.7)}
+    assert differ(ratio[1.0], torch.ones(()), 0.5)
+    assert not differ(ratio[0.7], torch.ones(()), 1e-4)
+
+
+def test_top_p_in_training(qwen):
+    """trl#6789: at top_p = 0.9 the sampler renormalises by the kept mass S, the trainer does not,
+    and every ratio is off by log S. Ours reports the sampler's truth, and trains at top_p = 1."""
+    engine = rollout.HFEngine(qwen.model, qwen.processor, 64)
+    gaps = {}
+    for top_p in (0.9, 1.0):
+        done = engine.generate(qwen.samples, 1, 1.0, top_p, 8, 0)
+        mask = collate(done, qwen.processor)["mask"]
+        reported = train_grpo.beside(mask, done, {id(s): s.sampler_logprobs for s in done})
+        gaps[top_p] = (reported - logprobs_of(qwen, done))[mask]
+    assert not differ(gaps[1.0], torch.zeros(()), 1e-5)
+    # S lies between 0.9 and 1 (the token that crosses 0.9 is kept): log 1/S in (0, 0.105]
+    assert (gaps[0.9] > 0).all() and gaps[0.9].max() <= -math.log(0.9) + 1e-5
+
+
+def test_base_model_rollouts(qwen):
+    """trl#5312, four months from report to fix: generate() reloaded the first checkpoint from disk
+    over the synced weights. Every answer came from the base model and nothing crashed."""
+
+    class Buggy(rollout.HFEngine):
+        def generate(self, *args):
+            self.model.load_state_dict(base)
+            return super().generate(*args)
+
+    base = copy.deepcopy(qwen.model.state_dict())
+    trained = copy.deepcopy(qwen.model)
+    with torch.no_grad():
+        for p in trained.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    said = {}
+    for Engine in (Buggy, rollout.HFEngine):
+        engine = Engine(copy.deepcopy(qwen.model), qwen.processor, 64)
+        before = engine.generate(qwen.samples[:3], 1, 0, 1.0, 6, 0)
+        engine.sync(trained)
+        after = engine.generate(qwen.samples[:3], 1, 0, 1.0, 6, 0)
+        said[Engine] = [s.completion_ids for s in after] == [s.completion_ids for s in before]
+    assert said == {Buggy: True, rollout.HFEngine: False}
+
+
+def test_the_mismatch_metric_screams(qwen, one_rank):
+    """The same story: mean |dlogp| was 0.81 in the log and nobody looked. Ours logs `sampler_gap`:
+    0 when the sampler is the policy, large when it has fallen behind."""
+    engine = rollout.HFEngine(copy.deepcopy(qwen.model), qwen.processor, 64)
+    done = engine.generate(qwen.samples, 2, 1.0, 1.0, 6, 0)
+    policy, probe, gaps = Policy(qwen.model, qwen.processor), Probe(qwen.model), []
+    for stale in (False, True):
+        if stale:
+            with torch.no_grad():
+                for p in qwen.model.parameters():
+                    p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+        sums, _ = train_grpo.update(policy, probe, done, None, None, qwen.processor, ARGS)
+        gaps.append(sums["sampler_gap"] / sums["update_tokens"])
+    assert gaps[0] < 1e-5 and gaps[1] > 0.3
+
+
+def test_weights_skipped_by_a_sync(qwen):
+    """trl#5269, swift#9172: the trainer's weight names were not the sampler's, and a sync that is
+    not strict skipped them in silence. Ours refuses a name too many and a name too few."""
+    other = {f"model.{n}": p + 1 for n, p in qwen.model.state_dict().items()}
+    result = copy.deepcopy(qwen.model).load_state_dict(other, strict=False)
+    assert len(result.missing_keys) == len(other)  # nothing arrived, and no error
+    engine = rollout.HFEngine(copy.deepcopy(qwen.model), qwen.processor, 64)
+    wrapped = torch.nn.ModuleDict({"policy": qwen.model})
+    with pytest.raises(KeyError):
+        engine.sync(wrapped)
+    with pytest.raises(AssertionError, match="untouched"):
+        engine.sync(torch.nn.ModuleDict())
+
+
+def test_features_of_an_older_vision_tower(qwen):
+    """vllm#44910, trl#7198, verl#6523: image features were cached across updates of a trainable
+    vision tower. Ours remembers pixels alone, so that a changed tower is seen at once."""
+    sample = answered(by_id(qwen.samples, "grey"), qwen.processor)
+    tower, cached = qwen.model.base_model.visual, []
+    keep = tower.register_forward_hook(lambda m, args, out: cached.append(copy.copy(out)))
+    before = logprobs_of(qwen, sample)
+    keep.remove()
+    with torch.no_grad():
+        for p in tower.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    assert differ(logprobs_of(qwen, sample), before)
+    tower.register_forward_hook(lambda m, args, out: copy.copy(cached[0]))
+    assert not differ(logprobs_of(qwen, sample), before)  # the buggy form: as if nothing changed
+
+
+def test_randomness_of_the_batch(qwen):
+    """EasyR1#57, trl#3247, miles PR#3187: sampling drew from a global generator, so a resumed run,
+    or one on other ranks, gave other answers. Ours: an answer's numbers belong to prompt and
+    index."""
+    engine = rollout.HFEngine(qwen.model, qwen.processor, 64)
+
+    def draw(global_state):
+        torch.manual_seed(global_state)
+        ours = engine.generate(qwen.samples[:2], 1, 1.0, 1.0, 6, 0)
+        return [s.completion_ids for s in ours], torch.multinomial(torch.ones(400), 12).tolist()
+
+    (ours, buggy), (ours_again, buggy_again) = draw(0), draw(1)
+    assert buggy != buggy_again and ours == ours_again
+
+
+# ---------------------------------------------------------------------------------------------
+# Advantages, losses, gradients
+
+
+def test_whitening_that_adds_the_mean_back():
+    """MAYE: whiten(shift_mean=True) put the mean back after dividing, so that advantages of a batch
+    with mean 0.75 were nearly all positive: every answer was reinforced."""
+    rewards = torch.tensor([1.0, 1, 1, 0])
+    buggy = (rewards - rewards.mean()) / rewards.std() + rewards.mean()
+    assert buggy.mean() == pytest.approx(0.75)
+    assert train_grpo.reinforce_advantages(rewards).mean() == pytest.approx(0, abs=1e-6)
+    assert train_grpo.reinforce_advantages(rewards)[3] < 0
+
+
+def test_groups_that_are_all_alike(qwen, one_rank):
+    """trl#4764, #3708, swift#8429: a group of equal rewards has std 0; rounding over a tiny epsilon
+    made its advantages noise. Ours is exactly 0, and so is the gradient."""
+    rewards = torch.full((7,), 0.1)
+    buggy = (rewards - rewards.sum() / 7) / (rewards.std() + 1e-8)
+    assert buggy.abs().max() > 0.1
+    samples = [replace(s, reward=0.1) for s in mixed(qwen)]
+    train_grpo.set_advantages(samples, 5, "grpo")
+    policy, probe = Policy(qwen.model, qwen.processor), Probe(qwen.model)
+    train_grpo.update(policy, probe, samples, None, None, qwen.processor, ARGS)
+    assert all(not g.any() for g in probe.gradients.values())
+
+
+def test_nothing_was_scored():
+    """swift's FAQ, trl#6369, PR#3248: when nothing is left in a mean, 0 / 0 makes a NaN that
+    spreads into every weight. Ours: an answer that cannot be compared has advantage 0."""
+    rewards = torch.tensor([[math.nan, math.nan], [1.0, 0.0]])
+    assert rewards.nanmean(1).isnan()[0]
+    assert train_grpo.grpo_advantages(rewards).isfinite().all()
+    assert train_grpo.reinforce_advantages(rewards[0]).tolist() == [0, 0]
+
+
+def test_a_nan_stops_the_run_before_the_weights(qwen, one_rank):
+    """EasyR1 skips a step whose gradient is not finite; most others write it into the weights. Ours
+    stops and names the prompts, with the weights as they were."""
+    samples = mixed(qwen)
+    samples[1].advantage = math.nan
+    before = [p.detach().clone() for p in qwen.model.parameters()]
+    optimizer = torch.optim.SGD(qwen.model.parameters(), lr=0.1)
+    with pytest.raises(FloatingPointError, match="text"):
+        train_grpo.update(Policy(qwen.model, qwen.processor), optimizer, samples, None, None,
+                          qwen.processor, ARGS)
+    assert all(map(torch.equal, before, qwen.model.parameters()))
+    # the buggy form: clip and step, whatever the gradient is
+    logprobs, _ = Policy(qwen.model, qwen.processor)(collate(samples, qwen.processor), 1.0)
+    (logprobs.sum() * math.nan).backward()
+    torch.nn.utils.clip_grad_norm_(qwen.model.parameters(), 1.0)
+    optimizer.step()
+    assert not all(p.isfinite().all() for p in qwen.model.parameters())
+
+
+def test_the_mean_of_means(qwen, one_rank):
+    """trl#5619, #3021, swift#10117, MAYE, nano-aha: each micro-batch's loss was a mean over its own
+    tokens, so that a token in a short micro-batch counted more. Ours divides by all tokens once."""
+    samples = mixed(qwen)
+    policy, probe = Policy(qwen.model, qwen.processor), Probe(qwen.model)
+    results = {}
+    for size in (5, 2):
+        train_grpo.update(policy, probe, samples, None, None, qwen.processor,
+                          replace(ARGS, micro_batch_size=size))
+        parts = train_grpo.micro_batches(samples, size, math.ceil(5 / size))
+        for part in parts:  # the buggy form
+            batch = collate(part, qwen.processor)
+            gain = policy(batch, 1.0)[0] * torch.tensor([[s.advantage] for s in part])
+            (-gain.sum() / batch["mask"].sum() / len(parts)).backward()
+        results[size] = probe.gradients, gradients(qwen.model)
+        qwen.model.zero_grad()
+    assert_same_gradients(results[2][0], results[5][0])
+    with pytest.raises(AssertionError, match="gradients differ"):
+        assert_same_gradients(results[2][1], results[5][1])
+
+
+def test_a_rank_that_runs_out_of_micro_batches(qwen, one_rank, monkeypatch):
+    """verl#6176, EasyR1#11004: ranks made different numbers of passes and the sharded run hung.
+    Ours fills up with passes whose mask is empty; here another rank is pretended to need seven."""
+    samples, policy, probe = mixed(qwen), Policy(qwen.model, qwen.processor), Probe(qwen.model)
+    passes, results = [], []
+    policy.register_forward_hook(lambda *_: passes.append(1))
+    for needed in (1, 7):
+        monkeypatch.setattr(utils, "gather", lambda mine: [*mine, needed])
+        passes.clear()
+        sums, _ = train_grpo.update(policy, probe, samples, None, None, qwen.processor, ARGS)
+        results.append((probe.gradients, sums["loss"]))
+        assert len(passes) == needed
+    assert_same_gradients(results[1][0], results[0][0])
+    assert results[1][1] == pytest.approx(results[0][1])
+
+
+def test_labels_masked_through_a_view(qwen):
+    """nano-aha: labels[~mask] = 0 wrote through a view, so the token count taken afterwards was of
+    all positions and the loss shrank with padding. Ours leaves a batch as it was."""
+    labels = torch.tensor([[-100, 5, 6, -100]])
+    shifted = labels[:, 1:]
+    shifted[shifted == -100] = 0
+    assert (labels[:, 1:] != -100).sum() == 3  # the true count is 2
+    batch = collate(mixed(qwen), qwen.processor)
+    copied = copy.deepcopy(batch)
+    Policy(qwen.model, qwen.processor)(batch, 1.0)[0].sum().backward()
+    assert batch["inputs"].keys() == copied["inputs"].keys()
+    assert all(torch.equal(batch["inputs"][n], copied["inputs"][n]) for n in copied["inputs"])
+    assert all(torch.equal(batch[n], copied[n]) for n in copied if n != "inputs")
+
+
+def test_the_entropy_of_the_sampled_token_alone(qwen):
+    """MAYE logged -p log p of the sampled token as "entropy". Ours is the whole sum: for a model
+    that knows nothing it is the logarithm of the number of tokens it may say."""
+    with torch.no_grad():
+        qwen.model.get_output_embeddings().weight.zero_()
+    batch = collate(mixed(qwen), qwen.processor)
+    with torch.no_grad():
+        logprobs, entropies = Policy(qwen.model, qwen.processor)(batch, 1.0)
+    allowed = len(qwen.processor.tokenizer) - 2  # image and video placeholders are banned
+    want = torch.full((), math.log(allowed))
+    assert not differ(entropies[batch["mask"]], want, 1e-4)
+    assert not differ(logprobs[batch["mask"]], -want, 1e-4)
+    buggy = -(logprobs.exp() * logprobs)[batch["mask"]]
+    assert differ(buggy, want, 1.0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Rewards
+
+
+def test_a_grader_that_needs_the_main_thread():
+    """Math-Verify#55, #50, #11, trl PR#5281: time-outs by SIGALRM fail off the main thread, or give
+    0 in silence. Ours has no timer: hostile input is answered, and in a thread too."""
+    found = []
+
+    def work():
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # what the buggy form does first
+        except ValueError as error:
+            found.append(str(error))
+        found.append(reward.is_equal("\\frac{1}{2}", "0.5"))
+        found.append(reward.is_equal("9^{9^{9^9}}", "1"))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert "main thread" in found[0] and found[1:] == [True, False]
+
+
+def test_unscored_is_not_wrong():
+    """Math-Verify's time-out came back as 0, "wrong", and right answers were punished. Ours: None
+    is left out of its group's mean, so the others' advantages are as if it had not been there."""
+    alone = train_grpo.grpo_advantages(torch.tensor([[1.0, 0.0]]))
+    beside = train_grpo.grpo_advantages(torch.tensor([[1.0, math.nan, 0.0]]))
+    buggy = train_grpo.grpo_advantages(torch.tensor([[1.0, math.nan, 0.0]]).nan_to_num())
+    assert torch.equal(beside[0, [0, 2]], alone[0]) and beside[0, 1] == 0
+    assert differ(buggy[0, [0, 2]], alone[0], 0.1) and buggy[0, 1] < 0

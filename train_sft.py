@@ -1,0 +1,261 @@
+"""Stage: supervised fine-tuning. The baseline that reinforcement learning is compared with.
+
+Maximum likelihood on golden responses. Data, prompt, model, evaluation and run folder are those of
+train_grpo.py, so that the two files differ in what they teach and in nothing else: read them with
+`diff train_sft.py train_grpo.py`. Left out of the textbook: sequence packing, dropout, label
+smoothing, a loss on the prompt. An epoch is one pass over the training prompts, there as here.
+
+    Step I    data flow             prompts, images and golden responses become samples
+    Step II   response collection   nothing to collect: the response is given
+    Step III  trajectory            nothing to weigh: every response token counts the same
+    Step IV   policy update         a likelihood step
+
+    python train_sft.py                        # the toy, on a laptop, no argument needed
+    torchrun --standalone --nproc_per_node 8 train_sft.py --model Qwen/Qwen2.5-VL-3B-Instruct \
+        --train_data mm_math5k/rl.jsonl --validation_data mm_math5k/validation.jsonl \
+        --test_data mm_math5k/test.jsonl --batch_size 16 --lr 1e-5 --max_new_tokens 2048
+"""
+
+import copy
+import math
+import random
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+import utils
+from utils import UserError, print0, rank, world_size
+
+
+@dataclass
+class Args:
+    # Run
+    model: str = "toy_model"  # folder or hub id of a vision-language model
+    out: str = ""  # run folder; empty: a new one under runs/; an unfinished run there goes on
+    seed: int = 0  # of the data order
+    # Data
+    train_data: str = "toy:train"  # .jsonl data set with golden responses in "solution"
+    validation_data: str = "toy:validation"  # measured before and after; empty: none
+    test_data: str = "toy:test"  # out of distribution; empty: none
+    max_prompt_tokens: int = 2048  # longer prompts, images included, are dropped
+    # Rollout, for the evaluation alone
+    engine: Literal["auto", "hf"] = "auto"  # sampler; auto picks the embedded one
+    max_new_tokens: int = 96  # completions are cut off here; longer golden responses are refused
+    rollout_batch_size: int = 256  # completions sampled at one time on a rank
+    # Optimiser
+    epochs: int = 2  # passes over the training prompts
+    max_steps: int = 0  # stop after this many gradient steps; 0: after all epochs
+    batch_size: int = 16  # prompts a gradient step, over all ranks
+    micro_batch_size: int = 16  # sequences in one forward pass on a rank
+    lr: float = 1e-4  # AdamW learning rate at its peak; then a cosine to 0
+    warmup_steps: int = 4  # gradient steps from 0 to lr
+    weight_decay: float = 0.0  # AdamW
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    train_vision: bool = False  # train the vision tower
+    train_connector: bool = False  # train the vision-language connector
+    train_language: bool = True  # train the language model
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of compute; master weights are float32
+    gradient_checkpointing: bool = False  # recompute layers in backward: less memory, more time
+    # Measuring and saving
+    eval_settings: str = "pass1_t0.6"  # decoding settings of evaluate.py, joined by commas
+    eval_every: int = 0  # epochs between evaluations; 0: before and after only
+    save_every: int = 0  # gradient steps between checkpoints; 0: only the last
+
+
+# ---------------------------------------------------------------------------------------------
+# Pure functions: the schedule of the learning rate
+
+
+def learning_rate_at(step, total, peak, warmup):
+    """Linear to `peak` over `warmup` steps, then a cosine to 0 at `total`; steps count from 1."""
+    if step <= warmup:
+        return peak * step / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+# ---------------------------------------------------------------------------------------------
+# Step I: data flow
+
+
+def epoch_batches(samples, batch_size, seed, epoch):
+    """The epoch's batches of prompts, the same on every rank; a short last batch is dropped."""
+    order = list(range(len(samples)))
+    random.Random(f"{seed} {epoch}").shuffle(order)
+    whole = len(order) - len(order) % batch_size
+    return [[samples[i] for i in order[k : k + batch_size]] for k in range(0, whole, batch_size)]
+
+
+def with_golden_responses(samples, processor, max_new_tokens):
+    """Samples completed by their golden responses. EOS is trained: a model must learn to stop."""
+    done = []
+    for s in samples:
+        ids = processor.tokenizer(s.solution)["input_ids"] if s.solution.strip() else []
+        if not ids:
+            raise UserError(f'prompt {s.id}: the field "solution" is empty; add a golden response.')
+        if len(ids) >= max_new_tokens:
+            raise UserError(f"prompt {s.id}: its golden response has {len(ids)} tokens; raise "
+                            f"--max_new_tokens above that, it is {max_new_tokens}.")
+        ids = ids + [processor.tokenizer.eos_token_id]
+        given = {"completion_text": s.solution, "finish_reason": "stop"}
+        done.append(replace(s, completion_ids=ids, **given))
+    return done
+
+
+# ---------------------------------------------------------------------------------------------
+# Step IV: policy update
+
+
+def micro_batches(samples, size, count):
+    """`count` lists of at most `size` samples, alike in length; empty ones keep ranks in step."""
+    ordered = sorted(samples, key=lambda s: len(s.prompt_ids) + len(s.completion_ids))
+    return [ordered[i * size : (i + 1) * size] for i in range(count)]
+
+
+def update(policy, optimizer, samples, processor, args):
+    """One gradient step on this rank's share of a batch. COLLECTIVE.
+
+    Returns this rank's sums over tokens, and the gradient norm before clipping.
+    """
+    count = max(utils.gather([math.ceil(len(samples) / args.micro_batch_size)]))
+    sums = defaultdict(float, update_tokens=sum(len(s.completion_ids) for s in samples))
+    all_tokens = utils.sum_over_ranks({"tokens": sums["update_tokens"]})["tokens"]
+    for part in micro_batches(samples, args.micro_batch_size, count):
+        # a rank that has run out repeats a sample under an empty mask: FSDP needs its passes
+        batch = utils.collate(part or samples[:1], processor)
+        batch["mask"] &= bool(part)
+        logprobs, entropies = policy(batch, temperature=1.0)  # (B, C), (B, C), 0 outside the mask
+        # divided by the tokens of ALL ranks and micro-batches, so that how the work is split
+        # changes nothing; times world_size because FSDP averages gradients over ranks
+        loss = -logprobs.sum() * world_size() / all_tokens
+        stop_if_not_finite(loss, "loss", part)
+        loss.backward()
+        sums["loss"] -= logprobs.sum().item()
+        sums["entropy"] += entropies.sum().item()
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    stop_if_not_finite(norm, "gradient norm", samples)
+    optimizer.step()
+    optimizer.zero_grad()
+    return sums, norm.item()
+
+
+def stop_if_not_finite(value, what, samples):
+    """End the run rather than spoil the weights; the batch is named for inspection."""
+    if not torch.isfinite(value):
+        names = sorted({s.id for s in samples})
+        raise FloatingPointError(f"rank {rank()}: the {what} is {value.item()} on the prompts "
+                                 f"{names}; this batch has not changed the weights.")
+
+
+# ---------------------------------------------------------------------------------------------
+# The stage
+
+
+@contextmanager
+def timed(seconds, name):
+    """Add the time that the block takes to `seconds[name]`."""
+    started = time.perf_counter()
+    yield
+    seconds[name] += time.perf_counter() - started
+
+
+def check_args(args):
+    """Refuse what cannot work, before anything is loaded."""
+    if args.batch_size % world_size():
+        raise UserError(f"--batch_size {args.batch_size} must be a multiple of the {world_size()} "
+                        "ranks.")
+
+
+def main(args):
+    from evaluate import before_and_after, chosen_settings, evaluate_splits
+    from rollout import make_engine
+
+    check_args(args)
+    settings = chosen_settings(args.eval_settings)
+    started = time.time()
+    out, continues = utils.open_run(args)
+    processor = utils.load_processor(args.model)
+
+    # Step I: data flow. Prompts with their images become samples, all checked before step 1
+    names = {"train": args.train_data, "validation": args.validation_data, "test": args.test_data}
+    paths = {split: utils.data_path(name, out) for split, name in names.items() if name}
+    data = {split: utils.load_samples(path, processor, args.max_prompt_tokens)
+            for split, path in paths.items()}
+    train = with_golden_responses(data.pop("train"), processor, args.max_new_tokens)
+    steps_per_epoch = len(train) // args.batch_size
+    if steps_per_epoch == 0:
+        raise UserError(f"--batch_size {args.batch_size} is more than the {len(train)} prompts.")
+    if len(train) % args.batch_size:
+        print0(f"Each epoch leaves out {len(train) % args.batch_size} of {len(train)} prompts.")
+    total = steps_per_epoch * args.epochs
+    total = min(total, args.max_steps) if args.max_steps else total
+
+    # The sampler has whole weights of its own; the policy is sharded over the ranks
+    dtype = utils.compute_dtype(args.dtype)
+    model = utils.load_model(args.model)
+    engine = make_engine(args.engine, copy.deepcopy(model).to(dtype), processor, args)
+    count = utils.freeze(model, args.train_vision, args.train_connector, args.train_language)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    policy = utils.shard(utils.Policy(model, processor), dtype).train()
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.95), weight_decay=args.weight_decay)
+    print0(f"Training {count:,} weights on {len(train)} prompts: {total} steps of "
+           f"{args.batch_size} golden responses, on {world_size()} x {utils.device().type}. {out}")
+
+    start = 0
+    if continues and utils.latest_checkpoint(out):
+        start = utils.load_resume_state(utils.latest_checkpoint(out), policy, optimizer)
+        print0(f"Continuing after step {start}.")
+    utils.cut_logs(out, start)
+    if start == 0:
+        evaluate_splits(engine, data, settings, args, 0, 0.0, out)
+
+    steps = range(start + 1, total + 1)
+    for step in (bar := tqdm(steps, "SFT", total, initial=start, disable=rank() > 0)):
+        epoch, k = divmod(step - 1, steps_per_epoch)
+        seconds = defaultdict(float)
+        batch = epoch_batches(train, args.batch_size, args.seed, epoch)[k]
+        samples = batch[rank() :: world_size()]
+
+        # Step II: response collection. The golden responses are there already
+        # Step III: trajectory. Every token of them counts the same
+
+        # Step IV: policy update. One gradient step
+        learning_rate = learning_rate_at(step, total, args.lr, args.warmup_steps)
+        optimizer.param_groups[0]["lr"] = learning_rate
+        with timed(seconds, "update"):
+            sums, norm = update(policy, optimizer, samples, processor, args)
+
+        # Log, evaluate, save
+        sums = utils.sum_over_ranks(sums)
+        metrics = {name: sums[name] / sums["update_tokens"] for name in ("loss", "entropy")}
+        metrics["length"] = sums["update_tokens"] / args.batch_size
+        metrics |= {"grad_norm": norm, "lr": learning_rate}
+        metrics |= {f"seconds_{name}": round(s, 3) for name, s in seconds.items()}
+        place = {"generation_step": step, "gradient_step": step, "epoch": step / steps_per_epoch}
+        if rank() == 0:
+            utils.append_jsonl(out / "metrics.jsonl", place | metrics)
+        bar.set_postfix(loss=f"{metrics['loss']:.3f}", update=f"{seconds['update']:.1f}s")
+        last = step == total
+        if last or (args.save_every and step % args.save_every == 0):
+            utils.save_checkpoint(out, step, policy, processor, optimizer, dtype)
+        if last or (args.eval_every and step % (args.eval_every * steps_per_epoch) == 0):
+            engine.sync(policy.model)
+            evaluate_splits(engine, data, settings, args, step, step / steps_per_epoch, out)
+
+    minutes = round((time.time() - started) / 60, 2)
+    result = before_and_after(out) | {"steps": total, "minutes": minutes, "out": str(out)}
+    if rank() == 0:
+        utils.write_json(out / "result.json", result)
+    return result
+
+
+if __name__ == "__main__":
+    utils.run_script(main, Args)

@@ -1,0 +1,573 @@
+"""The small shared module: flags, ranks, records, prompts, models, batches, runs, checkpoints.
+
+Read it last: nothing here knows what reinforcement learning is. A stage and this file can be copied
+into another project together.
+"""
+
+import argparse
+import functools
+import inspect
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from PIL import Image, ImageOps
+from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging as transformers_logging
+
+# the one prompt template: training, evaluation and every engine use it
+INSTRUCTION = "Think step by step and put the final answer in \\boxed{}."
+IMAGE_MARK = "<image>"
+HEAD_CHUNK = 2048  # completion tokens whose logits, [tokens, vocabulary], exist at one time
+
+
+# ---------------------------------------------------------------------------------------------
+# Flags, and the ways a script ends
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: one sentence on stderr, exit code 2, no traceback."""
+
+
+def checked(function, *values):
+    """Call a function that reports a user's mistake as ValueError; pass it on as UserError."""
+    try:
+        return function(*values)
+    except ValueError as error:
+        raise UserError(str(error))
+
+
+def parse_args(Args, argv=None):
+    """Turn the dataclass `Args` into a command line: a field is a flag, its comment is its help."""
+    purpose = sys.modules[Args.__module__].__doc__.split("\n\n")[0]
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=purpose, formatter_class=style, allow_abbrev=False)
+    if rank() > 0:  # every rank parses the same flags; one of them complains
+        parser.error = lambda message: sys.exit(2)
+    docs = dict(re.findall(r"^    (\w+):.*?  # (.+)$", inspect.getsource(Args), re.M))
+    for f in fields(Args):
+        kind = {"type": f.type}
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif get_origin(f.type) is Literal:
+            kind = {"choices": get_args(f.type)}
+        text = docs[f.name].replace("%", "%%")
+        parser.add_argument(f"--{f.name}", default=f.default, help=text, **kind)
+    return Args(**vars(parser.parse_args(argv)))
+
+
+def run_script(main, Args):
+    """Parse the flags, join the other ranks, run `main(args)`, print what it returns as JSON.
+
+    Exit codes: 2 for a user's mistake, 128 + signal number for Ctrl-C and SIGTERM.
+    """
+    args = parse_args(Args)
+    try:
+        start_ranks()
+        result = main(args)
+        if rank() == 0:
+            print(json.dumps(result), flush=True)
+    except UserError as error:
+        print0(f"{Path(sys.argv[0]).name}: {error}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print0("\nStopped before the run began; nothing was written.")
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def end_on_signal(out):
+    """From now on leave at once on Ctrl-C or SIGTERM, and name the run's last whole checkpoint.
+
+    Python runs a signal's handler between two bytecodes, so a rank that waits inside a collective
+    would never run it; the wake-up descriptor is written by the C handler itself, and a thread
+    reads it. Every file of a run is whole at every moment, so leaving at any moment is safe.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+
+    def wait():
+        number = os.read(reader, 1)[0]
+        last = latest_checkpoint(out)
+        where = f"the last whole checkpoint is {last}" if last else "no checkpoint was written yet"
+        print0(f"\nStopped; {where}. The same command with --out {out} goes on from there.")
+        os._exit(128 + number)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+# ---------------------------------------------------------------------------------------------
+# Ranks: one process a device; one plain process is a group of one
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def device():
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def print0(*values):
+    """Print on rank 0, to stderr: stdout is kept for results."""
+    if rank() == 0:
+        tqdm.write(" ".join(map(str, values)), file=sys.stderr)
+
+
+def start_ranks():
+    """Join the process group that torchrun made room for, or form a group of one."""
+    # torchrun gives every rank a single thread; share the cores out instead
+    torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    transformers_logging.disable_progress_bar()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, **alone)
+
+
+def sum_over_ranks(values):
+    """Sum a dictionary of numbers over ranks, in float64. COLLECTIVE: same keys on every rank."""
+    total = torch.tensor(list(values.values()), dtype=torch.float64)
+    dist.all_reduce(total)
+    return dict(zip(values, total.tolist()))
+
+
+def gather(items):
+    """The ranks' lists joined, in rank order, on every rank. COLLECTIVE."""
+    lists = [None] * world_size()
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+
+# ---------------------------------------------------------------------------------------------
+# Records: a data set is JSON lines; a list of samples travels through the stages
+
+
+@dataclass
+class Sample:
+    """One prompt and, once an engine has answered it, one completion: the contract between stages.
+
+    Lists of samples travel; tensors exist only inside `collate`.
+    """
+
+    id: str
+    question: str
+    answer: str
+    solution: str  # golden response for SFT, "" where the data has none
+    images: list  # a path (or the bytes of a parquet row) for each image; decoded late
+    prompt_text: str  # what a sampler wants: one placeholder an image
+    prompt_ids: list[int]  # what the trainer sees: one placeholder a merged patch
+    completion_ids: list[int] = field(default_factory=list)  # EOS included
+    completion_text: str = ""
+    finish_reason: str = ""  # "stop" (EOS was sampled) or "length" (cut off)
+    sampler_logprobs: list[float] = field(default_factory=list)  # nats, one a completion token
+    rewards: dict = field(default_factory=dict)  # by name, before weighing; None: not scored
+    reward: float | None = None
+    advantage: float = 0.0
+
+    def record(self):
+        """What a run folder keeps of this sample, ready for JSON."""
+        names = "id question answer completion_text finish_reason rewards reward advantage".split()
+        return {n: getattr(self, n) for n in names} | {"length": len(self.completion_ids)}
+
+
+def data_path(name, out):
+    """A data set's path; `toy:train` and its like are first written into the run folder `out`."""
+    if not name.startswith("toy:"):
+        return Path(name)
+    path = Path(out) / "toy_data" / f"toy_{name.removeprefix('toy:')}.jsonl"
+    if rank() == 0 and not path.exists():
+        from toy import write_data
+
+        write_data(path.parent)
+    dist.barrier()
+    return path
+
+
+def read_rows(path):
+    """Yield `(place, row)` for every row of a .jsonl or .parquet file; `place` is for messages."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the path of a .jsonl or .parquet data set.")
+    if path.suffix == ".parquet":  # as hiyouga/geometry3k has it
+        try:
+            import pyarrow.parquet
+        except ImportError:
+            raise UserError(f"{path}: reading parquet needs pyarrow; run `pip install pyarrow`.")
+        for n, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1):
+            row["images"] = [image["bytes"] for image in row["images"]]
+            yield f"{path}, row {n}", row | {"question": row["problem"]}
+        return
+    for n, line in enumerate(path.read_bytes().splitlines(), 1):
+        place = f"{path}, line {n}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:  # not JSON, or not UTF-8
+            raise UserError(f"{place}: not valid JSON ({error}); correct or remove the line.")
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: not a JSON object with question and answer; correct it.")
+        yield place, row
+
+
+def open_image(source):
+    """Decode a path or bytes to RGB: EXIF rotation applied, transparency laid on white."""
+    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def checked_image(image, folder, place):
+    """A row's image, checked: a path inside the data set's folder, made absolute, or its bytes."""
+    name = "image"
+    if isinstance(image, str):
+        name, image = f"image {image}", str((folder / image).resolve())
+        if not Path(image).is_relative_to(folder.resolve()):
+            raise UserError(f"{place}: {name} lies outside {folder}; move it inside.")
+        if not Path(image).is_file():
+            raise UserError(f"{place}: {name} does not exist in {folder}; correct the path.")
+    try:
+        open_image(image)
+    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{place}: {name} cannot be read ({error}); replace it.")
+    return image
+
+
+def make_sample(row, path, place, processor):
+    """Check one row and write its prompt: the only place where a prompt is written."""
+    for name in ("question", "answer"):
+        if not str(row.get(name) or "").strip() and row.get(name) != 0:
+            raise UserError(f'{place}: the field "{name}" is missing or empty; add it.')
+    question, images = str(row["question"]), row.get("images")
+    special = [t for t in processor.tokenizer.all_special_tokens if t in question]
+    if special:
+        raise UserError(f"{place}: the question holds the model's mark {special[0]}; remove it.")
+    if images is None:
+        images = [row["image"]] if row.get("image") else []
+    images = [checked_image(image, path.parent, place) for image in images]
+    marks = question.count(IMAGE_MARK)
+    if marks != len(images):
+        raise UserError(f"{place}: {marks} {IMAGE_MARK} marks in the question for {len(images)} "
+                        "images; give one mark an image.")
+    content = []
+    for i, text in enumerate(question.split(IMAGE_MARK)):
+        content += [{"type": "image"}] * (i > 0) + [{"type": "text", "text": text}]
+    content.append({"type": "text", "text": f"\n{INSTRUCTION}"})
+    messages = [{"role": "user", "content": content}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    inputs = processor(text=[prompt], images=[open_image(i) for i in images] or None)
+    ids = list(inputs["input_ids"][0])
+    if "image_grid_thw" in inputs:  # one placeholder for every merge x merge block of patches
+        merged = sum(int(grid.prod()) for grid in inputs["image_grid_thw"])
+        merged //= processor.image_processor.merge_size**2
+        held = ids.count(processor.image_token_id)
+        assert held == merged, f"{place}: {held} image placeholders for {merged} merged patches"
+    return Sample(str(row.get("id") or place), question, str(row["answer"]),
+                  str(row.get("solution") or ""), images, prompt, ids)
+
+
+def load_samples(path, processor, max_prompt_tokens):
+    """Read a data set. Prompts longer than `max_prompt_tokens` are dropped, and said; never cut."""
+    samples = [make_sample(row, path, place, processor) for place, row in read_rows(path)]
+    if not samples:
+        raise UserError(f"{path}: the file holds no rows; give a data set with at least one.")
+    if len({s.id for s in samples}) < len(samples):
+        raise UserError(f"{path}: two rows have the same id; make every id unique.")
+    kept = [s for s in samples if len(s.prompt_ids) <= max_prompt_tokens]
+    dropped = [s.id for s in samples if len(s.prompt_ids) > max_prompt_tokens]
+    if not kept:
+        shortest = min(len(s.prompt_ids) for s in samples)
+        raise UserError(f"{path}: every prompt is longer than --max_prompt_tokens "
+                        f"{max_prompt_tokens}, the shortest has {shortest} tokens; raise it or use "
+                        "smaller images.")
+    if dropped:
+        print0(f"{path}: left out {len(dropped)} of {len(samples)} prompts that are longer than "
+               f"{max_prompt_tokens} tokens: {', '.join(dropped[:5])}{' ...' * (len(dropped) > 5)}")
+    return kept
+
+
+# ---------------------------------------------------------------------------------------------
+# Models
+
+
+def load_pretrained(loader, path, **kwargs):
+    """`loader.from_pretrained(path)`, its failure told in one sentence."""
+    try:
+        return loader.from_pretrained(path, **kwargs)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"--model {path}: cannot be loaded ({reason}); give a folder or hub id of "
+                        "an instruction-tuned vision-language model with its processor files.")
+
+
+def load_processor(path):
+    """The checkpoint's processor: tokenizer, chat template and image processor in one."""
+    processor = load_pretrained(AutoProcessor, path)
+    if not getattr(processor, "chat_template", None) or not hasattr(processor, "image_processor"):
+        raise UserError(f"--model {path}: its processor has no chat template or takes no images; "
+                        "give an instruction-tuned vision-language model.")
+    return processor
+
+
+def load_model(path, dtype=torch.float32):
+    """The checkpoint's model on this rank's device, weights in `dtype`."""
+    return load_pretrained(AutoModelForImageTextToText, path, dtype=dtype).to(device())
+
+
+def compute_dtype(name):
+    """The `--dtype` flag as a torch dtype; auto is bfloat16 on CUDA and float32 on a CPU."""
+    if name == "auto":
+        name = "bfloat16" if torch.cuda.is_available() else "float32"
+    return getattr(torch, name)
+
+
+def freeze(model, train_vision, train_connector, train_language):
+    """Choose what trains; return the number of trainable weights. The paper: the language alone."""
+    language = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
+    for name, parameter in model.named_parameters():
+        wanted = train_vision
+        if parameter in language:
+            wanted = train_language
+        elif re.search("merger|projector|connector|aligner", name):
+            wanted = train_connector
+        parameter.requires_grad_(wanted)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if count == 0:
+        raise UserError("nothing is left to train; give --train_language, --train_connector or "
+                        "--train_vision.")
+    return count
+
+
+def banned_ids(processor):
+    """Ids that must never be sampled: a placeholder in a completion has no image behind it."""
+    names = ("image_token_id", "video_token_id")
+    return [getattr(processor, n) for n in names if getattr(processor, n, None) is not None]
+
+
+class Policy(torch.nn.Module):
+    """A model behind one forward: batch in, log-probabilities of the completion tokens out.
+
+    FSDP2 gathers weights in the forward of the module they belong to. All that touches weights runs
+    inside this one forward; a call of the inner model or the head from outside would meet shards.
+    """
+
+    def __init__(self, model, processor):
+        super().__init__()
+        self.model = model
+        self.banned = banned_ids(processor)
+
+    def forward(self, batch, temperature):
+        """Log-probabilities and entropies of the completion tokens: (B, C), nats, 0 on padding.
+
+        `batch` comes from `collate`. The distribution is softmax(logits / temperature) without the
+        banned ids, in float32: what an engine samples from at top_p = 1.
+        """
+        mask, targets = batch["mask"], batch["completion_ids"][batch["mask"]]  # (B, C), (N,)
+        out = self.model.base_model(**batch["inputs"], use_cache=False)
+        row, step = mask.nonzero(as_tuple=True)  # (N,), (N,)
+        # out.last_hidden_state is (B, L, H); a token is predicted one position before its own
+        hidden = out.last_hidden_state[row, batch["prompt_lengths"][row] + step - 1]  # (N, H)
+        # recomputed in backward, so that [tokens, vocabulary] never exists whole
+        parts = [checkpoint(self.token_logprobs, h, t, temperature, use_reentrant=False)
+                 for h, t in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))]
+        blank = torch.zeros(mask.shape, device=mask.device)
+        return tuple(blank.masked_scatter(mask, torch.cat(p)) for p in zip(*parts))
+
+    def token_logprobs(self, hidden, targets, temperature):
+        """(N, H) hidden states and (N,) targets to (N,) log-probabilities and (N,) entropies."""
+        logits = self.model.get_output_embeddings()(hidden).float() / temperature  # (N, V)
+        logits[:, self.banned] = torch.finfo(logits.dtype).min
+        logprobs = logits.log_softmax(-1)
+        with torch.no_grad():
+            entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+
+def shard(policy, dtype):
+    """Shard `policy` over the ranks by FSDP2: float32 master weights, compute in `dtype`.
+
+    A decoder layer is a group; the rest is the root's: tied embeddings and head, which must share
+    one, and the vision tower, which a rank without images never calls.
+    """
+    mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in policy.model.get_decoder().layers:
+        fully_shard(layer, mp_policy=mixed)
+    return fully_shard(policy, mp_policy=mixed)
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches
+
+
+@functools.lru_cache(maxsize=256)
+def image_inputs(image_processor, source):
+    """One image's tensors (`pixel_values`, its grid, ...), remembered for the G completions."""
+    return dict(image_processor(images=[open_image(source)], return_tensors="pt"))
+
+
+def collate(samples, processor):
+    """Samples to tensors on this rank's device; a row is prompt, completion, padding on the right.
+
+    Masks come from lengths, never from token ids: padding and EOS may share one. Returns `inputs`
+    (the model's own arguments), `prompt_lengths` (B,), `completion_ids` (B, C) and `mask` (B, C),
+    where C is the longest completion.
+    """
+    rows = [s.prompt_ids + s.completion_ids for s in samples]
+    pad = processor.tokenizer.pad_token_id
+
+    def padded(lists, value):
+        width = max(1, max(map(len, lists)))
+        return torch.tensor([x + [value] * (width - len(x)) for x in lists], device=device())
+
+    inputs = {"input_ids": padded(rows, pad)}
+    inputs["attention_mask"] = padded([[1] * len(r) for r in rows], 0)
+    if "mm_token_type_ids" in processor.model_input_names:  # 1 on an image's placeholders
+        image = processor.image_token_id
+        inputs["mm_token_type_ids"] = padded([[int(t == image) for t in r] for r in rows], 0)
+    parts = [image_inputs(processor.image_processor, i) for s in samples for i in s.images]
+    for name in parts[0] if parts else ():  # images in reading order, joined along the first axis
+        inputs[name] = torch.cat([p[name] for p in parts]).to(device())
+    lengths = torch.tensor([len(s.prompt_ids) for s in samples], device=device())
+    return {"inputs": inputs, "prompt_lengths": lengths,
+            "completion_ids": padded([s.completion_ids for s in samples], pad),
+            "mask": padded([[True] * len(s.completion_ids) for s in samples], False)}
+
+
+# ---------------------------------------------------------------------------------------------
+# Run folder: args.json, metrics.jsonl, samples/, eval.jsonl, checkpoints/, result.json
+
+
+def write_text(path, text):
+    """Write a file so that a crash at any moment leaves the old one or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with open(part, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_jsonl(path, rows):
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def append_jsonl(path, row):
+    """Append a row with one write; `read_jsonl` passes over a line that a crash cut short."""
+    with open(path, "ab") as file:
+        file.write((json.dumps(row) + "\n").encode())
+
+
+def read_jsonl(path):
+    """All whole lines of a file that `append_jsonl` wrote."""
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def open_run(args):
+    """Make the run folder, or reopen an unfinished run of the same arguments.
+
+    Returns its path and whether a run goes on there. A folder with another run, a finished one, or
+    other files is refused. COLLECTIVE.
+    """
+    script = Path(sys.argv[0]).stem
+    out = Path(args.out or f"runs/{script}_{time.strftime('%Y%m%d_%H%M%S')}")
+    out = gather([out])[0]  # two ranks' clocks may differ
+    mine = {"script": script} | asdict(args) | {"out": str(out)}
+    problem = None
+    goes_on = out.exists() and any(out.iterdir())
+    if goes_on and not (out / "args.json").exists():
+        problem = "is not empty and holds no run"
+    elif goes_on and json.loads((out / "args.json").read_text()) != mine:
+        problem = "holds a run with other arguments"
+    elif goes_on and (out / "result.json").exists():
+        problem = "holds a finished run"
+    if any(gather([problem])):  # after the ranks have all looked, before rank 0 writes
+        raise UserError(f"--out {out} {problem}; give a new folder.")
+    if rank() == 0 and not goes_on:
+        write_json(out / "args.json", mine)
+    end_on_signal(out)
+    return out, goes_on
+
+
+def cut_logs(out, last_step):
+    """Forget what a stopped run logged after the step that it goes on from."""
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        if rank() == 0 and (out / name).exists():
+            rows = [r for r in read_jsonl(out / name) if r["generation_step"] <= last_step]
+            write_jsonl(out / name, rows if last_step else [])
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints: a Hugging Face folder, with the resume state beside the weights
+
+
+def latest_checkpoint(out):
+    """The newest whole checkpoint of a run, or None. Half-written ones have another name."""
+    return max(Path(out).glob("checkpoints/step_??????"), default=None)
+
+
+def save_checkpoint(out, step, policy, processor, optimizer, dtype):
+    """Write `checkpoints/step_N`, complete or not at all. COLLECTIVE."""
+    path = Path(out) / "checkpoints" / f"step_{step:06d}"
+    part = path.with_name(path.name + ".part")
+    whole = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = dcp_state.get_model_state_dict(policy.model, options=whole)  # empty but on rank 0
+    if rank() == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        policy.model.save_pretrained(part, state_dict={k: w.to(dtype) for k, w in weights.items()})
+        processor.save_pretrained(part)
+    dist.barrier()
+    model_state, optimizer_state = dcp_state.get_state_dict(policy, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=part / "resume")
+    dist.barrier()
+    if rank() == 0:
+        os.replace(part, path)
+
+
+def load_resume_state(path, policy, optimizer):
+    """Put a checkpoint's weights and optimiser state back, on any number of ranks; return its step.
+
+    COLLECTIVE.
+    """
+    model_state, optimizer_state = dcp_state.get_state_dict(policy, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=path / "resume")
+    dcp_state.set_state_dict(policy, optimizer, model_state_dict=state["model"],
+                             optim_state_dict=state["optimizer"])
+    return int(path.name.removeprefix("step_"))
