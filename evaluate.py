@@ -182,11 +182,13 @@ def chosen_settings(names):
 def main(args):
     from rollout import make_engine
 
-    out, _ = utils.open_run(args)
+    out, _ = utils.choose_run(args)
     settings = chosen_settings(args.settings)
     processor = utils.load_processor(args.model)
     samples = utils.load_samples(utils.data_path(args.data, out), processor, args.max_prompt_tokens)
     samples = samples[: args.limit or None]
+    utils.begin_run(out, args)
+    utils.cut_logs(out, 0)  # an evaluation that was stopped starts anew
     model = utils.load_model(args.model, utils.compute_dtype(args.dtype))
     engine = make_engine(args.engine, model, processor, args)
 

@@ -37,7 +37,7 @@ from decimal import Decimal
 from functools import lru_cache, partial
 
 # Bounds on work: hostile text meets one of them, a real answer does not.
-LONGEST_ANSWER, LONGEST_RESPONSE = 400, 10_000  # characters; of a response the end is read
+LONGEST_ANSWER, LONGEST_RESPONSE = 400, 8_000  # characters; of a response the end is read
 MOST_DIGITS, MOST_DEPTH, MOST_POWERS, MOST_ITEMS = 40, 20, 20, 20
 
 # ---- 1. extract: response -> answer
@@ -67,6 +67,7 @@ def extract_answer(text: str) -> str | None:
     return found[-1] if found else text if last and text else None
 
 # ---- 2. normalise and tokenise: answer -> tokens with one spelling each
+GROUPING = str.maketrans("", "", ",~ \\")  # what stands between the thousands
 SIGNS = str.maketrans("−–—×·⋅∗÷∕⁄∶≈∈∪", "---****///:==,", "€£¥")
 SPELLINGS = [(re.compile(pattern, re.ASCII), meaning) for pattern, meaning in (
     (r"\\(?:text|math|mbox|operatorname)[a-z]*\s*\{([^{}]*)\}", r" \1 "), (r"\\!", ""),
@@ -100,15 +101,15 @@ def tokenise(text: str) -> list[str]:
         text = pattern.sub(meaning, text)
     text = text.lstrip(" \t\n*_:=").rstrip(" \t\n*_:.,\\")
     tokens = [MEANING.get(token, token) for token in TOKEN.findall(text)]
-    return [re.sub(r"(?<=\d)[,~ \\]+", "", token) for token in tokens if token]
+    return [token.translate(GROUPING) if token[0].isdigit() else token for token in tokens if token]
 
 # ---- 3. parse: tokens -> values
 # 100 digits stand for exactness: two different fractions of 40-digit numbers differ by 10^-80 or
 # more, two different a*sqrt(b)/c of 15-digit numbers likewise, so that 90 equal digits mean equal.
 PRECISE = decimal.Context(prec=100, Emax=999, Emin=-999, traps=[
     decimal.Overflow, decimal.DivisionByZero, decimal.InvalidOperation])
-PI = ("3.141592653589793238462643383279502884197169399375"
-      "1058209749445923078164062862089986280348253421170680")
+PI = Decimal("3.141592653589793238462643383279502884197169399375"
+             "1058209749445923078164062862089986280348253421170680")
 OPERATORS = {  # sign: (how tightly it binds, what it does); "=" is met in combine
     "=": (1, None), "+": (2, Decimal.__add__), "-": (2, Decimal.__sub__), "*": (3, Decimal.__mul__),
     "/": (3, Decimal.__truediv__), ":": (3, Decimal.__truediv__),
@@ -159,6 +160,11 @@ def factor(tokens: list[str], depth: int):
         token = tokens.pop()
     if depth > MOST_DEPTH or token in ENDS - {"+", "-"}:
         raise ArithmeticError("nested too deep, or a part is missing")
+    if token[0] in ".0123456789" and token != ".":
+        if len(token) > MOST_DIGITS:
+            raise ArithmeticError("too many digits")
+        value = Decimal(token)
+        return Number(value, 0 if token.isdecimal() else max(0, -value.as_tuple().exponent))
     if token in ("+", "-"):
         value = expression(tokens, 2, depth + 1)
         if isinstance(value, Number):
@@ -177,14 +183,11 @@ def factor(tokens: list[str], depth: int):
         named = isinstance(above, str) or isinstance(below, str)
         return f"{above}/{below}" if named else combine(above, "/", below)
     if token == "\\sqrt":
-        index = factor(tokens, depth + 1) if tokens[-1] == "[" else Number(Decimal(2))
-        return combine(factor(tokens, depth + 1), "^", combine(Number(Decimal(1)), "/", index))
-    if token != "\\pi" and (token[0] not in ".0123456789" or token == "."):
-        return token
-    if len(token) > MOST_DIGITS:
-        raise ArithmeticError("too many digits")
-    value = Decimal(PI if token == "\\pi" else token)
-    return Number(value, 0 if token == "\\pi" else max(0, -value.as_tuple().exponent))
+        power = Number(Decimal("0.5"))
+        if tokens[-1] == "[":
+            power = combine(Number(Decimal(1)), "/", factor(tokens, depth + 1))
+        return combine(factor(tokens, depth + 1), "^", power)
+    return Number(PI) if token == "\\pi" else token
 
 def combine(left, sign: str, right):
     """left sign right. Of an equation the right side is kept, under the name on its left."""
@@ -246,8 +249,8 @@ def understand(answer: str) -> tuple:
 
 def same(said, wanted) -> bool:
     """Equal values; but two units, or two names, must agree as well. 25% is 25 and 0.25."""
-    left, right = (answer.items if isinstance(answer, Group) and answer.brackets == "{}" else [answer]
-                   for answer in (said, wanted))
+    left, right = (x.items if isinstance(x, Group) and x.brackets == "{}" else [x]
+                   for x in (said, wanted))
     if len(left) > 1 or len(right) > 1:  # sets: "7.5 or 15/2" is the set {7.5}
         return (all(any(same(x, y) for x in left) for y in right)
                 and all(any(same(x, y) for y in right) for x in left))

@@ -7,8 +7,8 @@ a reason to stop. Added are two things that textbooks leave out. Randomness belo
 number X
 
     python rollout.py --model toy_model --data toy:validation --n 8 --out runs/rollout
-    torchrun --standalone --nproc_per_node 8 rollout.py --model Qwen/Qwen2.5-VL-3B-Instruct \
-        --data data.jsonl --max_new_tokens 2048
+    torchrun --standalone --nproc_per_node 8 -- rollout.py --model Qwen/Qwen2.5-VL-3B-Instruct \
+        --data data.jsonl --n 8 --max_new_tokens 2048     # without --, torchrun would take --n
 """
 
 import hashlib
@@ -114,6 +114,7 @@ class HFEngine:
     @torch.no_grad()
     def generate(self, samples, n, temperature, top_p, max_new_tokens, seed):
         """Return n completed copies of every sample, prompt by prompt, whatever the batches."""
+        assert not any(s.completion_ids for s in samples), "these samples are answered already"
         order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt_ids))
         prompts = max(1, self.batch_size // n)  # alike in length, so that little is padded
         done = {}
@@ -205,11 +206,12 @@ def main(args):
     from reward import load_rewards, score
 
     started = time.time()
-    out, _ = utils.open_run(args)
-    rewards = utils.checked(load_rewards, args.rewards)
+    out, _ = utils.choose_run(args)
+    rewards = utils.checked(load_rewards, args.rewards, args.max_new_tokens)
     processor = utils.load_processor(args.model)
     samples = utils.load_samples(utils.data_path(args.data, out), processor, args.max_prompt_tokens)
     samples = samples[: args.limit or None]
+    utils.begin_run(out, args)
     model = utils.load_model(args.model, utils.compute_dtype(args.dtype))
     engine = make_engine(args.engine, model, processor, args)
 

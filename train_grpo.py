@@ -65,7 +65,7 @@ class Args:
     ppo_epochs: int = 1  # passes over each batch of completions
     micro_batch_size: int = 64  # sequences in one forward pass on a rank
     lr: float = 1e-4  # AdamW learning rate, constant after the warm-up
-    warmup_steps: int = 2  # gradient steps from 0 to lr
+    warmup_steps: int = 2  # gradient steps from 0 to lr; 0: none
     weight_decay: float = 0.0  # AdamW
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     train_vision: bool = False  # train the vision tower
@@ -91,9 +91,9 @@ def grpo_advantages(rewards):
     the unbiased one. DeepSeekMath, arXiv 2402.03300, section 4.1.2.
     """
     scored = ~rewards.isnan()
-    count = scored.sum(1, keepdim=True)
+    count = scored.sum(1, keepdim=True)  # (prompts, 1), as are mean, std, lowest and highest
     mean = rewards.nan_to_num().sum(1, keepdim=True) / count.clamp(min=1)
-    centred = torch.where(scored, rewards - mean, 0.0)
+    centred = torch.where(scored, rewards - mean, 0.0)  # unscored answers push nowhere
     std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
     lowest = torch.where(scored, rewards, math.inf).min(1, keepdim=True).values
     highest = torch.where(scored, rewards, -math.inf).max(1, keepdim=True).values
@@ -113,14 +113,16 @@ def reinforce_advantages(rewards):
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_low, clip_high):
-    """The clipped surrogate of every completion token, and the shares clipped below and above.
+    """The clipped surrogate of every completion token, and how many were clipped low and high.
 
     logprobs, old_logprobs, mask (B, C), advantages (B, 1) or (B, C); returns losses (B, C), to be
     minimised, 0 outside the mask. PPO, arXiv 1707.06347, equation 7; two bounds as in DAPO.
     """
     ratio = torch.exp(logprobs - old_logprobs)  # (B, C), 1 on padding
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    # the minimum is the pessimist's choice: no gain for moving past a bound, full pain for it
     losses = -torch.minimum(ratio * advantages, clipped * advantages) * mask  # (B, C)
+    # a bound holds only a ratio that has moved the way its advantage wants
     below = (ratio < 1 - clip_low) & (advantages < 0) & mask
     above = (ratio > 1 + clip_high) & (advantages > 0) & mask
     return losses, below.sum(), above.sum()
@@ -172,10 +174,11 @@ def rollout_sums(samples, group_size):
         sums["completions"] += 1
         sums["tokens"] += len(s.completion_ids)
         sums["truncated"] += s.finish_reason == "length"
-        sums["reward"] += s.reward or 0.0
         sums["unscored"] += s.reward is None
-        for name, value in s.rewards.items():
-            sums[f"reward/{name}"] += value or 0.0
+        for name, value in [("reward", s.reward), *s.rewards.items()]:
+            name = name if name == "reward" else f"reward/{name}"
+            sums[name] += value or 0.0
+            sums[f"scored {name}"] += value is not None
     sums["groups"] = len(groups)
     sums["groups_all_alike"] = len(flat)  # no advantage, so nothing to learn
     return dict(sums)
@@ -266,7 +269,8 @@ def stop_if_not_finite(value, what, samples):
 def step_metrics(sums, norms, seconds, learning_rate):
     """Sums over all ranks to the means that are logged and shown."""
     n, tokens = sums["completions"], sums["update_tokens"]
-    metrics = {name: sums[name] / n for name in sums if name.startswith("reward")}
+    metrics = {name: sums[name] / max(1, sums[f"scored {name}"])
+               for name in sums if name.startswith("reward")}
     metrics["length"] = sums["tokens"] / n
     metrics |= {name: sums[name] / n for name in ("truncated", "unscored")}
     metrics["groups_all_alike"] = sums["groups_all_alike"] / sums["groups"]
@@ -292,6 +296,8 @@ def check_args(args):
     """Refuse what cannot work, before anything is loaded."""
     if args.advantage == "grpo" and args.group_size < 2:
         raise UserError("--group_size must be at least 2: grpo compares the answers to a prompt.")
+    if args.temperature <= 0:
+        raise UserError("--temperature must be above 0: a greedy policy has no probabilities to train.")
     if args.batch_size % args.mini_batch_size or args.mini_batch_size % world_size():
         raise UserError(f"--batch_size {args.batch_size} must be a multiple of --mini_batch_size "
                         f"{args.mini_batch_size}, and that one of the {world_size()} ranks.")
@@ -303,10 +309,10 @@ def main(args):
     from rollout import make_engine
 
     check_args(args)
-    rewards = utils.checked(load_rewards, args.rewards)
+    rewards = utils.checked(load_rewards, args.rewards, args.max_new_tokens)
     settings = chosen_settings(args.eval_settings)
     started = time.time()
-    out, continues = utils.open_run(args)
+    out, continues = utils.choose_run(args)
     processor = utils.load_processor(args.model)
 
     # Step I: data flow. Prompts with their images become samples, all checked before step 1
@@ -322,6 +328,7 @@ def main(args):
         print0(f"Each epoch leaves out {len(train) % args.batch_size} of {len(train)} prompts.")
     total = steps_per_epoch * args.epochs
     total = min(total, args.max_steps) if args.max_steps else total
+    utils.begin_run(out, args)
 
     # The sampler has whole weights of its own; the policy is sharded over the ranks
     dtype = utils.compute_dtype(args.dtype)
@@ -342,6 +349,8 @@ def main(args):
            f"{args.batch_size} prompts x {args.group_size} answers, on {world_size()} x "
            f"{utils.device().type}. {out}")
 
+    # A run that was stopped goes on after its last whole checkpoint: data order and sampling depend
+    # on the seed and the step alone, so nothing else has to be restored
     start = 0
     if continues and utils.latest_checkpoint(out):
         start = utils.load_resume_state(utils.latest_checkpoint(out), policy, optimizer)
@@ -367,6 +376,7 @@ def main(args):
         with timed(seconds, "reward"):
             score(samples, rewards)
             set_advantages(samples, args.group_size, args.advantage)
+        # as they were before the first update of this batch; None where nothing asks for them
         with timed(seconds, "logprobs"):
             old = logprob_pass(policy, samples, processor, args) if updates > 1 else None
             ref = logprob_pass(reference, samples, processor, args) if reference else None
@@ -396,9 +406,10 @@ def main(args):
         shown = {name.removeprefix("reward/"): f"{metrics[name]:.2f}"
                  for name in metrics if name.startswith("reward")}
         shown["length"] = f"{metrics['length']:.0f}"
-        shown |= {name: f"{s:.1f}s" for name, s in seconds.items()}
+        shown["seconds"] = " ".join(f"{name} {s:.1f}" for name, s in seconds.items())
         bar.set_postfix(shown)
         last = step == total
+        # COLLECTIVE, both: every rank saves its shard, every rank evaluates its share
         if last or (args.save_every and step % args.save_every == 0):
             utils.save_checkpoint(out, step, policy, processor, optimizer, dtype)
         if last or (args.eval_every and step % (args.eval_every * steps_per_epoch) == 0):

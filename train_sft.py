@@ -54,7 +54,7 @@ class Args:
     batch_size: int = 16  # prompts a gradient step, over all ranks
     micro_batch_size: int = 16  # sequences in one forward pass on a rank
     lr: float = 1e-4  # AdamW learning rate at its peak; then a cosine to 0
-    warmup_steps: int = 4  # gradient steps from 0 to lr
+    warmup_steps: int = 4  # gradient steps from 0 to lr; 0: none
     weight_decay: float = 0.0  # AdamW
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     train_vision: bool = False  # train the vision tower
@@ -179,7 +179,7 @@ def main(args):
     check_args(args)
     settings = chosen_settings(args.eval_settings)
     started = time.time()
-    out, continues = utils.open_run(args)
+    out, continues = utils.choose_run(args)
     processor = utils.load_processor(args.model)
 
     # Step I: data flow. Prompts with their images become samples, all checked before step 1
@@ -195,6 +195,7 @@ def main(args):
         print0(f"Each epoch leaves out {len(train) % args.batch_size} of {len(train)} prompts.")
     total = steps_per_epoch * args.epochs
     total = min(total, args.max_steps) if args.max_steps else total
+    utils.begin_run(out, args)
 
     # The sampler has whole weights of its own; the policy is sharded over the ranks
     dtype = utils.compute_dtype(args.dtype)

@@ -9,6 +9,7 @@ import functools
 import inspect
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -69,7 +70,12 @@ def parse_args(Args, argv=None):
             kind = {"choices": get_args(f.type)}
         text = docs[f.name].replace("%", "%%")
         parser.add_argument(f"--{f.name}", default=f.default, help=text, **kind)
-    return Args(**vars(parser.parse_args(argv)))
+    args = Args(**vars(parser.parse_args(argv)))
+    for f in fields(Args):
+        lowest = 0 if f.default == 0 or "0:" in docs[f.name] else 1  # help says what 0 means
+        if f.type is int and getattr(args, f.name) < lowest:
+            parser.error(f"--{f.name} must be at least {lowest}")
+    return args
 
 
 def run_script(main, Args):
@@ -143,8 +149,8 @@ def print0(*values):
 
 def start_ranks():
     """Join the process group that torchrun made room for, or form a group of one."""
-    # torchrun gives every rank a single thread; share the cores out instead
-    torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun gives a rank one thread; share out the cores
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
     transformers_logging.disable_progress_bar()
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
@@ -242,6 +248,8 @@ def open_image(source):
     """Decode a path or bytes to RGB: EXIF rotation applied, transparency laid on white."""
     image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # 16-bit grey, which convert would clip to white
+        image = image.point(lambda value: value / 256).convert("L")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -250,7 +258,9 @@ def open_image(source):
 
 def checked_image(image, folder, place):
     """A row's image, checked: a path inside the data set's folder, made absolute, or its bytes."""
-    name = "image"
+    name = "image bytes"
+    if not isinstance(image, (str, bytes)) or "\0" in str(image):
+        raise UserError(f"{place}: an image is given as {image!r}; give its path as text.")
     if isinstance(image, str):
         name, image = f"image {image}", str((folder / image).resolve())
         if not Path(image).is_relative_to(folder.resolve()):
@@ -259,7 +269,7 @@ def checked_image(image, folder, place):
             raise UserError(f"{place}: {name} does not exist in {folder}; correct the path.")
     try:
         open_image(image)
-    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{place}: {name} cannot be read ({error}); replace it.")
     return image
 
@@ -267,14 +277,18 @@ def checked_image(image, folder, place):
 def make_sample(row, path, place, processor):
     """Check one row and write its prompt: the only place where a prompt is written."""
     for name in ("question", "answer"):
-        if not str(row.get(name) or "").strip() and row.get(name) != 0:
-            raise UserError(f'{place}: the field "{name}" is missing or empty; add it.')
+        text = row.get(name)
+        number = isinstance(text, (int, float)) and math.isfinite(text) and not isinstance(text, bool)
+        if not number and not (isinstance(text, str) and text.strip()):
+            raise UserError(f'{place}: the field "{name}" is missing, empty or no text; correct it.')
     question, images = str(row["question"]), row.get("images")
-    special = [t for t in processor.tokenizer.all_special_tokens if t in question]
+    special = [t for t in processor.tokenizer.get_added_vocab() if t in question]
     if special:
         raise UserError(f"{place}: the question holds the model's mark {special[0]}; remove it.")
     if images is None:
         images = [row["image"]] if row.get("image") else []
+    if not isinstance(images, list):
+        raise UserError(f"{place}: images must be a list of paths; correct it.")
     images = [checked_image(image, path.parent, place) for image in images]
     marks = question.count(IMAGE_MARK)
     if marks != len(images):
@@ -286,7 +300,10 @@ def make_sample(row, path, place, processor):
     content.append({"type": "text", "text": f"\n{INSTRUCTION}"})
     messages = [{"role": "user", "content": content}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    inputs = processor(text=[prompt], images=[open_image(i) for i in images] or None)
+    try:
+        inputs = processor(text=[prompt], images=[open_image(i) for i in images] or None)
+    except ValueError as error:  # such as a picture 200 times as wide as high
+        raise UserError(f"{place}: the processor refuses the row ({error}); change its images.")
     ids = list(inputs["input_ids"][0])
     if "image_grid_thw" in inputs:  # one placeholder for every merge x merge block of patches
         merged = sum(int(grid.prod()) for grid in inputs["image_grid_thw"])
@@ -402,7 +419,14 @@ class Policy(torch.nn.Module):
         parts = [checkpoint(self.token_logprobs, h, t, temperature, use_reentrant=False)
                  for h, t in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))]
         blank = torch.zeros(mask.shape, device=mask.device)
-        return tuple(blank.masked_scatter(mask, torch.cat(p)) for p in zip(*parts))
+        logprobs, entropies = (blank.masked_scatter(mask, torch.cat(p)) for p in zip(*parts))
+        if "pixel_values" not in batch["inputs"]:
+            # HAZARD: FSDP reduces the same gradients on every rank, and this batch has none for a
+            # vision tower that trains: its weights are touched with weight 0
+            language = {*self.model.get_decoder().parameters()}
+            idle = [p for p in self.model.parameters() if p.requires_grad and p not in language]
+            logprobs = logprobs + 0.0 * sum(p.sum() for p in idle)
+        return logprobs, entropies
 
     def token_logprobs(self, hidden, targets, temperature):
         """(N, H) hidden states and (N,) targets to (N,) log-probabilities and (N,) entropies."""
@@ -418,7 +442,7 @@ def shard(policy, dtype):
     """Shard `policy` over the ranks by FSDP2: float32 master weights, compute in `dtype`.
 
     A decoder layer is a group; the rest is the root's: tied embeddings and head, which must share
-    one, and the vision tower, which a rank without images never calls.
+    one, and the vision tower, which a rank without images never calls (see Policy.forward).
     """
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in policy.model.get_decoder().layers:
@@ -499,30 +523,37 @@ def read_jsonl(path):
     return [json.loads(line) for line in lines]
 
 
-def open_run(args):
-    """Make the run folder, or reopen an unfinished run of the same arguments.
+def choose_run(args):
+    """The run folder's path, and whether an unfinished run of the same arguments goes on there.
 
-    Returns its path and whether a run goes on there. A folder with another run, a finished one, or
-    other files is refused. COLLECTIVE.
+    A folder with another run, a finished one, or other files is refused. Nothing is written yet.
+    COLLECTIVE.
     """
     script = Path(sys.argv[0]).stem
     out = Path(args.out or f"runs/{script}_{time.strftime('%Y%m%d_%H%M%S')}")
     out = gather([out])[0]  # two ranks' clocks may differ
-    mine = {"script": script} | asdict(args) | {"out": str(out)}
+    goes_on = (out / "args.json").exists()
     problem = None
-    goes_on = out.exists() and any(out.iterdir())
-    if goes_on and not (out / "args.json").exists():
+    if not goes_on and out.exists() and {p.name for p in out.iterdir()} - {"toy_data"}:
         problem = "is not empty and holds no run"
-    elif goes_on and json.loads((out / "args.json").read_text()) != mine:
+    elif goes_on and json.loads((out / "args.json").read_text()) != run_arguments(args, out):
         problem = "holds a run with other arguments"
     elif goes_on and (out / "result.json").exists():
         problem = "holds a finished run"
     if any(gather([problem])):  # after the ranks have all looked, before rank 0 writes
         raise UserError(f"--out {out} {problem}; give a new folder.")
-    if rank() == 0 and not goes_on:
-        write_json(out / "args.json", mine)
-    end_on_signal(out)
     return out, goes_on
+
+
+def run_arguments(args, out):
+    return {"script": Path(sys.argv[0]).stem} | asdict(args) | {"out": str(out)}
+
+
+def begin_run(out, args):
+    """Write args.json: from here on the folder is this run's, and a signal names its checkpoint."""
+    if rank() == 0:
+        write_json(out / "args.json", run_arguments(args, out))
+    end_on_signal(out)
 
 
 def cut_logs(out, last_step):

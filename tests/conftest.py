@@ -167,9 +167,9 @@ IMAGES = {  # name: (mode, width, height, file ending)
 
 
 def save_image(folder, name):
-    """Left half red, right half transparent or white; "rotated" carries an EXIF quarter turn."""
+    """Left half red, right half white or transparent black; "rotated" has an EXIF quarter turn."""
     mode, width, height, ending = IMAGES[name]
-    picture = Image.new("RGBA", (width, height), (255, 255, 255, 0))
+    picture = Image.new("RGBA", (width, height), (0, 0, 0, 0))
     ImageDraw.Draw(picture).rectangle((0, 0, width // 2 - 1, height), fill=(200, 30, 30, 255))
     options = {}
     if mode == "P":

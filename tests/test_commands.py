@@ -41,7 +41,7 @@ def splits(data):
 def command(*words, ranks=1):
     """The words of `python script ...`, or of torchrun with several ranks."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    return [*([sys.executable] if ranks == 1 else [*torchrun, str(ranks)]), *map(str, words)]
+    return [*([sys.executable] if ranks == 1 else [*torchrun, str(ranks), "--"]), *map(str, words)]
 
 
 def run(*words, ranks=1, code=0):
@@ -214,9 +214,11 @@ def test_a_mistake_is_one_sentence(data, tmp_path, ranks):
     path = tmp_path / "train.jsonl"
     path.write_text((data / "toy_train.jsonl").read_text().splitlines()[0] + "\n{broken\n")
     shutil.copytree(data / "images", tmp_path / "images")
-    words = ["train_grpo.py", "--train_data", path, "--out", tmp_path / "run"]
+    words = ["train_grpo.py", "--train_data", path, "--validation_data=", "--test_data=",
+             "--out", tmp_path / "run"]
     _, stderr = run(*words, ranks=ranks, code=2 if ranks == 1 else 1)
     assert stderr.count("train.jsonl, line 2: not valid JSON") == 1
+    assert not (tmp_path / "run").exists()  # nothing half-written
     if ranks == 1:
         assert "Traceback" not in stderr and len(stderr.splitlines()) == 1
 
@@ -225,14 +227,17 @@ def test_a_mistake_is_one_sentence(data, tmp_path, ranks):
     (["--group_size", 1], "--group_size must be at least 2"),
     (["--batch_size", 10, "--mini_batch_size", 4], "must be a multiple"),
     (["--batch_size", 600, "--mini_batch_size", 600], "is more than the 16 prompts"),
-    (["--eval_settings", "pass9"], "no setting is called 'pass9'"),
-    (["--rewards", "accuracy:much"], "--rewards"),
+    (["--max_new_tokens", 0], "--max_new_tokens must be at least 1"),
+    (["--temperature", 0], "--temperature must be above 0"),
+    (["--eval_settings", "pass9"], "no decoding setting is called 'pass9'"),
+    (["--rewards", "accuracy:much"], "reward 'accuracy:much' has no weight"),
     (["--no-train_language"], "nothing is left to train"),
     (["--learning_rate", 1], "unrecognized arguments: --learning_rate"),
 ])
 def test_mistakes_in_the_flags(data, tmp_path, words, sentence):
     """Each ends with exit code 2 and a sentence that says what to change."""
-    _, stderr = run("train_grpo.py", *splits(data), "--out", tmp_path / "run", *words, code=2)
+    words = ["train_grpo.py", *TINY, *splits(data), "--out", tmp_path / "run", *words]
+    _, stderr = run(*words, code=2)
     assert sentence in stderr.splitlines()[-1]
     assert "Traceback" not in stderr
 

@@ -17,6 +17,7 @@ def folder(tmp_path):
     (tmp_path / "images" / "text.png").write_text("not an image")
     whole = (tmp_path / "images" / "a.png").read_bytes()
     (tmp_path / "images" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("RGB", (500, 2), "red").save(tmp_path / "images" / "line.png")
     return tmp_path
 
 
@@ -33,20 +34,26 @@ def load(folder, lines, processor, longest=512):
 
 MISTAKES = [  # (rows, what the sentence must hold)
     ([GOOD, "{broken\n"], "data.jsonl, line 2: not valid JSON"),
-    ([GOOD, "[1, 2]\n"], "data.jsonl, line 2: not an object"),
-    ([{"answer": "3"}], 'line 1: the field "question" is missing or empty'),
-    ([{"question": "How many?"}], 'line 1: the field "answer" is missing or empty'),
-    ([{"question": "How many?", "answer": " "}], 'the field "answer" is missing or empty'),
+    ([GOOD, "[1, 2]\n"], "data.jsonl, line 2: not a JSON object"),
+    ([{"answer": "3"}], 'line 1: the field "question" is missing, empty or no text'),
+    ([{"question": "How many?"}], 'line 1: the field "answer" is missing, empty or no text'),
+    ([{"question": "How many?", "answer": " "}], 'the field "answer" is missing, empty or no text'),
     ([GOOD | {"image": "images/b.png"}], "line 1: image images/b.png does not exist"),
     ([GOOD | {"image": "../a.png"}], "line 1: image ../a.png lies outside"),
     ([GOOD | {"image": "/etc/hostname"}], "line 1: image /etc/hostname lies outside"),
     ([GOOD | {"image": "images"}], "line 1: image images does not exist"),
     ([GOOD | {"image": "images/text.png"}], "line 1: image images/text.png cannot be read"),
     ([GOOD | {"image": "images/cut.png"}], "line 1: image images/cut.png cannot be read"),
-    ([GOOD | {"image": 3}], "line 1: image cannot be read"),
+    ([GOOD | {"image": 3}], "line 1: an image is given as 3; give its path"),
+    ([GOOD | {"image": "a\0b"}], "line 1: an image is given as 'a\\x00b'"),
+    ([GOOD | {"images": "images/a.png"}], "line 1: images must be a list of paths"),
+    ([GOOD | {"answer": False}], 'the field "answer" is missing, empty or no text'),
+    ([GOOD | {"answer": float("nan")}], 'the field "answer" is missing, empty or no text'),
+    ([GOOD | {"image": "images/line.png"}], "line 1: the processor refuses the row"),
+    ([GOOD | {"question": "<image><|im_start|>?"}], "holds the model's mark <|im_start|>"),
     ([GOOD | {"question": "How many?"}], "line 1: 0 <image> marks in the question for 1 images"),
     ([GOOD | {"question": "<image><image>?"}], "line 1: 2 <image> marks in the question for 1 images"),
-    ([GOOD | {"question": "<image>a<|im_end|>"}], "holds the model's own mark <|im_end|>"),
+    ([GOOD | {"question": "<image>a<|im_end|>"}], "holds the model's mark <|im_end|>"),
     ([GOOD, GOOD], "two rows have the same id"),
     (["\n"], "holds no rows"),
 ]
@@ -60,7 +67,7 @@ def test_mistakes_in_the_data(folder, processor, lines, sentence):
     assert "\n" not in str(error.value)
 
 
-def test_missing_file_and_missing_pyarrow(folder, processor):
+def test_missing_file(folder, processor):
     with pytest.raises(utils.UserError, match="none.jsonl: no such file; give the path"):
         utils.load_samples(folder / "none.jsonl", processor, 512)
 
@@ -77,7 +84,7 @@ def test_long_prompts_are_dropped_and_said(folder, processor, capsys):
     kept = load(folder, [GOOD, long], processor, longest=60)
     assert [s.id for s in kept] == ["a"]
     assert "left out 1 of 2 prompts that are longer than 60 tokens: long" in capsys.readouterr().err
-    with pytest.raises(utils.UserError, match="every prompt is longer than --max_prompt_tokens 5 "):
+    with pytest.raises(utils.UserError, match="every prompt is longer than --max_prompt_tokens 5, "):
         load(folder, [GOOD], processor, longest=5)
 
 
@@ -94,6 +101,12 @@ def test_rows_of_every_kind_become_samples(folder, processor):
     assert (plain.images, plain.id, plain.solution) == ([], "7", "\\boxed{2}")
     pads = [s.prompt_ids.count(processor.image_token_id) for s in (one, pair, plain)]
     assert pads == [9, 18, 0]  # 84 x 84 pixels: 3 x 3 merged patches
+
+
+def test_grey_of_16_bits_keeps_its_grey(folder):
+    """Pillow's own conversion clips I;16 at 255: nearly everything turns white."""
+    Image.new("I;16", (84, 84), 40_000).save(folder / "images" / "deep.png")
+    assert utils.open_image(folder / "images" / "deep.png").getpixel((0, 0)) == (156,) * 3
 
 
 def test_parquet_as_hiyouga_has_it(folder, processor):

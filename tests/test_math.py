@@ -109,16 +109,17 @@ def test_policy_loss_by_hand():
     #   1.5    -1         -1.5       -1.3                    -1.5      +1.5   a wrong answer grew
     #   0.5    +1         +0.5       +0.8                    +0.5      -0.5   a right answer shrank
     #   0.5    -1         -0.5       -0.8                    -0.8      +0.8   stopped below
-    old = torch.tensor([[-2.0], [-2.0], [-2.0], [-2.0]])
-    new = (old + torch.tensor([[1.5], [1.5], [0.5], [0.5]]).log()).requires_grad_()
-    advantages = torch.tensor([[1.0], [-1], [1], [-1]])
-    mask = torch.ones(4, 1, dtype=torch.bool)
+    #   0.5    -2         -1.0       -1.6                    -1.6      +1.6   stopped below
+    old = torch.full((5, 1), -2.0)
+    new = (old + torch.tensor([[1.5], [1.5], [0.5], [0.5], [0.5]]).log()).requires_grad_()
+    advantages = torch.tensor([[1.0], [-1], [1], [-1], [-2]])
+    mask = torch.ones(5, 1, dtype=torch.bool)
     losses, low, high = train_grpo.policy_loss(new, old, advantages, mask, 0.2, 0.3)
-    assert close(losses, [[-1.3], [1.5], [-0.5], [0.8]])
-    assert (low, high) == (1, 1)
+    assert close(losses, [[-1.3], [1.5], [-0.5], [0.8], [1.6]])
+    assert (low, high) == (2, 1)
     losses.sum().backward()
     # d(-ratio A)/d(log p) = -ratio A where not stopped, and exactly 0 where stopped
-    assert close(new.grad, [[0.0], [1.5], [-0.5], [0.0]])
+    assert close(new.grad, [[0.0], [1.5], [-0.5], [0.0], [0.0]])
 
 
 def test_policy_loss_ignores_what_is_masked():
@@ -538,13 +539,18 @@ def test_cut_logs_forgets_what_came_after_the_checkpoint(tmp_path):
     assert not (tmp_path / "eval.jsonl").exists()
 
 
-def test_step_metrics_are_means_over_tokens_and_completions():
-    """Sums of two ranks in, means out: by completion for rewards, by token for the loss."""
-    sums = {"completions": 4, "tokens": 20, "truncated": 1, "reward": 3.0, "unscored": 0,
-            "reward/accuracy": 3.0, "groups": 2, "groups_all_alike": 1,
-            "update_tokens": 40, "loss": 8.0, "entropy": 80.0}  # two passes over the 20 tokens
+def test_step_metrics_are_means_over_tokens_and_completions(qwen):
+    """Rewards are means over scored answers, lengths over all answers, the loss over tokens."""
+    rewards, lengths = [1.0, 0.0, 0.5, None], [2, 4, 6, 8]  # two prompts, two answers each
+    samples = [replace(qwen.samples[i // 2], reward=r, rewards={"accuracy": r},
+                       completion_ids=[9] * n, advantage=[1.0, -1.0, 0.0, 0.0][i],
+                       finish_reason="length" if n == 8 else "stop")
+               for i, (r, n) in enumerate(zip(rewards, lengths))]
+    sums = train_grpo.rollout_sums(samples, 2)
+    sums |= {"update_tokens": 40, "loss": 8.0, "entropy": 80.0}  # two passes over the 20 tokens
     got = train_grpo.step_metrics(sums, [1.0, 3.0], {"rollout": 0.5}, 1e-4)
-    assert (got["reward"], got["reward/accuracy"], got["length"]) == (0.75, 0.75, 5)
-    assert (got["truncated"], got["groups_all_alike"]) == (0.25, 0.5)
+    assert got["reward"] == got["reward/accuracy"] == 0.5  # 1.5 of 3, not of 4
+    assert (got["length"], got["truncated"], got["unscored"]) == (5, 0.25, 0.25)
+    assert got["groups_all_alike"] == 0.5
     assert (got["loss"], got["entropy"], got["grad_norm"]) == (0.2, 2.0, 2.0)
     assert "kl" not in got and got["seconds_rollout"] == 0.5

@@ -208,6 +208,19 @@ def test_a_left_padded_prefill_equals_each_row_alone(tiny):
             torch.testing.assert_close(row, alone, rtol=0, atol=1e-5)
 
 
+def test_a_batch_of_text_alone(tiny):
+    """Without an image the model is given positions by us: prompts of unequal lengths must agree
+    with the policy, which pads on the other side and leaves positions to the model."""
+    rows = [{"question": q, "answer": "1"} for q in ("Why?", "What is 12 + 34 + 56 + 78 + 90?")]
+    prompts = [utils.make_sample(r, utils.Path("."), r["question"], tiny.processor) for r in rows]
+    done = rollout.HFEngine(tiny.model, tiny.processor, 8).generate(prompts, 2, 1.0, 1.0, 8, 0)
+    with torch.no_grad():
+        logprobs, _ = Policy(tiny.model, tiny.processor)(collate(done, tiny.processor), 1.0)
+    for sample, row in zip(done, logprobs):
+        reported = torch.tensor(sample.sampler_logprobs)
+        torch.testing.assert_close(reported, row[: len(reported)], rtol=0, atol=1e-5)
+
+
 def test_greedy_equals_transformers_generate(tiny):
     """Token for token, with EOS (one of several) reached early by some rows and never by others."""
     model, processor, samples = tiny.model, tiny.processor, tiny.samples
@@ -453,7 +466,7 @@ def rank_gradients(path, data, case):
     return probe.gradients, utils.sum_over_ranks(sums)["loss"], norm
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def two_ranks(tiny_paths, data_path, tmp_path_factory):
     """Every case on two sharded ranks, in one run of torchrun."""
     out = tmp_path_factory.mktemp("ranks") / "gradients.pt"
