@@ -57,7 +57,7 @@ SHAPES = ("circle", "square", "triangle")
 UNSEEN = {("red", "triangle"), ("green", "circle"), ("blue", "square"), ("yellow", "triangle")}
 GRID, CELL = 3, 28  # 28 pixels = patch 14 x merge 2: a cell is one image token
 ANSWERS = 6  # 0 to 5, all equally frequent in every split
-SPLITS = {"train": 512, "validation": 512, "test": 512}
+SPLITS = {"train": 512, "validation": 512, "test": 512}  # prompts
 BATCH = 64  # fresh scenes a step of the building
 
 
@@ -84,6 +84,7 @@ def make_problem(rng, answer, unusual):
     colour and shape never seen together.
     """
     colour = rng.choice(list(COLOURS))
+    # more objects than the base ever saw, and pairs it never saw: out of distribution twice over
     objects = rng.randint(7, 9) if unusual else rng.randint(max(1, answer), 6)
     scene = [None] * GRID**2
     for i, cell in enumerate(rng.sample(range(GRID**2), objects)):
@@ -102,6 +103,7 @@ def draw(scene, rng):
         if thing is None:
             continue
         size = rng.randint(8, 11)
+        # a thing never leaves its cell, so that one image token can tell what it is
         x = i % GRID * CELL + CELL // 2 + rng.randint(-2, 2)
         y = i // GRID * CELL + CELL // 2 + rng.randint(-2, 2)
         box = (x - size, y - size, x + size, y + size)
@@ -124,9 +126,9 @@ def make_split(name):
     taken = set() if name == "train" else {(s, c) for _, s, c, _, _ in make_split("train")}
     rng = random.Random(name)
     for i in range(SPLITS[name]):
-        answer = i % ANSWERS
+        answer = i % ANSWERS  # in turn, so that always guessing one answer earns a sixth
         problem = make_problem(rng, answer, unusual=name == "test")
-        while problem in taken:
+        while problem in taken:  # by layout, which is stricter than by pixels
             problem = make_problem(rng, answer, unusual=name == "test")
         taken.add(problem)
         yield f"toy_{name}_{i:04d}", *problem, answer, draw(problem[0], rng)
@@ -181,7 +183,7 @@ def row_by_row(scene, colour, rng, slip=0.2):
     return read_rows("Row by row.", rows, colour)
 
 
-def let_me_see(scene, colour, rng, slip=0.6, missed=0.05):
+def let_me_see(scene, colour, rng, slip=0.4, missed=0.02):
     rows = grid_rows(scene)
     doubted = rng.randrange(GRID)
     first = rows[doubted]
@@ -230,7 +232,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<
 def build_processor():
     """Qwen2.5-VL's processor with some 400 byte-level pieces, so that any text can be encoded."""
     rng = random.Random(0)
-    corpus = []
+    corpus = []  # the words of the task become single tokens; other text falls to pieces
     for i in range(2000):
         scene, colour = make_problem(rng, i % ANSWERS, unusual=False)
         asked = question(colour).removeprefix(utils.IMAGE_MARK)
@@ -276,14 +278,14 @@ def lessons(processor, held_out, habits, rng):
     eos = [processor.tokenizer.eos_token_id]
     blank = BytesIO()
     draw([None] * GRID**2, rng).save(blank, "png")
-    prompts = {}
-    for colour in COLOURS:  # the prompt depends on the colour alone
+    prompts = {}  # made once: a prompt depends on its colour alone, every picture has 9 tokens
+    for colour in COLOURS:
         row = {"question": question(colour), "answer": "0", "images": [blank.getvalue()]}
         prompts[colour] = utils.make_sample(row, Path("."), colour, processor)
     while True:
         scene, colour = make_problem(rng, rng.randrange(ANSWERS), unusual=False)
         if (scene, colour) in held_out:
-            continue
+            continue  # validation and test stay unseen by the base too
         png = BytesIO()
         draw(scene, rng).save(png, "png", compress_level=1)
         habit = rng.choices([h for h, _ in habits], [share for _, share in habits])[0]
@@ -299,7 +301,7 @@ def teach(policy, processor, stream, steps, lr):
     for _ in bar:
         batch = utils.collate([next(stream) for _ in range(BATCH)], processor)
         logprobs, _ = policy(batch, temperature=1.0)  # (B, C)
-        loss = -logprobs.sum() / batch["mask"].sum()
+        loss = -logprobs.sum() / batch["mask"].sum()  # the mean over response tokens
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
@@ -341,6 +343,7 @@ def build(args):
 
 def forced(samples, opening, processor):
     """The same prompts with the answer's opening words already written."""
+    # no opening ends inside a piece of the vocabulary, so that the pieces are those of an answer
     ids = processor.tokenizer(opening)["input_ids"]
     return [replace(s, prompt_ids=s.prompt_ids + ids) for s in samples]
 
@@ -383,6 +386,7 @@ def file_promises(path, splits, config):
     yield "minutes that --build took", record["minutes"], None, 30
     yield "megabytes of weights", len(weights) / 1e6, None, 8
     text, vision = config.text_config, config.vision_config
+    # the head sizes that vLLM's attention kernels were written for
     yield "head size, language", text.hidden_size // text.num_attention_heads, 64, 64
     yield "head size, vision", vision.hidden_size // vision.num_heads, 32, 32
 

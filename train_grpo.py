@@ -58,13 +58,13 @@ class Args:
     clip_high: float = 0.2  # ... and at 1 + clip_high
     kl_coef: float = 0.0  # weight of the k3 divergence from the first policy; 0: no reference model
     # Optimiser
-    epochs: int = 2  # passes over the training prompts
+    epochs: int = 3  # passes over the training prompts
     max_steps: int = 0  # stop after this many generation steps; 0: after all epochs
     batch_size: int = 32  # prompts a generation step, over all ranks
     mini_batch_size: int = 32  # prompts a gradient step, over all ranks
     ppo_epochs: int = 1  # passes over each batch of completions
     micro_batch_size: int = 64  # sequences in one forward pass on a rank
-    lr: float = 1e-4  # AdamW learning rate, constant after the warm-up
+    lr: float = 5e-5  # AdamW learning rate, constant after the warm-up
     warmup_steps: int = 2  # gradient steps from 0 to lr; 0: none
     weight_decay: float = 0.0  # AdamW
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
@@ -297,7 +297,7 @@ def check_args(args):
     if args.advantage == "grpo" and args.group_size < 2:
         raise UserError("--group_size must be at least 2: grpo compares the answers to a prompt.")
     if args.temperature <= 0:
-        raise UserError("--temperature must be above 0: a greedy policy has no probabilities to train.")
+        raise UserError("--temperature must be above 0: training needs a policy with chances.")
     if args.batch_size % args.mini_batch_size or args.mini_batch_size % world_size():
         raise UserError(f"--batch_size {args.batch_size} must be a multiple of --mini_batch_size "
                         f"{args.mini_batch_size}, and that one of the {world_size()} ranks.")

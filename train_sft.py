@@ -49,7 +49,7 @@ class Args:
     max_new_tokens: int = 96  # completions are cut off here; longer golden responses are refused
     rollout_batch_size: int = 256  # completions sampled at one time on a rank
     # Optimiser
-    epochs: int = 2  # passes over the training prompts
+    epochs: int = 3  # passes over the training prompts
     max_steps: int = 0  # stop after this many gradient steps; 0: after all epochs
     batch_size: int = 16  # prompts a gradient step, over all ranks
     micro_batch_size: int = 16  # sequences in one forward pass on a rank

@@ -278,9 +278,9 @@ def make_sample(row, path, place, processor):
     """Check one row and write its prompt: the only place where a prompt is written."""
     for name in ("question", "answer"):
         text = row.get(name)
-        number = isinstance(text, (int, float)) and math.isfinite(text) and not isinstance(text, bool)
+        number = type(text) in (int, float) and math.isfinite(text)
         if not number and not (isinstance(text, str) and text.strip()):
-            raise UserError(f'{place}: the field "{name}" is missing, empty or no text; correct it.')
+            raise UserError(f'{place}: field "{name}" is missing, empty or no text; correct it.')
     question, images = str(row["question"]), row.get("images")
     special = [t for t in processor.tokenizer.get_added_vocab() if t in question]
     if special:
@@ -340,6 +340,10 @@ def load_samples(path, processor, max_prompt_tokens):
 
 def load_pretrained(loader, path, **kwargs):
     """`loader.from_pretrained(path)`, its failure told in one sentence."""
+    owner = Path(str(path).partition("/")[0])
+    hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)) and not owner.exists()
+    if not Path(path).is_dir() and not hub_id:  # a typing mistake must not wait for a network
+        raise UserError(f"--model {path}: no such folder; give one, or a hub id like Qwen/NAME.")
     try:
         return loader.from_pretrained(path, **kwargs)
     except (OSError, ValueError) as error:

@@ -246,3 +246,11 @@ def test_reward_command_says_equal_or_not():
     assert subprocess.run(command("reward.py", r"\frac{1}{2}", "0.5"), cwd=ROOT).returncode == 0
     done = subprocess.run(command("reward.py", "3", "4"), cwd=ROOT, capture_output=True, text=True)
     assert "not equal" in done.stdout
+
+
+def test_the_gpu_check_runs_on_a_cpu_too():
+    """At a tiny shape, so that it works on the day a GPU is there."""
+    done = subprocess.run(command("tests/gpu_check.py", "--tiny"), cwd=ROOT, capture_output=True, text=True)
+    result = json.loads(done.stdout)
+    assert result["numbers"]["greedy_equal_to_float32"] > 0.9
+    assert result["speed"]["sampler_gap"] < 1e-2

@@ -35,9 +35,9 @@ def load(folder, lines, processor, longest=512):
 MISTAKES = [  # (rows, what the sentence must hold)
     ([GOOD, "{broken\n"], "data.jsonl, line 2: not valid JSON"),
     ([GOOD, "[1, 2]\n"], "data.jsonl, line 2: not a JSON object"),
-    ([{"answer": "3"}], 'line 1: the field "question" is missing, empty or no text'),
-    ([{"question": "How many?"}], 'line 1: the field "answer" is missing, empty or no text'),
-    ([{"question": "How many?", "answer": " "}], 'the field "answer" is missing, empty or no text'),
+    ([{"answer": "3"}], 'line 1: field "question" is missing, empty or no text'),
+    ([{"question": "How many?"}], 'line 1: field "answer" is missing, empty or no text'),
+    ([{"question": "How many?", "answer": " "}], 'field "answer" is missing, empty or no text'),
     ([GOOD | {"image": "images/b.png"}], "line 1: image images/b.png does not exist"),
     ([GOOD | {"image": "../a.png"}], "line 1: image ../a.png lies outside"),
     ([GOOD | {"image": "/etc/hostname"}], "line 1: image /etc/hostname lies outside"),
@@ -47,8 +47,8 @@ MISTAKES = [  # (rows, what the sentence must hold)
     ([GOOD | {"image": 3}], "line 1: an image is given as 3; give its path"),
     ([GOOD | {"image": "a\0b"}], "line 1: an image is given as 'a\\x00b'"),
     ([GOOD | {"images": "images/a.png"}], "line 1: images must be a list of paths"),
-    ([GOOD | {"answer": False}], 'the field "answer" is missing, empty or no text'),
-    ([GOOD | {"answer": float("nan")}], 'the field "answer" is missing, empty or no text'),
+    ([GOOD | {"answer": False}], 'field "answer" is missing, empty or no text'),
+    ([GOOD | {"answer": float("nan")}], 'field "answer" is missing, empty or no text'),
     ([GOOD | {"image": "images/line.png"}], "line 1: the processor refuses the row"),
     ([GOOD | {"question": "<image><|im_start|>?"}], "holds the model's mark <|im_start|>"),
     ([GOOD | {"question": "How many?"}], "line 1: 0 <image> marks in the question for 1 images"),
@@ -120,6 +120,12 @@ def test_parquet_as_hiyouga_has_it(folder, processor):
     assert sample.answer == "3" and sample.prompt_ids.count(processor.image_token_id) == 9
     batch = utils.collate([sample], processor)
     assert batch["inputs"]["pixel_values"].shape[0] == 36
+
+
+@pytest.mark.parametrize("path", ["nowhere", "tests/nowhere", "/nowhere/at/all", "../nowhere"])
+def test_a_mistyped_folder_is_not_looked_up_on_the_hub(path):
+    with pytest.raises(utils.UserError, match="--model .*: no such folder; give one"):
+        utils.load_processor(path)
 
 
 def test_a_folder_without_a_processor_or_model(folder, tmp_path):

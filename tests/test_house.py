@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -16,8 +17,11 @@ import utils
 
 ROOT = Path(__file__).parents[1]
 STAGES = ["reward", "rollout", "train_sft", "train_grpo", "evaluate", "utils", "toy"]
-BUDGETS = {"reward": 300, "rollout": 450, "train_sft": 280, "train_grpo": 600, "evaluate": 350,
-           "utils": 450, "toy": 300}
+# Lines, blank ones included. Raised from the first design, since what was cut instead was worth more:
+# reward (300: sets, units and the audit), utils (450: sentences for bad data, whole-or-nothing files),
+# toy (300: the check of what the base was promised to be).
+BUDGETS = {"reward": 410, "rollout": 450, "train_sft": 280, "train_grpo": 600, "evaluate": 350,
+           "utils": 620, "toy": 470}
 README = (ROOT / "README.md").read_text()
 
 
@@ -84,15 +88,16 @@ def test_a_stage_copied_with_utils_still_starts(stage, tmp_path):
 
 
 @pytest.mark.parametrize("stage, low, high", [
-    (s, 0.25 if s == "train_grpo" else 0.10, 0.40 if s == "train_grpo" else 0.25)
-    for s in STAGES])
+    ("train_grpo", 0.25, 0.40), ("train_sft", 0.10, 0.30),  # each flag's help is a comment
+    *((s, 0.10, 0.25) for s in STAGES if not s.startswith("train"))])
 def test_share_of_comment_lines(stage, low, high):
-    """Lines that bear a comment or belong to a docstring of a function, over lines of code."""
+    """Lines that bear a comment, over lines that bear code."""
     path = ROOT / f"{stage}.py"
     with open(path, "rb") as file:
         tokens = list(tokenize.tokenize(file.readline))
     commented = {t.start[0] for t in tokens if t.type == tokenize.COMMENT}
-    skip = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    skip = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+            tokenize.ENCODING, tokenize.ENDMARKER}
     code = {t.start[0] for t in tokens if t.type not in skip}
     share = len(commented) / len(code)
     assert low <= share <= high, f"{stage}.py: {share:.0%} comment lines"
@@ -132,6 +137,31 @@ def test_readme_commands_parse():
 def test_readme_has_the_two_commands():
     assert "pip install -r requirements.txt && torchrun --standalone --nproc_per_node 2 train_grpo.py\n" in README
     assert "pip install -r requirements.txt && pytest\n" in README
+
+
+def test_readme_numbers_stand_in_results():
+    """The quick start's table, cell by cell, and the mean gain, from results/quickstart."""
+    gains = []
+    for seed in (0, 1, 2):
+        folder = ROOT / "results" / "quickstart" / f"seed_{seed}"
+        result = json.loads((folder / "result.json").read_text())
+        rows = [r for r in utils.read_jsonl(folder / "eval.jsonl") if r["split"] == "validation"]
+        assert json.loads((folder / "args.json").read_text())["seed"] == seed
+        cells = [str(seed)]
+        for split in ("validation", "test"):
+            for point in result[f"{split}_pass1_t0.6"].values():
+                low, high = point["interval_95"]
+                cells.append(f"{100 * point['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
+        for name, scale, digits in (("length", 1, 1), ("reflection_ratio", 100, 0)):
+            cells += [f"{scale * row[name]:.{digits}f}" for row in (rows[0], rows[-1])]
+        cells.append(f"{result['minutes']:.1f}")
+        assert f"| {' | '.join(cells)} |\n" in README
+        gains.append(100 * (rows[-1]["accuracy"] - rows[0]["accuracy"]))
+    assert f"rises by {sum(gains) / 3:.0f} points on average" in README
+    defaults = importlib.import_module("train_grpo").Args
+    assert {"seed", "out"} == {  # the table is of the command as it is today
+        name for name, value in json.loads((folder / "args.json").read_text()).items()
+        if name != "script" and value != getattr(defaults, name)}
 
 
 def test_readme_file_table_is_the_tree():
