@@ -160,7 +160,8 @@ def before_and_after(out):
     table = {}
     for row in utils.read_jsonl(out / "eval.jsonl"):
         entry = table.setdefault(f"{row['split']}_{row['setting']}", {})
-        point = {"accuracy": round(row["accuracy"], 4), "interval_95": row["accuracy_interval"]}
+        interval = [round(bound, 4) for bound in row["accuracy_interval"]]
+        point = {"accuracy": round(row["accuracy"], 4), "interval_95": interval}
         entry["after" if entry else "before"] = point
     return table
 

@@ -15,7 +15,7 @@ It can see and count from the start, but its likeliest first word is a bad one. 
 learning can make it choose better, and read with fewer slips: the paper's conclusion in miniature,
 RL amplifies what is there. `--check` prints how often each habit is right when it is forced.
 
-    python toy.py --build            train the base again into toy_model/ (10 minutes on 2 cores)
+    python toy.py --build            train the base again into toy_model/ (22 minutes on one core)
     python toy.py --check            measure every promise above, exit 1 if one is broken
     python toy.py --data my_folder   write the data set as files
 """

@@ -93,7 +93,7 @@ def run_script(main, Args):
         print0(f"{Path(sys.argv[0]).name}: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print0("\nStopped before the run began; nothing was written.")
+        print0("\nStopped before the run began; nothing was trained.")
         sys.exit(130)
     finally:
         if dist.is_initialized():
@@ -117,7 +117,8 @@ def end_on_signal(out):
         number = os.read(reader, 1)[0]
         last = latest_checkpoint(out)
         where = f"the last whole checkpoint is {last}" if last else "no checkpoint was written yet"
-        print0(f"\nStopped; {where}. The same command with --out {out} goes on from there.")
+        if rank() == 0:  # not by print0: whoever holds its lock may be waiting in a collective
+            sys.stderr.write(f"\nStopped; {where}. The same command with --out {out} goes on.\n")
         os._exit(128 + number)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -225,11 +226,15 @@ def read_rows(path):
     if path.suffix == ".parquet":  # as hiyouga/geometry3k has it
         try:
             import pyarrow.parquet
+
+            table = pyarrow.parquet.read_table(path)
         except ImportError:
             raise UserError(f"{path}: reading parquet needs pyarrow; run `pip install pyarrow`.")
-        for n, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1):
-            row["images"] = [image["bytes"] for image in row["images"]]
-            yield f"{path}, row {n}", row | {"question": row["problem"]}
+        except ValueError as error:
+            raise UserError(f"{path}: not a parquet file ({error}); replace it.")
+        for n, row in enumerate(table.to_pylist(), 1):
+            row["images"] = [image["bytes"] for image in row.get("images") or []]
+            yield f"{path}, row {n}", {"question": row.get("problem")} | row
         return
     for n, line in enumerate(path.read_bytes().splitlines(), 1):
         place = f"{path}, line {n}"
@@ -237,7 +242,7 @@ def read_rows(path):
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:  # not JSON, or not UTF-8
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or brackets for ever
             raise UserError(f"{place}: not valid JSON ({error}); correct or remove the line.")
         if not isinstance(row, dict):
             raise UserError(f"{place}: not a JSON object with question and answer; correct it.")
