@@ -188,10 +188,10 @@ def main(args):
     processor = utils.load_processor(args.model)
     samples = utils.load_samples(utils.data_path(args.data, out), processor, args.max_prompt_tokens)
     samples = samples[: args.limit or None]
-    utils.begin_run(out, args)
-    utils.cut_logs(out, 0)  # an evaluation that was stopped starts anew
     model = utils.load_model(args.model, utils.compute_dtype(args.dtype))
     engine = make_engine(args.engine, model, processor, args)
+    utils.begin_run(out, args)
+    utils.cut_logs(out, 0)  # an evaluation that was stopped starts anew
 
     result = {"model": args.model, "data": args.data, "out": str(out)}
     for setting in settings:

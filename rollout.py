@@ -211,9 +211,9 @@ def main(args):
     processor = utils.load_processor(args.model)
     samples = utils.load_samples(utils.data_path(args.data, out), processor, args.max_prompt_tokens)
     samples = samples[: args.limit or None]
-    utils.begin_run(out, args)
     model = utils.load_model(args.model, utils.compute_dtype(args.dtype))
     engine = make_engine(args.engine, model, processor, args)
+    utils.begin_run(out, args)
 
     mine = samples[rank() :: world_size()]
     done = []

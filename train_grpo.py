@@ -328,7 +328,6 @@ def main(args):
         print0(f"Each epoch leaves out {len(train) % args.batch_size} of {len(train)} prompts.")
     total = steps_per_epoch * args.epochs
     total = min(total, args.max_steps) if args.max_steps else total
-    utils.begin_run(out, args)
 
     # The sampler has whole weights of its own; the policy is sharded over the ranks
     dtype = utils.compute_dtype(args.dtype)
@@ -348,6 +347,7 @@ def main(args):
     print0(f"Training {count:,} weights on {len(train)} prompts: {total} steps of "
            f"{args.batch_size} prompts x {args.group_size} answers, on {world_size()} x "
            f"{utils.device().type}. {out}")
+    utils.begin_run(out, args)
 
     # A run that was stopped goes on after its last whole checkpoint: data order and sampling depend
     # on the seed and the step alone, so nothing else has to be restored
@@ -409,11 +409,11 @@ def main(args):
         shown["seconds"] = " ".join(f"{name} {s:.1f}" for name, s in seconds.items())
         bar.set_postfix(shown)
         last = step == total
-        # COLLECTIVE, both: every rank saves its shard, every rank evaluates its share
-        if last or (args.save_every and step % args.save_every == 0):
-            utils.save_checkpoint(out, step, policy, processor, optimizer, dtype)
+        # COLLECTIVE, both. Saved last: what stands before a checkpoint in the logs is complete
         if last or (args.eval_every and step % (args.eval_every * steps_per_epoch) == 0):
             evaluate_splits(engine, data, settings, args, step, step / steps_per_epoch, out)
+        if last or (args.save_every and step % args.save_every == 0):
+            utils.save_checkpoint(out, step, policy, processor, optimizer, dtype)
 
     minutes = round((time.time() - started) / 60, 2)
     result = before_and_after(out) | {"steps": total, "minutes": minutes, "out": str(out)}

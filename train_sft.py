@@ -195,7 +195,6 @@ def main(args):
         print0(f"Each epoch leaves out {len(train) % args.batch_size} of {len(train)} prompts.")
     total = steps_per_epoch * args.epochs
     total = min(total, args.max_steps) if args.max_steps else total
-    utils.begin_run(out, args)
 
     # The sampler has whole weights of its own; the policy is sharded over the ranks
     dtype = utils.compute_dtype(args.dtype)
@@ -209,6 +208,7 @@ def main(args):
     optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.95), weight_decay=args.weight_decay)
     print0(f"Training {count:,} weights on {len(train)} prompts: {total} steps of "
            f"{args.batch_size} golden responses, on {world_size()} x {utils.device().type}. {out}")
+    utils.begin_run(out, args)
 
     start = 0
     if continues and utils.latest_checkpoint(out):
@@ -245,11 +245,12 @@ def main(args):
             utils.append_jsonl(out / "metrics.jsonl", place | metrics)
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", update=f"{seconds['update']:.1f}s")
         last = step == total
-        if last or (args.save_every and step % args.save_every == 0):
-            utils.save_checkpoint(out, step, policy, processor, optimizer, dtype)
+        # COLLECTIVE, both. Saved last: what stands before a checkpoint in the logs is complete
         if last or (args.eval_every and step % (args.eval_every * steps_per_epoch) == 0):
             engine.sync(policy.model)
             evaluate_splits(engine, data, settings, args, step, step / steps_per_epoch, out)
+        if last or (args.save_every and step % args.save_every == 0):
+            utils.save_checkpoint(out, step, policy, processor, optimizer, dtype)
 
     minutes = round((time.time() - started) / 60, 2)
     result = before_and_after(out) | {"steps": total, "minutes": minutes, "out": str(out)}

@@ -115,12 +115,17 @@ def test_two_ranks_do_the_first_step_of_one(grpo_run, data, tmp_path):
     assert texts[0] == texts[1]
 
 
+def timeless(path):
+    """The rows of a log without what a clock measured."""
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in utils.read_jsonl(path)]
+
+
 def test_a_stopped_run_goes_on_bit_for_bit(grpo_run):
     """Forget the last two steps of a run; the same command repeats them exactly."""
     words, out, _, _ = grpo_run
     last = out / "checkpoints" / "step_000004"
     weights = load_file(last / "model.safetensors")
-    log = utils.read_jsonl(out / "metrics.jsonl")
+    logs = {name: timeless(out / name) for name in ("metrics.jsonl", "eval.jsonl")}
     _, stderr = run(*words, code=2)
     assert "holds a finished run" in stderr
     (out / "result.json").unlink()
@@ -133,9 +138,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(grpo_run):
     assert "Continuing after step 2" in stderr
     again = load_file(last / "model.safetensors")
     assert all(torch.equal(weights[name], again[name]) for name in weights)
-    timeless = [{k: v for k, v in row.items() if "seconds" not in k} for row in log]
-    repeated = utils.read_jsonl(out / "metrics.jsonl")
-    assert timeless == [{k: v for k, v in row.items() if "seconds" not in k} for row in repeated]
+    assert logs == {name: timeless(out / name) for name in logs}
     _, stderr = run(*words, "--lr", "0.5", code=2)
     assert "other arguments" in stderr
 
