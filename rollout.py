@@ -4,7 +4,7 @@ Left out of the textbook: beams, repetition penalties, stop strings. A completio
 must come from the plain policy, so a sampler is a model, a way to pick a token from its logits, and
 a reason to stop. Added are two things that textbooks leave out. Randomness belongs to the sample
 (its prompt's id and its index), not to the rank or the batch, so that a run means the same on any
-number X
+number of ranks; and image placeholders are never sampled: a completion has no image behind them.
 
     python rollout.py --model toy_model --data toy:validation --n 8 --out runs/rollout
     torchrun --standalone --nproc_per_node 8 -- rollout.py --model Qwen/Qwen2.5-VL-3B-Instruct \

@@ -117,6 +117,13 @@ def draw(scene, rng):
     return image
 
 
+def as_png(image):
+    """The bytes of an image as a data set's file would hold them."""
+    file = BytesIO()
+    image.save(file, "png")
+    return file.getvalue()
+
+
 def question(colour):
     return f"<image>How many {colour} objects are in the picture?"
 
@@ -276,21 +283,19 @@ def build_model(processor, seed):
 def lessons(processor, held_out, habits, rng):
     """Endless samples of fresh scenes, none held out, answered by habits drawn by their shares."""
     eos = [processor.tokenizer.eos_token_id]
-    blank = BytesIO()
-    draw([None] * GRID**2, rng).save(blank, "png")
+    blank = as_png(draw([None] * GRID**2, rng))
     prompts = {}  # made once: a prompt depends on its colour alone, every picture has 9 tokens
     for colour in COLOURS:
-        row = {"question": question(colour), "answer": "0", "images": [blank.getvalue()]}
+        row = {"question": question(colour), "answer": "0", "images": [blank]}
         prompts[colour] = utils.make_sample(row, Path("."), colour, processor)
     while True:
         scene, colour = make_problem(rng, rng.randrange(ANSWERS), unusual=False)
         if (scene, colour) in held_out:
             continue  # validation and test stay unseen by the base too
-        png = BytesIO()
-        draw(scene, rng).save(png, "png", compress_level=1)
+        picture = as_png(draw(scene, rng))
         habit = rng.choices([h for h, _ in habits], [share for _, share in habits])[0]
         ids = processor.tokenizer(habit(scene, colour, rng))["input_ids"]
-        yield replace(prompts[colour], images=[png.getvalue()], completion_ids=ids + eos)
+        yield replace(prompts[colour], images=[picture], completion_ids=ids + eos)
 
 
 def teach(policy, processor, stream, steps, lr):
@@ -350,9 +355,8 @@ def forced(samples, opening, processor):
 
 def blanked(samples):
     """The same prompts over white pictures."""
-    png = BytesIO()
-    draw([None] * GRID**2, random.Random(0)).save(png, "png")
-    return [replace(s, images=[png.getvalue()]) for s in samples]
+    blank = as_png(draw([None] * GRID**2, random.Random(0)))
+    return [replace(s, images=[blank]) for s in samples]
 
 
 def mended(sample):

@@ -169,7 +169,7 @@ def rollout_sums(samples, group_size):
     """Sums over this rank's samples; `step_metrics` makes means of them."""
     groups = [samples[i : i + group_size] for i in range(0, len(samples), group_size)]
     flat = [g for g in groups if all(s.advantage == 0 for s in g)]
-    sums = defaultdict(float)
+    sums = Counter()
     for s in samples:
         sums["completions"] += 1
         sums["tokens"] += len(s.completion_ids)
@@ -181,7 +181,7 @@ def rollout_sums(samples, group_size):
             sums[f"scored {name}"] += value is not None
     sums["groups"] = len(groups)
     sums["groups_all_alike"] = len(flat)  # no advantage, so nothing to learn
-    return dict(sums)
+    return sums
 
 
 # ---------------------------------------------------------------------------------------------
@@ -383,7 +383,7 @@ def main(args):
 
         # Step IV: policy update. N gradient steps, then the sampler takes over the new weights
         share = args.mini_batch_size // world_size() * args.group_size  # samples an update, a rank
-        sums, norms = Counter(rollout_sums(samples, args.group_size)), []
+        sums, norms = rollout_sums(samples, args.group_size), []
         with timed(seconds, "update"):
             for n in range(updates):
                 warmed = ((step - 1) * updates + n + 1) / max(1, args.warmup_steps)

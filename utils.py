@@ -262,7 +262,7 @@ def open_image(source):
 
 
 def checked_image(image, folder, place):
-    """A row's image, checked: a path inside the data set's folder, made absolute, or its bytes."""
+    """A row's image, checked: its absolute path in the folder, or its bytes; and the picture."""
     name = "image bytes"
     if not isinstance(image, (str, bytes)) or "\0" in str(image):
         raise UserError(f"{place}: an image is given as {image!r}; give its path as text.")
@@ -273,10 +273,9 @@ def checked_image(image, folder, place):
         if not Path(image).is_file():
             raise UserError(f"{place}: {name} does not exist in {folder}; correct the path.")
     try:
-        open_image(image)
+        return image, open_image(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{place}: {name} cannot be read ({error}); replace it.")
-    return image
 
 
 def make_sample(row, path, place, processor):
@@ -294,7 +293,8 @@ def make_sample(row, path, place, processor):
         images = [row["image"]] if row.get("image") else []
     if not isinstance(images, list):
         raise UserError(f"{place}: images must be a list of paths; correct it.")
-    images = [checked_image(image, path.parent, place) for image in images]
+    pictures = [checked_image(image, path.parent, place) for image in images]
+    images = [source for source, _ in pictures]
     marks = question.count(IMAGE_MARK)
     if marks != len(images):
         raise UserError(f"{place}: {marks} {IMAGE_MARK} marks in the question for {len(images)} "
@@ -306,7 +306,7 @@ def make_sample(row, path, place, processor):
     messages = [{"role": "user", "content": content}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     try:
-        inputs = processor(text=[prompt], images=[open_image(i) for i in images] or None)
+        inputs = processor(text=[prompt], images=[picture for _, picture in pictures] or None)
     except ValueError as error:  # such as a picture 200 times as wide as high
         raise UserError(f"{place}: the processor refuses the row ({error}); change its images.")
     ids = list(inputs["input_ids"][0])

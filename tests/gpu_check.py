@@ -11,6 +11,7 @@ random weights (speed does not depend on what the weights are).
 import copy
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -133,8 +134,6 @@ def check_speed(shape, folder):
 
 
 def main():
-    import tempfile
-
     shape = SHAPES["tiny" if "--tiny" in sys.argv else "3b"]
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     started = clock()
