@@ -23,6 +23,7 @@ The policy:
 - Mere spelling: trailing punctuation, LaTeX spacing and sizing (\\, \\! \\quad \\left \\big), $..$,
   \\text{ cm}, \\dfrac, \\frac12, \\sqrt3, 2*sqrt(3), 1.2e3, full-width digits, × ÷ − π √ ° ² ½.
 """
+
 import decimal
 import json
 import math
@@ -37,10 +38,13 @@ from decimal import Decimal
 from functools import lru_cache, partial
 
 # Bounds on work: hostile text meets one of them, a real answer does not.
-LONGEST_ANSWER, LONGEST_RESPONSE = 400, 8_000  # characters; of a response the end is read
+LONGEST_ANSWER, LONGEST_RESPONSE = 400, 6_000  # characters; of a response the end is read
 MOST_DIGITS, MOST_DEPTH, MOST_POWERS, MOST_ITEMS = 40, 20, 20, 20
 
-# ---- 1. extract: response -> answer
+
+# ---------------------------------------------------------------------------------------------
+# Step 1. Extract: response -> answer
+
 NESTED = r"[^{}]*"
 for _ in range(6):  # braces in braces, six deep: a regular expression cannot count any further
     NESTED = rf"(?:[^{{}}]|\{{{NESTED}\}})*"
@@ -50,6 +54,7 @@ ROOT = (r"(?:\\?[dtc]?frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d)"
         r"|(?:\\?sqrt|√)\s*(?:\{[^{}]*\}|\d+)|\\pi|π)")
 DIGITS = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE]-?\d+|/\d+)?"
 NUMBER = re.compile(rf"(?<![\w)}}\]])-?(?:{DIGITS}(?:\s*{ROOT})*|{ROOT}+)(?:\s*\\?%)?|{DIGITS}")
+
 
 def extract_answer(text: str) -> str | None:
     """The answer a response commits to, as it is written there; None where it commits to none."""
@@ -66,7 +71,10 @@ def extract_answer(text: str) -> str | None:
     found = NUMBER.findall(text) or re.findall(r"\b[A-H]\b(?!['’])", text)
     return found[-1] if found else text if last and text else None
 
-# ---- 2. normalise and tokenise: answer -> tokens with one spelling each
+
+# ---------------------------------------------------------------------------------------------
+# Step 2. Normalise and tokenise: answer -> tokens with one spelling each
+
 GROUPING = str.maketrans("", "", ",~ \\")  # what stands between the thousands
 SIGNS = str.maketrans("−–—×·⋅∗÷∕⁄∶≈∈∪", "---****///:==,", "€£¥")
 SPELLINGS = [(re.compile(pattern, re.ASCII), meaning) for pattern, meaning in (
@@ -91,6 +99,7 @@ MEANING = dict.fromkeys(  # of a spelling; these have none
         r"|approximately =|\simeq =|\le ≤|\leq ≤|\ge ≥|\geq ≥|\lt <|\gt >"
     ).split("|"))
 
+
 def tokenise(text: str) -> list[str]:
     r"""Cut an answer into tokens: "\dfrac12 \text{ cm}" -> \frac, 12, cm."""
     if not text.isascii():
@@ -103,7 +112,10 @@ def tokenise(text: str) -> list[str]:
     tokens = [MEANING.get(token, token) for token in TOKEN.findall(text)]
     return [token.translate(GROUPING) if token[0].isdigit() else token for token in tokens if token]
 
-# ---- 3. parse: tokens -> values
+
+# ---------------------------------------------------------------------------------------------
+# Step 3. Parse: tokens -> values
+
 # 100 digits stand for exactness: two different fractions of 40-digit numbers differ by 10^-80 or
 # more, two different a*sqrt(b)/c of 15-digit numbers likewise, so that 90 equal digits mean equal.
 PRECISE = decimal.Context(prec=100, Emax=999, Emin=-999, traps=[
@@ -126,12 +138,14 @@ UNITS = {word + plural: words.split()[0] for words in (
 Number = namedtuple("Number", "value decimals unit name exact", defaults=(0, frozenset(), "", None))
 Group = namedtuple("Group", "brackets items")  # "{}" is a set; "()", "[)" and so on keep the order
 
+
 def answers(tokens: list[str], depth: int = 0) -> list:
     """All that commas separate: Numbers, Groups, names. tokens is a stack, the next one is last."""
     items = [expression(tokens, 0, depth)]
     while tokens[-1] == "," and len(items) < MOST_ITEMS:  # factor skips the comma itself
         items.append(expression(tokens, 0, depth))
     return items
+
 
 def expression(tokens: list[str], binding: int, depth: int):
     """Precedence climbing: read all that binds tighter than binding."""
@@ -152,6 +166,7 @@ def expression(tokens: list[str], binding: int, depth: int):
                 tokens.pop()
             right = expression(tokens, OPERATORS[sign][0] - (sign == "^"), depth + 1)
             left = combine(left, sign, right)
+
 
 def factor(tokens: list[str], depth: int):
     """A number, root, fraction or bracket, one of these with a sign before it, or a name."""
@@ -189,6 +204,7 @@ def factor(tokens: list[str], depth: int):
         return combine(factor(tokens, depth + 1), "^", power)
     return Number(PI) if token == "\\pi" else token
 
+
 def combine(left, sign: str, right):
     """left sign right. Of an equation the right side is kept, under the name on its left."""
     if sign == "=":
@@ -203,9 +219,13 @@ def combine(left, sign: str, right):
         raise ArithmeticError("too large or too small")
     return Number(value, 0, left.unit | right.unit)
 
-# ---- 4. compare
+
+# ---------------------------------------------------------------------------------------------
+# Step 4. Compare values
+
 PLAIN = re.compile(r"-?\d{1,9}(?:\.\d{1,6})?", re.ASCII)  # read in a microsecond, without parsing
 CHOICE = re.compile(r"(?:\( )?(?:([A-Ha-h])(?: \))?|([A-H])(?:(?: [).:])+|(?= [A-Za-z]))(.+))")
+
 
 def is_equal(prediction: str, reference: str) -> bool:
     """Do two answers say the same, under the policy at the top of this file?"""
@@ -224,6 +244,7 @@ def is_equal(prediction: str, reference: str) -> bool:
         if letter and wanted_letter and not (said and wanted):
             return letter == wanted_letter
         return same(said, wanted)
+
 
 @lru_cache(maxsize=10_000)  # the responses to one prompt share a reference, and often an answer
 def understand(answer: str) -> tuple:
@@ -247,6 +268,7 @@ def understand(answer: str) -> tuple:
         return letter, text
     return letter, Group("{}", items) if len(items) > 1 else items[0]
 
+
 def same(said, wanted) -> bool:
     """Equal values; but two units, or two names, must agree as well. 25% is 25 and 0.25."""
     left, right = (x.items if isinstance(x, Group) and x.brackets == "{}" else [x]
@@ -267,6 +289,7 @@ def same(said, wanted) -> bool:
     values = [said.value] if said.exact is None else [said.value, said.exact]
     return any(rounds(value * scale, wanted) for value in values for scale in scales)
 
+
 def rounds(value: Decimal, wanted: Number) -> bool:
     """value is the wanted one, or the wanted one is a decimal that stands for value rounded."""
     gap = abs(value - wanted.value)
@@ -278,13 +301,18 @@ def rounds(value: Decimal, wanted: Number) -> bool:
         return precise and 2 * gap <= Decimal(1).scaleb(-wanted.decimals)
     return wanted.decimals > 6 and len(digits) > 5 and 2 * gap <= Decimal(1).scaleb(exponent)
 
-# ---- 5. rewards: samples -> numbers
+
+# ---------------------------------------------------------------------------------------------
+# Rewards: samples -> numbers
+
+
 def accuracy_reward(completion: str, answer: str) -> float | None:
     """1.0 for the right answer, else 0.0; None (cannot be scored) where the data has no answer."""
     if not (answer or "").strip():
         return None
     found = extract_answer(completion)
     return float(found is not None and is_equal(found, answer))
+
 
 def language_reward(completion: str) -> float:
     """-0.1 times the share of letters that are neither Latin nor Greek (the paper's reward)."""
@@ -293,6 +321,7 @@ def language_reward(completion: str) -> float:
         unicodedata.normalize("NFKC", letter)[0], "").startswith(("LATIN", "GREEK"))]
     return -0.1 * (sum(letters[letter] for letter in foreign) / max(1, letters.total()))
 
+
 def format_reward(completion: str) -> float:
     """1.0 for exactly one balanced, filled \\boxed{} after all thinking, else 0.0."""
     text = completion.rpartition("</think>")[2][-LONGEST_RESPONSE:]
@@ -300,10 +329,12 @@ def format_reward(completion: str) -> float:
     one = len(boxes) == text.count("\\boxed") == 1
     return float(one and any(boxes[0]) and "<think>" not in text)
 
+
 def unfinished_penalty(samples: list, min_tokens: int = 1) -> list[float]:
     """-0.1 for a response cut off or shorter than min_tokens, else 0; score lets it stand alone."""
     return [-0.1 if s.finish_reason != "stop" or len(s.completion_ids) < min_tokens else 0.0
             for s in samples]
+
 
 def overlong_penalty(samples: list, max_length: int = 2048, buffer: int = 512) -> list[float]:
     """0 up to max_length - buffer tokens, then a line down to -1 at max_length (DAPO, eq. 13)."""
@@ -315,6 +346,7 @@ REWARDS = {  # what --rewards can name: functions of the samples, a number or No
     "language": lambda samples: [language_reward(s.completion_text) for s in samples],
     "format": lambda samples: [format_reward(s.completion_text) for s in samples],
     "unfinished": unfinished_penalty, "overlong": overlong_penalty}
+
 
 def load_rewards(spec: str, max_new_tokens: int = 2048) -> dict[str, tuple]:
     """"accuracy:1.0,my_file.py:my_function:0.5" -> {name: (function of the samples, weight)}."""
@@ -335,6 +367,7 @@ def load_rewards(spec: str, max_new_tokens: int = 2048) -> dict[str, tuple]:
         rewards[name] = (known[name], float(weight))
     return rewards
 
+
 def score(samples: list, rewards: dict[str, tuple]) -> None:
     """Set rewards (by name) and reward (weighted sum of those that are not None) of each sample."""
     values = {name: function(samples) for name, (function, _) in rewards.items()}
@@ -349,8 +382,12 @@ def score(samples: list, rewards: dict[str, tuple]) -> None:
         # the paper's code: -0.1 in all for an unfinished response, whatever else it earned
         sample.reward = parts.get("unfinished") or (sum(parts.values()) if parts else None)
 
-# ---- 6. the command line
+
+# ---------------------------------------------------------------------------------------------
+# The command line
+
 COLUMNS = ("rows", "right", "false +", "false -", "unscored", "us a call")
+
 
 def audit(path: str) -> dict:
     """Grade the rows of a JSON lines file; print what their "equal" denies, and a table."""
@@ -381,6 +418,7 @@ def audit(path: str) -> dict:
         print("".join(f"{cell:>12}" for cell in (kind, *cells)))
     return {"bad_lines": bad_lines} | {kind: dict(zip(COLUMNS, kinds[kind])) for kind in kinds}
 
+
 def main() -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # a lone surrogate can be graded, not printed
     arguments = sys.argv[1:]
@@ -398,6 +436,7 @@ def main() -> None:
     else:
         sys.stderr.write("usage: reward.py PREDICTION REFERENCE, or --audit FILE, or --help\n")
         sys.exit(2)
+
 
 if __name__ == "__main__":
     main()

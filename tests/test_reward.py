@@ -5,6 +5,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -328,41 +329,28 @@ def test_a_users_own_reward(tmp_path):
     assert [s.reward for s in samples] == [1.25, 0.0] and samples[1].rewards["brevity"] is None
 
 
-REWARD_MODEL = '''
-import torch
-from transformers import AutoModelForSequenceClassification
-
-MODEL = AutoModelForSequenceClassification.from_pretrained({folder!r}).eval()
-
-
-@torch.no_grad()
-def judge(samples):
-    scores = []
-    for sample in samples:
-        if not sample.completion_ids:
-            scores.append(None)
-            continue
-        logits = MODEL(torch.tensor([sample.completion_ids])).logits
-        scores.append(logits[0, 0].item())
-    return scores
-'''
-
-
-def test_a_reward_model(tmp_path):
-    """A sequence classifier as the reward, in 15 lines of a user's own file."""
+def test_the_reward_model_of_the_readme(tmp_path, monkeypatch):
+    """A sequence classifier as the reward: the README's own file, with a tiny model."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
+    processor = transformers.AutoTokenizer.from_pretrained(ROOT / "toy_model")
     config = transformers.LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_labels=1, pad_token_id=0)
+        vocab_size=len(processor), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_labels=1, pad_token_id=0)
     model = transformers.LlamaForSequenceClassification(config).eval()
-    model.save_pretrained(tmp_path / "judge")
-    (tmp_path / "judge.py").write_text(REWARD_MODEL.format(folder=str(tmp_path / "judge")))
-    samples = [sample("a", tokens=3), sample("b", tokens=7), sample("", tokens=0)]
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "judge")
+    code, = (block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+             if "SequenceClassification" in block)
+    (tmp_path / "judge.py").write_text(code)
+    monkeypatch.setenv("JUDGE", str(tmp_path / "judge"))
+    samples = [sample("three", tokens=3), sample("so seven", tokens=7), sample("", tokens=0)]
     reward.score(samples, reward.load_rewards(f"{tmp_path / 'judge.py'}:judge:2.0"))
+    texts = [f"<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n{s.completion_text}<|im_end|>\n"
+             for s in samples[:2]]
     with torch.no_grad():
-        wanted = [model(torch.tensor([s.completion_ids])).logits.item() for s in samples[:2]]
+        wanted = [model(**processor(text, return_tensors="pt")).logits.item() for text in texts]
     assert [s.reward for s in samples[:2]] == pytest.approx([2 * x for x in wanted])
     assert wanted[0] != wanted[1] and samples[2].reward is None
 

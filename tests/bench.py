@@ -1,0 +1,96 @@
+"""Benchmarks, side by side in one run: a table on stderr, then one JSON document on stdout.
+
+    python tests/bench.py grader --peer math_verify     # pip install math-verify, in any environment
+    python tests/bench.py grader --peer math_verify --cases rows.jsonl
+
+Speeds of two programs are compared by alternating them, round by round, in the same process, so that
+what else the machine does meets both; what is printed is the median over the rounds.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def microseconds(function, *arguments):
+    start = time.perf_counter()
+    function(*arguments)
+    return (time.perf_counter() - start) * 1e6
+
+
+# ---------------------------------------------------------------------------------------------
+# The grader
+
+
+def ordinary_answers():
+    """Pairs (prediction, reference) as responses to geometry questions hold them, right and wrong."""
+    spellings = ["{}", "{}.0", "{} cm", r"{}^\circ", r"{}\sqrt{{3}}", r"\frac{{{}}}{{7}}", r"{}\pi", r"{}\%",
+                 r"x = {}", r"\sqrt{{{}}}", "{}.25", r"\text{{{} units}}"]
+    return [(spelling.format(n + wrong), spelling.format(n).replace(" cm", ""))
+            for n in (3, 12, 45, 144, 1250) for spelling in spellings for wrong in (0, 1)]
+
+
+def grader(peer, cases, rounds):
+    """Microseconds a verdict: the median over pairs of each pair's median over rounds.
+
+    "cold" has an empty cache, as at the first sight of an answer; "warm" meets a pair again, as the
+    G responses to one prompt do.
+    """
+    import reward
+
+    pairs = ordinary_answers()
+    if cases:
+        rows = [json.loads(line) for line in Path(cases).read_text().splitlines()]
+        pairs = [(row["prediction"], row["reference"]) for row in rows if row.get("pred_form") != "response"]
+    timed = {"ours, cold": lambda x, y: reward.is_equal(x, y), "ours, warm": lambda x, y: reward.is_equal(x, y)}
+    if peer == "math_verify":
+        import math_verify
+
+        def their_verdict(prediction, reference):
+            """As its README has it: both sides wrapped for its LaTeX extractor, parsed, compared."""
+            return math_verify.verify(math_verify.parse(f"${reference}$"), math_verify.parse(f"${prediction}$"))
+
+        timed["math_verify"] = their_verdict
+    samples = {name: [[] for _ in pairs] for name in timed}
+    for _ in range(rounds):
+        for name, function in timed.items():
+            for pair, times in zip(pairs, samples[name]):
+                if name == "ours, cold":
+                    reward.understand.cache_clear()
+                if name == "ours, warm":
+                    function(*pair)
+                times.append(microseconds(function, *pair))
+    parsed = [x != y and not (reward.PLAIN.fullmatch(x) and reward.PLAIN.fullmatch(y)) for x, y in pairs]
+    result = {"pairs": len(pairs), "need_the_parser": sum(parsed), "rounds": rounds, "microseconds": {}}
+    print(f"{'us a verdict':>12} {'median':>10} {'of the parsed':>14} {'slowest pair':>14}", file=sys.stderr)
+    for name in timed:
+        times = [median(times) for times in samples[name]]
+        cells = [round(median(times), 2), round(median(t for t, p in zip(times, parsed) if p), 2), round(max(times), 1)]
+        result["microseconds"][name] = dict(zip(("median", "median_of_parsed", "slowest_pair"), cells))
+        print(f"{name:>12} {cells[0]:>10} {cells[1]:>14} {cells[2]:>14}", file=sys.stderr)
+    if peer == "math_verify":
+        theirs = result["microseconds"]["math_verify"]
+        result["times_faster"] = {
+            name: {key: round(theirs[key] / value, 1) for key, value in result["microseconds"][name].items()}
+            for name in ("ours, cold", "ours, warm")}
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["grader"])
+    parser.add_argument("--peer", choices=["math_verify"], help="measure this library beside ours")
+    parser.add_argument("--cases", help="JSON lines of prediction and reference; default: built-in pairs")
+    parser.add_argument("--rounds", type=int, default=7, help="repetitions of each measurement")
+    args = parser.parse_args()
+    print(json.dumps({"grader": grader(args.peer, args.cases, args.rounds)}))
+
+
+if __name__ == "__main__":
+    main()
