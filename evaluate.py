@@ -43,8 +43,11 @@ class Args:
     max_new_tokens: int = 96  # completions are cut off here
     max_prompt_tokens: int = 2048  # longer prompts, images included, are dropped
     limit: int = 0  # use only the first this many prompts; 0: all
-    engine: Literal["auto", "hf"] = "auto"  # sampler; auto picks the embedded one
+    engine: Literal["auto", "hf", "vllm"] = "auto"  # sampler; auto: vllm on CUDA, else embedded
     rollout_batch_size: int = 256  # completions sampled at one time on a rank
+    vllm_memory: float = 0.85  # share of a GPU's memory for vLLM
+    seed_requests: bool = False  # vLLM: randomness by prompt, not by rank; slower
+    engine_timeout: int = 3600  # seconds that one call of vLLM may take
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, else float32
     seed: int = 0  # same seed, same completions
 
@@ -188,8 +191,7 @@ def main(args):
     processor = utils.load_processor(args.model)
     samples = utils.load_samples(utils.data_path(args.data, out), processor, args.max_prompt_tokens)
     samples = samples[: args.limit or None]
-    model = utils.load_model(args.model, utils.compute_dtype(args.dtype))
-    engine = make_engine(args.engine, model, processor, args)
+    engine = make_engine(args.engine, None, processor, args)
     utils.begin_run(out, args)
     utils.cut_logs(out, 0)  # an evaluation that was stopped starts anew
 

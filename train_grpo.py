@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import utils
-from utils import UserError, print0, rank, world_size
+from utils import RunError, UserError, print0, rank, world_size
 
 
 @dataclass
@@ -46,16 +46,21 @@ class Args:
     test_data: str = "toy:test"  # out of distribution; empty: none
     max_prompt_tokens: int = 2048  # longer prompts, images included, are dropped
     # Rollout
-    engine: Literal["auto", "hf"] = "auto"  # sampler; auto picks the embedded one
+    engine: Literal["auto", "hf", "vllm"] = "auto"  # sampler; auto: vllm on CUDA, else embedded
     group_size: int = 8  # completions a prompt, G
     temperature: float = 1.0  # of sampling, and of the policy that is trained
     max_new_tokens: int = 96  # completions are cut off here
     rollout_batch_size: int = 256  # completions sampled at one time on a rank
+    vllm_memory: float = 0.4  # share of a GPU's memory for vLLM; the rest is the trainer's
+    seed_requests: bool = False  # vLLM: randomness by prompt, not by rank; slower
+    engine_timeout: int = 3600  # seconds that one call of vLLM may take
+    doctor: bool = True  # before step 1, compare vLLM with the trainer in ten ways
     # Objective
     rewards: str = "accuracy:1.0"  # name:weight or file.py:function:weight, joined by commas
     advantage: Literal["grpo", "reinforce++"] = "grpo"  # how rewards become advantages
     clip_low: float = 0.2  # the ratio to the old policy is clipped at 1 - clip_low ...
     clip_high: float = 0.2  # ... and at 1 + clip_high
+    tis_cap: float = 2.0  # most a token is weighed up for vLLM's own rounding; 0: not weighed
     kl_coef: float = 0.0  # weight of the k3 divergence from the first policy; 0: no reference model
     # Optimiser
     epochs: int = 3  # passes over the training prompts
@@ -137,6 +142,17 @@ def k3_divergence(logprobs, ref_logprobs, mask):
     return (torch.exp(log_ratio) - 1 - log_ratio) * mask
 
 
+def importance_weights(old_logprobs, sampler_logprobs, cap):
+    """How much likelier a token is to the trainer than to the sampler that drew it, at most `cap`.
+
+    Two (B, C) to (B, C), without gradient. A sampler with kernels of its own draws from a slightly
+    other policy; the loss is weighed by this, and `cap` bounds the variance. Truncated importance
+    sampling (Ionides 2008); between sampler and trainer: Yao et al. 2025, "Your efficient RL
+    framework secretly brings you off-policy RL training".
+    """
+    return torch.exp(old_logprobs - sampler_logprobs).clamp(max=cap).detach()
+
+
 # ---------------------------------------------------------------------------------------------
 # Step I: data flow
 
@@ -211,8 +227,10 @@ def update(policy, optimizer, samples, old, ref, processor, args):
     """One gradient step on this rank's share of a mini-batch. COLLECTIVE.
 
     `old` and `ref` hold log-probabilities by sample, or are None where the algorithm needs none.
-    Returns this rank's sums over tokens, and the gradient norm before clipping.
+    Returns this rank's sums over tokens, the gradient norm before clipping, and the 99th percentile
+    of the differences between sampler and trainer.
     """
+    gaps = []
     count = max(utils.gather([math.ceil(len(samples) / args.micro_batch_size)]))
     sums = defaultdict(float, update_tokens=sum(len(s.completion_ids) for s in samples))
     all_tokens = utils.sum_over_ranks({"tokens": sums["update_tokens"]})["tokens"]
@@ -227,6 +245,9 @@ def update(policy, optimizer, samples, old, ref, processor, args):
         old_logprobs = beside(mask, part, old) if old else logprobs.detach()
         losses, low, high = policy_loss(logprobs, old_logprobs, advantages, mask,
                                         args.clip_low, args.clip_high)
+        sampler = beside(mask, part, {id(s): s.sampler_logprobs for s in part})
+        if args.tis_cap:
+            losses = losses * importance_weights(old_logprobs, sampler, args.tis_cap)
         if ref:
             kl = k3_divergence(logprobs, beside(mask, part, ref), mask)
             losses = losses + args.kl_coef * kl
@@ -236,18 +257,21 @@ def update(policy, optimizer, samples, old, ref, processor, args):
         loss = losses.sum() * world_size() / all_tokens
         stop_if_not_finite(loss, "loss", part)
         loss.backward()
-        gap = old_logprobs - beside(mask, part, {id(s): s.sampler_logprobs for s in part})
+        gap = (old_logprobs - sampler)[mask]  # (tokens of this micro-batch,), nats
+        gaps.append(gap.abs())
         sums["loss"] += losses.sum().item()
         sums["entropy"] += entropies.sum().item()
         sums["clipped_low"] += low.item()
         sums["clipped_high"] += high.item()
         sums["sampler_gap"] += gap.abs().sum().item()
+        sums["sampler_ratio"] += gap.exp().sum().item()
+        sums["sampler_ratio_squared"] += (2 * gap).exp().sum().item()
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     stop_if_not_finite(norm, "gradient norm", samples)
     optimizer.step()
     optimizer.zero_grad()
-    return sums, norm.item()
+    return sums, norm.item(), torch.cat(gaps).quantile(0.99).item()
 
 
 def beside(mask, samples, rows):
@@ -262,8 +286,23 @@ def stop_if_not_finite(value, what, samples):
     """End the run rather than spoil the weights; the batch is named for inspection."""
     if not torch.isfinite(value):
         names = sorted({s.id for s in samples})
-        raise FloatingPointError(f"rank {rank()}: the {what} is {value.item()} on the prompts "
-                                 f"{names}; this batch has not changed the weights.")
+        raise RunError(f"the {what} is {value.item()} on the prompts {names}; this batch has not "
+                       "changed the weights.")
+
+
+def stop_if_sampler_strays(metrics):
+    """End the run where its samples plainly come from another policy than the one that is trained.
+
+    The mean ratio of trainer to sampler is 1 where both are one policy, and the effective sample
+    size the share of tokens that still count once weighed. Bounds far from what rounding does.
+    """
+    ratio, size = metrics["sampler_ratio"], metrics["sampler_effective_size"]
+    if rank() == 0 and not (0.5 < ratio < 2 and size > 0.2):
+        raise RunError(
+            f"the sampler has strayed from the policy: mean ratio {ratio:.3g}, effective sample "
+            f"size {size:.1%}. Likely causes: weights that were not taken over, images or "
+            "positions that the two read differently, another temperature; rollout.py --doctor "
+            "looks for each.")
 
 
 def step_metrics(sums, norms, seconds, learning_rate):
@@ -274,8 +313,10 @@ def step_metrics(sums, norms, seconds, learning_rate):
     metrics["length"] = sums["tokens"] / n
     metrics |= {name: sums[name] / n for name in ("truncated", "unscored")}
     metrics["groups_all_alike"] = sums["groups_all_alike"] / sums["groups"]
-    names = ("loss", "entropy", "kl", "clipped_low", "clipped_high", "sampler_gap")
+    names = ("loss", "entropy", "kl", "clipped_low", "clipped_high", "sampler_gap", "sampler_ratio")
     metrics |= {name: sums[name] / tokens for name in names if name in sums}
+    metrics["sampler_effective_size"] = (
+        sums["sampler_ratio"] ** 2 / (tokens * sums["sampler_ratio_squared"]))
     metrics |= {"grad_norm": sum(norms) / len(norms), "lr": learning_rate}
     return metrics | {f"seconds_{name}": round(s, 3) for name, s in seconds.items()}
 
@@ -306,9 +347,12 @@ def check_args(args):
 def main(args):
     from evaluate import before_and_after, chosen_settings, evaluate_splits
     from reward import load_rewards, score
-    from rollout import make_engine
+    from rollout import choose_engine, consult, make_engine
 
     check_args(args)
+    args.engine = choose_engine(args.engine)  # args.json says what ran
+    if args.engine == "hf":
+        args.tis_cap = 0.0  # sampler and trainer are one
     rewards = utils.checked(load_rewards, args.rewards, args.max_new_tokens)
     settings = chosen_settings(args.eval_settings)
     started = time.time()
@@ -332,7 +376,7 @@ def main(args):
     # The sampler has whole weights of its own; the policy is sharded over the ranks
     dtype = utils.compute_dtype(args.dtype)
     model = utils.load_model(args.model)
-    engine = make_engine(args.engine, copy.deepcopy(model).to(dtype), processor, args)
+    engine = make_engine(args.engine, model, processor, args)
     reference = None
     if args.kl_coef:
         reference = utils.shard(utils.Policy(copy.deepcopy(model), processor), dtype)
@@ -357,6 +401,8 @@ def main(args):
         engine.sync(policy.model)
         print0(f"Continuing after step {start}.")
     utils.cut_logs(out, start)
+    if args.engine == "vllm" and args.doctor:
+        consult(engine, policy, train, processor, args)
     if start == 0:
         evaluate_splits(engine, data, settings, args, 0, 0.0, out)
 
@@ -371,6 +417,7 @@ def main(args):
         with timed(seconds, "rollout"):
             samples = engine.generate(prompts, args.group_size, args.temperature, 1.0,
                                       args.max_new_tokens, f"{args.seed} {step}")
+            engine.sleep()  # its memory is the trainer's until the sync
 
         # Step III: trajectory. Rewards, advantages, and the log-probabilities to compare with
         with timed(seconds, "reward"):
@@ -383,20 +430,23 @@ def main(args):
 
         # Step IV: policy update. N gradient steps, then the sampler takes over the new weights
         share = args.mini_batch_size // world_size() * args.group_size  # samples an update, a rank
-        sums, norms = rollout_sums(samples, args.group_size), []
+        sums, norms, tails = rollout_sums(samples, args.group_size), [], []
         with timed(seconds, "update"):
             for n in range(updates):
                 warmed = ((step - 1) * updates + n + 1) / max(1, args.warmup_steps)
                 optimizer.param_groups[0]["lr"] = learning_rate = args.lr * min(1, warmed)
                 part = samples[n * share % len(samples) :][:share]
-                part_sums, norm = update(policy, optimizer, part, old, ref, processor, args)
+                part_sums, norm, tail = update(policy, optimizer, part, old, ref, processor, args)
                 sums.update(part_sums)
                 norms.append(norm)
+                tails.append(tail)
         with timed(seconds, "sync"):
             engine.sync(policy.model)
 
         # Log, evaluate, save
         metrics = step_metrics(utils.sum_over_ranks(sums), norms, seconds, learning_rate)
+        metrics["sampler_gap_p99"] = max(utils.gather(tails))
+        stop_if_sampler_strays(metrics)
         records = utils.gather([s.record() for s in samples])
         place = {"generation_step": step, "gradient_step": step * updates,
                  "epoch": step / steps_per_epoch}

@@ -16,7 +16,6 @@ smoothing, a loss on the prompt. An epoch is one pass over the training prompts,
         --test_data mm_math5k/test.jsonl --batch_size 16 --lr 1e-5 --max_new_tokens 2048
 """
 
-import copy
 import math
 import random
 import time
@@ -30,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import utils
-from utils import UserError, print0, rank, world_size
+from utils import RunError, UserError, print0, rank, world_size
 
 
 @dataclass
@@ -45,9 +44,12 @@ class Args:
     test_data: str = "toy:test"  # out of distribution; empty: none
     max_prompt_tokens: int = 2048  # longer prompts, images included, are dropped
     # Rollout, for the evaluation alone
-    engine: Literal["auto", "hf"] = "auto"  # sampler; auto picks the embedded one
+    engine: Literal["auto", "hf", "vllm"] = "auto"  # sampler; auto: vllm on CUDA, else embedded
     max_new_tokens: int = 96  # completions are cut off here; longer golden responses are refused
     rollout_batch_size: int = 256  # completions sampled at one time on a rank
+    vllm_memory: float = 0.4  # share of a GPU's memory for vLLM; the rest is the trainer's
+    seed_requests: bool = False  # vLLM: randomness by prompt, not by rank; slower
+    engine_timeout: int = 3600  # seconds that one call of vLLM may take
     # Optimiser
     epochs: int = 3  # passes over the training prompts
     max_steps: int = 0  # stop after this many gradient steps; 0: after all epochs
@@ -149,8 +151,8 @@ def stop_if_not_finite(value, what, samples):
     """End the run rather than spoil the weights; the batch is named for inspection."""
     if not torch.isfinite(value):
         names = sorted({s.id for s in samples})
-        raise FloatingPointError(f"rank {rank()}: the {what} is {value.item()} on the prompts "
-                                 f"{names}; this batch has not changed the weights.")
+        raise RunError(f"the {what} is {value.item()} on the prompts {names}; this batch has not "
+                       "changed the weights.")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -199,7 +201,7 @@ def main(args):
     # The sampler has whole weights of its own; the policy is sharded over the ranks
     dtype = utils.compute_dtype(args.dtype)
     model = utils.load_model(args.model)
-    engine = make_engine(args.engine, copy.deepcopy(model).to(dtype), processor, args)
+    engine = make_engine(args.engine, model, processor, args)
     count = utils.freeze(model, args.train_vision, args.train_connector, args.train_language)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -217,6 +219,7 @@ def main(args):
     utils.cut_logs(out, start)
     if start == 0:
         evaluate_splits(engine, data, settings, args, 0, 0.0, out)
+    engine.sleep()
 
     steps = range(start + 1, total + 1)
     for step in (bar := tqdm(steps, "SFT", total, initial=start, disable=rank() > 0)):
@@ -249,6 +252,7 @@ def main(args):
         if last or (args.eval_every and step % (args.eval_every * steps_per_epoch) == 0):
             engine.sync(policy.model)
             evaluate_splits(engine, data, settings, args, step, step / steps_per_epoch, out)
+            engine.sleep()
         if last or (args.save_every and step % args.save_every == 0):
             utils.save_checkpoint(out, step, policy, processor, optimizer, dtype)
 

@@ -29,13 +29,14 @@ from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 # the one prompt template: training, evaluation and every engine use it
 INSTRUCTION = "Think step by step and put the final answer in \\boxed{}."
 IMAGE_MARK = "<image>"
 HEAD_CHUNK = 2048  # completion tokens whose logits, [tokens, vocabulary], exist at one time
+run_folder = []  # of this process, once `begin_run` has written it: what an error message names
 
 
 # ---------------------------------------------------------------------------------------------
@@ -44,6 +45,10 @@ HEAD_CHUNK = 2048  # completion tokens whose logits, [tokens, vocabulary], exist
 
 class UserError(Exception):
     """A mistake in what the user gave: one sentence on stderr, exit code 2, no traceback."""
+
+
+class RunError(Exception):
+    """What ends a run that began well: a sentence from each rank that met it, exit code 1."""
 
 
 def checked(function, *values):
@@ -81,7 +86,8 @@ def parse_args(Args, argv=None):
 def run_script(main, Args):
     """Parse the flags, join the other ranks, run `main(args)`, print what it returns as JSON.
 
-    Exit codes: 2 for a user's mistake, 128 + signal number for Ctrl-C and SIGTERM.
+    Exit codes: 2 for a user's mistake, 1 for a run that failed, 128 + signal number for Ctrl-C and
+    SIGTERM.
     """
     args = parse_args(Args)
     try:
@@ -92,20 +98,38 @@ def run_script(main, Args):
     except UserError as error:
         print0(f"{Path(sys.argv[0]).name}: {error}")
         sys.exit(2)
+    except RunError as error:
+        end_run(f"rank {rank()}: {error}", 1)
     except KeyboardInterrupt:
         print0("\nStopped before the run began; nothing was trained.")
         sys.exit(130)
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and "vllm" not in sys.modules:  # which ends the group by itself
             dist.destroy_process_group()
 
 
-def end_on_signal(out):
+def end_run(reason, code):
+    """Leave this process at once; say why, and from where the same command goes on.
+
+    The other ranks may wait for this one in a collective for ever: torchrun ends them. Every file of
+    a run is whole at every moment, so leaving at any moment is safe.
+    """
+    where = "No run folder was written."
+    if run_folder:
+        last = latest_checkpoint(run_folder[0])
+        where = (f"The last whole checkpoint is {last}." if last else "No checkpoint was written yet.")
+        where += f" The same command with --out {run_folder[0]} goes on."
+    # not by print0: whoever holds its lock may be waiting in a collective
+    sys.stderr.write(f"\n{reason} {where}\n")
+    os._exit(code)
+
+
+def end_on_signal():
     """From now on leave at once on Ctrl-C or SIGTERM, and name the run's last whole checkpoint.
 
     Python runs a signal's handler between two bytecodes, so a rank that waits inside a collective
     would never run it; the wake-up descriptor is written by the C handler itself, and a thread
-    reads it. Every file of a run is whole at every moment, so leaving at any moment is safe.
+    reads it.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -114,12 +138,10 @@ def end_on_signal(out):
         signal.signal(number, lambda *_: None)
 
     def wait():
-        number = os.read(reader, 1)[0]
-        last = latest_checkpoint(out)
-        where = f"the last whole checkpoint is {last}" if last else "no checkpoint was written yet"
-        if rank() == 0:  # not by print0: whoever holds its lock may be waiting in a collective
-            sys.stderr.write(f"\nStopped; {where}. The same command with --out {out} goes on.\n")
-        os._exit(128 + number)
+        code = 128 + os.read(reader, 1)[0]
+        if rank() > 0:
+            os._exit(code)
+        end_run("Stopped.", code)
 
     threading.Thread(target=wait, daemon=True).start()
 
@@ -150,14 +172,19 @@ def print0(*values):
 
 def start_ranks():
     """Join the process group that torchrun made room for, or form a group of one."""
-    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun gives a rank one thread; share out the cores
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
+    share_cores()
     transformers_logging.disable_progress_bar()
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, **alone)
+
+
+def share_cores():
+    """Give each of torchrun's ranks its part of the cores; torchrun itself leaves them one each."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
 
 
 def sum_over_ranks(values):
@@ -371,6 +398,11 @@ def load_model(path, dtype=torch.float32):
     return load_pretrained(AutoModelForImageTextToText, path, dtype=dtype).to(device())
 
 
+def load_generation_config(path):
+    """The checkpoint's generation settings, which name the tokens that end a response."""
+    return load_pretrained(GenerationConfig, path)
+
+
 def compute_dtype(name):
     """The `--dtype` flag as a torch dtype; auto is bfloat16 on CUDA and float32 on a CPU."""
     if name == "auto":
@@ -562,7 +594,8 @@ def begin_run(out, args):
     """Write args.json: from here on the folder is this run's, and a signal names its checkpoint."""
     if rank() == 0:
         write_json(out / "args.json", run_arguments(args, out))
-    end_on_signal(out)
+    run_folder.append(out)
+    end_on_signal()
 
 
 def cut_logs(out, last_step):

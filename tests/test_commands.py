@@ -205,8 +205,8 @@ def test_ctrl_c_ends_all_ranks_and_names_the_checkpoint(data, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=30)  # raises when a rank hangs
     assert process.returncode != 0
-    assert stderr.count("Stopped; the last whole checkpoint is") == 1
-    named = Path(stderr.split("the last whole checkpoint is ")[1].split(". The same")[0])
+    assert stderr.count("Stopped. The last whole checkpoint is") == 1
+    named = Path(stderr.split("The last whole checkpoint is ")[1].split(". The same")[0])
     assert AutoModelForImageTextToText.from_pretrained(named)
     assert not (out / "result.json").exists()
 
