@@ -15,11 +15,14 @@ The policy:
   makes a list. A decimal comma is read in its LaTeX form alone, 3{,}14.
 - 1, 2 and {2, 1} and "2 or 1" are one set, \\pm 2 is {2, -2}; (1, 2) keeps its order and brackets.
 - An integer before a fraction makes a mixed number: 2 1/2 and 2\\frac12 are 2.5.
-- x = 5, BC \\approx 5, x \\in (0, 5), "the length is 5": the last part counts (and 21\\sqrt{3} of
-  21\\sqrt{3} \\approx 36.37); two names must agree; an equation (2x = 10, a^2 + b = 0) is text.
+- x = 5, 5 = x, BC \\approx 5, x \\in (0, 5), "the length is 5": the value counts (and 21\\sqrt{3}
+  of 21\\sqrt{3} \\approx 36.37); two names must agree; an equation (2x = 10, a^2 + b = 0), an
+  inequality and a ratio of three are text.
 - (B), b, \\text{B}, B. and B. 45 are choice B; B. 45 is 45 too.
-- Extraction: the last balanced \\boxed{}, even an empty one; else what follows the last "answer is"
-  or ####; else the last number; else the last lone A to H. Nothing inside a think block counts.
+- Extraction: the last balanced \\boxed{}, even an empty one (a box that is cut off is no answer);
+  else what follows the last "answer is" or ####; else a choice the response opens with (B. 12);
+  else the last number with its sum, ratio or bracket; else the last lone A to H. Nothing inside a
+  think block counts.
 - Mere spelling: trailing punctuation, LaTeX spacing and sizing (\\, \\! \\quad \\left \\big), $..$,
   \\text{ cm}, \\dfrac, \\frac12, \\sqrt3, 2*sqrt(3), 1.2e3, full-width digits, × ÷ − π √ ° ² ½.
 """
@@ -49,11 +52,22 @@ NESTED = r"[^{}]*"
 for _ in range(6):  # braces in braces, six deep: a regular expression cannot count any further
     NESTED = rf"(?:[^{{}}]|\{{{NESTED}\}})*"
 BOX = re.compile(rf"\\boxed\s*(?:\{{({NESTED})\}}|([^\s{{$]+))")
-PHRASE = re.compile(r"####|<answer>|(?:answer|option|choice)[\s*]*(?:is|are|:|=)[\s:*#]*", re.I)
-ROOT = (r"(?:\\?[dtc]?frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d)"
-        r"|(?:\\?sqrt|√)\s*(?:\{[^{}]*\}|\d+)|\\pi|π)")
-DIGITS = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE]-?\d+|/\d+)?"
-NUMBER = re.compile(rf"(?<![\w)}}\]])-?(?:{DIGITS}(?:\s*{ROOT})*|{ROOT}+)(?:\s*\\?%)?|{DIGITS}")
+PHRASE = re.compile(r"####|<answer>|(?:answers?|option|choice)[\s*]*(?:is|are|:|=)[\s:*#]*"
+                    r"|answer\**\s*\n[\s*#]*", re.I)
+# what ends an answer: a full stop (but C. 120 goes on), a line, a tag, its reason or a remark
+END = re.compile(r"[.;!?](?:\s+(?![\s\d\\-])|$)|\n|</|<\||,?\s(?:because|since|as|which)\s"
+                 r"|\s\((?=[^()]*[a-z]{2})")
+ARGUMENT = r"\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|\d)"
+ROOT = (rf"(?:\\?[dtc]?frac{ARGUMENT}{ARGUMENT}|(?:\\?sqrt|√)(?:\[\d\])?(?:{ARGUMENT}|\d+)"
+        r"|\\pi|pi\b|π)")
+DIGITS = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE]-?\d+|\s*/\s*\d+|:\d+)*(?:\s\d+/\d+)?"
+TIMES = r"(?:\\times|\\cdot|[*×·])"
+TERM = (rf"(?:{DIGITS}(?:\s*{TIMES}\s*10\^\{{?-?\d+\}}?)?(?:\s*{TIMES}?\s*{ROOT})*|{ROOT}+)"
+        r"(?:\s*/\s*\d+)?")  # 3, 13 1/3, 2:5, 3.2 \times 10^{-4}, 4\sqrt{2}/3
+SUM = rf"(?:[-−–±]|\\pm\s*)?{TERM}(?:\s*(?:[-+−–±]|\\pm)\s*{TERM})*(?:\s*\\?%)?"
+# a sum, or a bracket of them; not the tail of a name, a bracket, an exponent or an index
+NUMBER = re.compile(rf"(?<![\w)}}\]^])(?<![\^_]\{{)(?:[(\[]\s*{SUM}(?:\s*,\s*{SUM}){{1,9}}\s*[)\]]"
+                    rf"|{SUM})|(?<![\d^_])(?<![\^_]\{{){DIGITS}")
 
 
 def extract_answer(text: str) -> str | None:
@@ -62,13 +76,17 @@ def extract_answer(text: str) -> str | None:
     text = text.rpartition("</think>")[2].partition("<think>")[0][-LONGEST_RESPONSE:]
     if boxes := BOX.findall(text):
         return "".join(boxes[-1]).strip()
+    if "\\boxed" in text:  # cut off inside its only box: what stands there is not the answer yet
+        return None
     *_, last = [None, *PHRASE.finditer(text)]
     if last:
-        text = re.sub(r"\\[()\[\]]|\$", " ", text[last.end():][:LONGEST_ANSWER]).strip()
-        text = re.split(r"[.;!?](?:\s+(?![\s\d\\-])|$)|\n|<", text)[0].strip()  # C. 120 goes on
+        text = re.sub(r"\\[()\[\]]|\$|\*\*|`+", " ", text[last.end():][:LONGEST_ANSWER]).strip()
+        text = re.sub(r"^(?:-\s+|(?:option|choice)\s+)", "", END.split(text)[0].strip(), flags=re.I)
         if text and not re.search(r"[^\W\d_]{2,}\s+[^\W\d_]{2,}", text):  # two words are prose
             return text
-    found = NUMBER.findall(text) or re.findall(r"\b[A-H]\b(?!['’])", text)
+    elif first := re.match(r"\s*(?:Option )?\(?[A-H][.:)]\s[^\n]*", text):
+        return first[0].strip()  # the response opens with a choice: B. 12
+    found = NUMBER.findall(text) or re.findall(r"\b(?:A(?! [a-z])|[B-H])\b(?!['’])", text)
     return found[-1] if found else text if last and text else None
 
 
@@ -76,39 +94,52 @@ def extract_answer(text: str) -> str | None:
 # Step 2. Normalise and tokenise: answer -> tokens with one spelling each
 
 GROUPING = str.maketrans("", "", ",~ \\")  # what stands between the thousands
+DEGREES = str.maketrans("º˚", "°°")
 SIGNS = str.maketrans("−–—×·⋅∗÷∕⁄∶≈∈∪", "---****///:==,", "€£¥")
 SPELLINGS = [(re.compile(pattern, re.ASCII), meaning) for pattern, meaning in (
-    (r"\\(?:text|math|mbox|operatorname)[a-z]*\s*\{([^{}]*)\}", r" \1 "), (r"\\!", ""),
+    # what surrounds an answer and says nothing
+    (r"\\(?:text(?!color)|math|mbox|operatorname|underline|boldsymbol)[a-z]*\s*\{([^{}]*)\}",
+     r" \1 "),
+    (r"\\!", ""),
+    (r"(?<!\\)\b(?:left|right)(?=\s*\\?[()\[\]{}|])", ""),
+    (r"^\W*(?:[Oo]ption|[Cc]hoice)\b", ""),
+    # degrees, powers of units, big numbers
     (r"(?:\{\})?\^\s*\{\s*(?:\\circ|o)\s*\}|\^?\s*\\(?:circ|degree)(?![a-z])|\^o\b", "°"),
     (r"\s*\^\s*(?:\{\s*(\d)\s*\}(?!\s*\d))?", r"^\1"),  # cm ^ {2} is cm^2
+    (r"(?<=[a-z]{2})\.(?=\s)", ""),  # sq. cm
+    (r"(?<=[a-z])/(?=(?:h|hr|hour|s|sec|second|min|minute)\b)", " per "),
+    (r"\bmph\b", "mi per h"),
     (r"\bthousand\b", "*10^3"), (r"\bmillion\b", "*10^6"), (r"\bbillion\b", "*10^9"),
-    (r"\{,\}(?=\d{3}(?!\d))", ","), (r"\{,\}", "."),  # 1{,}234 and 3{,}14
+    (r"(?<=\d)\s*x\s*(?=10\s*\^)", "*"),  # 1.5 x 10^3
+    # 1{,}234 and 3{,}14; mixed numbers; a point with its name, A(3, -2)
+    (r"\{,\}(?=\d{3}(?!\d))", ","), (r"\{,\}", "."),
     (r"(?<![\d.^_])(\d+)\s*\\[dtc]?frac\s*(\{)?(\d+)(?(2)\})\s*(\{)?(\d+)(?(4)\})", r"(\1+\3/\5)"),
-    (r"(?<![\d.^_,])(\d+)\s+(\d+)/(\d+)", r"(\1+\2/\3)"))]
+    (r"(?<![\d.^_,/])(\d+)\s+(\d+)/(\d+)", r"(\1+\2/\3)"),
+    (r"^\s*([A-Z]'*)\s*(?=\(.*,)", r"\1="))]
 TOKEN = re.compile(
     r"(?<![(\[{\d,.])[1-9]\d{0,2}(?:(?:,|\\,|~| )\d{3})+(?![\d)\]},])(?:\.\d*)?"  # 1,234
     r"|\d+\.?\d*(?:[eE][-+]?[0-4]?\d(?!\d))?|\.\d+|(?<=[a-z])(?<!pi)\^[23](?!\d)"  # 1.2e3, cm^2
-    r"|\\[A-Za-z]+|\\.|\*\*|k?mi?/[hs]|[A-Za-z]+|\S", re.ASCII)
+    r"|\\not\s*=|[<>!]=|\\[A-Za-z]+|\\.|\*\*|[A-Za-z]+|\S", re.ASCII)
 MEANING = dict.fromkeys(  # of a spelling; these have none
-    r"\left \right \big \Big \bigl \bigr \Bigl \Bigr \bigg \displaystyle \rm \limits \quad \qquad "
-    r"~ left right \, \; \: \( \) \[ \] \\ \$ $".split() + ["\\ "], "") | dict(
+    r"\left \right \big \Big \bigl \bigr \Bigl \Bigr \bigg \displaystyle \rm \bf \limits \quad "
+    r"\qquad ~ \, \; \: \( \) \[ \] \\ \$ $".split() + ["\\ "], "") | dict(
     pair.split() for pair in (
         r"\dfrac \frac|\tfrac \frac|\cfrac \frac|frac \frac|dfrac \frac|sqrt \sqrt|√ \sqrt|pi \pi"
         r"|π \pi|\times *|\cdot *|\ast *|\div /|** ^|\pm ±|\infty ∞|\% %|\{ {|\} }|\cup ,|and ,"
-        r"|or ,|; ,|\approx =|\in =|is =|are =|equals =|about =|approx ="
-        r"|approximately =|\simeq =|\le ≤|\leq ≤|\ge ≥|\geq ≥|\lt <|\gt >"
-    ).split("|"))
+        r"|or ,|; ,|\approx =|\simeq =|approx =|approximately =|about =|around =|nearly =|roughly ="
+        r"|\in =|is =|are =|equals =|\le ≤|\leq ≤|<= ≤|\ge ≥|\geq ≥|>= ≥|\lt <|\gt >|!= ≠|\ne ≠"
+        r"|\neq ≠|\not= ≠").split("|"))
 
 
 def tokenise(text: str) -> list[str]:
     r"""Cut an answer into tokens: "\dfrac12 \text{ cm}" -> \frac, 12, cm."""
     if not text.isascii():
         text = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text))
-        text = unicodedata.normalize("NFKC", text.replace("º", "°")).translate(SIGNS)
+        text = unicodedata.normalize("NFKC", text.translate(DEGREES)).translate(SIGNS)
         text = text[:2 * LONGEST_ANSWER]  # one letter can normalise to eighteen
     for pattern, meaning in SPELLINGS:
         text = pattern.sub(meaning, text)
-    text = text.lstrip(" \t\n*_:=").rstrip(" \t\n*_:.,\\")
+    text = text.lstrip(" \t\n*_:=`\"").rstrip(" \t\n*_:.,`\"\\")
     tokens = [MEANING.get(token, token) for token in TOKEN.findall(text)]
     return [token.translate(GROUPING) if token[0].isdigit() else token for token in tokens if token]
 
@@ -132,8 +163,13 @@ UNITS = {word + plural: words.split()[0] for words in (
     "% percent pct", "° degree deg", "mm millimeter millimetre", "cm centimeter centimetre", "dm",
     "m meter metre", "km kilometer kilometre", "in inch inche", "ft foot feet", "yd yard", "g gram",
     "mi mile", "kg kilogram", "L liter litre", "mL ml", "s sec second", "min minute", "h hr hour",
-    "rad radian", "cent", "m/s", "km/h", "mi/h mph", "^2 square sq", "^3 cubic", "per",
+    "rad radian", "day", "week", "month", "year", "lb pound", "oz ounce", "gallon", "pint", "cent",
+    "^2 square sq", "^3 cubic", "per",
 ) for word in words.split() for plural in ("", "s")}
+AMOUNTS = {  # words that change a number, and so are not dropped
+    "hundred", "trillion", "dozen", "squared", "cubed", "plus", "minus", "over", "half", "halves",
+    *(word + plural for word in ("third", "quarter", "fourth", "fifth", "sixth", "tenth")
+      for plural in ("", "s"))}
 # decimals: as written, 2 in 0.50, and 0 for what is computed; exact: 21\sqrt3 in 21\sqrt3 = 36.37
 Number = namedtuple("Number", "value decimals unit name exact", defaults=(0, frozenset(), "", None))
 Group = namedtuple("Group", "brackets items")  # "{}" is a set; "()", "[)" and so on keep the order
@@ -156,7 +192,8 @@ def expression(tokens: list[str], binding: int, depth: int):
         sign = "*" if token in ("\\frac", "\\sqrt", "\\pi", "(", "{") else token
         if isinstance(left, str) and token not in ENDS:
             left += str(factor(tokens, depth))  # a name goes on: m \angle A, f(2)
-        elif isinstance(left, Number) and (token in UNITS or token.isalpha() and len(token) > 3):
+        elif isinstance(left, Number) and (token in UNITS or token.isalpha() and len(token) > 3
+                                           and token not in AMOUNTS):
             tokens.pop()  # a word of four letters that is no unit is dropped: 12 apples
             left = left._replace(unit=left.unit | {UNITS[token]} if token in UNITS else left.unit)
         elif sign not in OPERATORS or OPERATORS[sign][0] <= binding:
@@ -208,12 +245,18 @@ def factor(tokens: list[str], depth: int):
 def combine(left, sign: str, right):
     """left sign right. Of an equation the right side is kept, under the name on its left."""
     if sign == "=":
+        if isinstance(left, str) and left[0] == "-":
+            raise ArithmeticError("an equation: -x = 5")
         if isinstance(left, str) and isinstance(right, Number):
             return right._replace(name=left)
+        if isinstance(right, str):  # 5 = x, or AB = CD
+            return left._replace(name=right) if isinstance(left, Number) else f"{left}={right}"
         agree = isinstance(left, Number) and isinstance(right, Number) and rounds(left.value, right)
         return right._replace(name=left.name, exact=left.value) if agree else right
     if not (isinstance(left, Number) and isinstance(right, Number)):
         raise ArithmeticError("algebra")
+    if sign in "+-" and left.unit != right.unit and (left.unit | right.unit) - {"°", "%"}:
+        raise ArithmeticError("algebra: 5m + 3")
     value = OPERATORS[sign][1](left.value, right.value)
     if value and abs(value.adjusted()) > 50:
         raise ArithmeticError("too large or too small")
@@ -224,7 +267,8 @@ def combine(left, sign: str, right):
 # Step 4. Compare values
 
 PLAIN = re.compile(r"-?\d{1,9}(?:\.\d{1,6})?", re.ASCII)  # read in a microsecond, without parsing
-CHOICE = re.compile(r"(?:\( )?(?:([A-Ha-h])(?: \))?|([A-H])(?:(?: [).:])+|(?= [A-Za-z]))(.+))")
+CHOICE = re.compile(  # B, (B), or B with what it stands for: B. 45
+    r"(?:\( )?(?:([A-Ha-h])(?: \))?|([A-H])(?:(?: [).:])+|(?= [A-Za-z]{2}| \())(.+))")
 
 
 def is_equal(prediction: str, reference: str) -> bool:
@@ -234,6 +278,7 @@ def is_equal(prediction: str, reference: str) -> bool:
         return True
     if PLAIN.fullmatch(prediction) and PLAIN.fullmatch(reference):
         return float(prediction) == float(reference)  # a double tells 15 digits apart
+    prediction, reference = prediction[-LONGEST_RESPONSE:], reference[-LONGEST_RESPONSE:]
     prediction, reference = (
         extract_answer(answer) or "" if "\\boxed" in answer or "answer is" in answer else answer
         for answer in (prediction, reference))
@@ -257,6 +302,8 @@ def understand(answer: str) -> tuple:
     if "±" in text:  # two answers, one with each sign
         tokens = " ".join(tokens)
         tokens = f"{tokens.replace('±', '+')} , {tokens.replace('±', '-')}".split()
+    if re.search(r":[^:=,]*:", text):  # 1:2:3 is no quotient
+        return letter, text
     if tokens.count("^") + tokens.count("\\sqrt") > MOST_POWERS:
         return letter, text
     try:

@@ -111,13 +111,13 @@ def run_script(main, Args):
 def end_run(reason, code):
     """Leave this process at once; say why, and from where the same command goes on.
 
-    The other ranks may wait for this one in a collective for ever: torchrun ends them. Every file of
-    a run is whole at every moment, so leaving at any moment is safe.
+    The other ranks may wait for this one in a collective for ever: torchrun ends them. Every file
+    of a run is whole at every moment, so leaving at any moment is safe.
     """
     where = "No run folder was written."
     if run_folder:
         last = latest_checkpoint(run_folder[0])
-        where = (f"The last whole checkpoint is {last}." if last else "No checkpoint was written yet.")
+        where = f"The last whole checkpoint is {last}." if last else "No checkpoint was written yet."
         where += f" The same command with --out {run_folder[0]} goes on."
     # not by print0: whoever holds its lock may be waiting in a collective
     sys.stderr.write(f"\n{reason} {where}\n")

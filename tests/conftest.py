@@ -69,25 +69,25 @@ def build_processor(family):
 def build_model(family, processor):
     """A random model; weights larger than usual, so that its distributions are far from uniform."""
     ids = processor.tokenizer.convert_tokens_to_ids
-    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 100.0}
-    text = {"vocab_size": len(processor.tokenizer), "hidden_size": 32, "intermediate_size": 64,
+    rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 100.0}
+    text = {"vocab_size": len(processor.tokenizer), "hidden_size": 64, "intermediate_size": 64,
             "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
             "max_position_embeddings": 4096, "tie_word_embeddings": True, "initializer_range": 0.2,
             "bos_token_id": None, "eos_token_id": ids("<|im_end|>"),
             "pad_token_id": ids("<|endoftext|>"), "rope_parameters": rope}
     vision = {"depth": 2, "num_heads": 2, "hidden_size": 32, "initializer_range": 0.2}
     if family == "qwen2_vl":  # here hidden_size is what comes out
-        vision |= {"embed_dim": 32, "mlp_ratio": 2, "patch_size": 14}
+        vision |= {"hidden_size": 64, "embed_dim": 32, "mlp_ratio": 2, "patch_size": 14}
         Config, Model = transformers.Qwen2VLConfig, transformers.Qwen2VLForConditionalGeneration
     elif family == "qwen2_5_vl":
-        vision |= {"out_hidden_size": 32, "intermediate_size": 64, "patch_size": 14,
+        vision |= {"out_hidden_size": 64, "intermediate_size": 64, "patch_size": 14,
                    "window_size": 56, "fullatt_block_indexes": [1]}
         Config = transformers.Qwen2_5_VLConfig
         Model = transformers.Qwen2_5_VLForConditionalGeneration
     else:
-        text |= {"head_dim": 16}
+        text |= {"head_dim": 32}
         rope |= {"mrope_interleaved": True}
-        vision |= {"out_hidden_size": 32, "intermediate_size": 64, "patch_size": 16,
+        vision |= {"out_hidden_size": 64, "intermediate_size": 64, "patch_size": 16,
                    "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
         Config, Model = transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration
     torch.manual_seed(0)

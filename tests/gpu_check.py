@@ -118,7 +118,7 @@ def check_speed(shape, folder):
         middle = clock()
         for i, s in enumerate(samples):
             s.advantage = (-1.0) ** i
-        sums, norm = train_grpo.update(policy, optimizer, samples, None, None, processor, args)
+        sums, norm, _ = train_grpo.update(policy, optimizer, samples, None, None, processor, args)
         end = clock()
         engine.sync(policy.model)
         seconds = {"rollout": middle - start, "update": end - middle, "sync": clock() - end}

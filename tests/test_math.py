@@ -548,9 +548,34 @@ def test_step_metrics_are_means_over_tokens_and_completions(qwen):
                for i, (r, n) in enumerate(zip(rewards, lengths))]
     sums = train_grpo.rollout_sums(samples, 2)
     sums |= {"update_tokens": 40, "loss": 8.0, "entropy": 80.0}  # two passes over the 20 tokens
+    sums |= {"sampler_gap": 4.0, "sampler_ratio": 40.0, "sampler_ratio_squared": 80.0}
     got = train_grpo.step_metrics(sums, [1.0, 3.0], {"rollout": 0.5}, 1e-4)
     assert got["reward"] == got["reward/accuracy"] == 0.5  # 1.5 of 3, not of 4
     assert (got["length"], got["truncated"], got["unscored"]) == (5, 0.25, 0.25)
     assert got["groups_all_alike"] == 0.5
     assert (got["loss"], got["entropy"], got["grad_norm"]) == (0.2, 2.0, 2.0)
     assert "kl" not in got and got["seconds_rollout"] == 0.5
+    assert (got["sampler_gap"], got["sampler_ratio"]) == (0.1, 1.0)
+    assert got["sampler_effective_size"] == 0.5  # 40^2 / (40 * 80): as if half the tokens counted
+
+
+def test_importance_weights_by_hand():
+    # the trainer gives 0.6, 0.1 and 0.9 to tokens that the sampler drew with 0.5, 0.2 and 0.1:
+    # 0.6 / 0.5 = 1.2; 0.1 / 0.2 = 0.5; 0.9 / 0.1 = 9, held at 2. No gradient flows through a weight
+    trainer = torch.tensor([[0.6, 0.1, 0.9]]).log().requires_grad_()
+    weights = train_grpo.importance_weights(trainer, torch.tensor([[0.5, 0.2, 0.1]]).log(), 2.0)
+    assert close(weights, [[1.2, 0.5, 2.0]]) and not weights.requires_grad
+    flipped = train_grpo.importance_weights(torch.tensor([[0.5]]).log(), trainer[:, :1], 2.0)
+    assert not close(flipped, [[1.2]])  # the classic slip: sampler over trainer
+
+
+@pytest.mark.parametrize("ratio, size, stops", [
+    (1.0, 1.0, False), (0.98, 0.9, False), (0.3, 1.0, True), (2.5, 0.9, True), (1.0, 0.1, True),
+    (3e-7, 0.5, True), (math.nan, math.nan, True), (math.inf, 0.0, True)])
+def test_a_sampler_that_strays_ends_the_run(ratio, size, stops):
+    metrics = {"sampler_ratio": ratio, "sampler_effective_size": size}
+    if stops:
+        with pytest.raises(utils.RunError, match="strayed from the policy.*not taken over"):
+            train_grpo.stop_if_sampler_strays(metrics)
+    else:
+        train_grpo.stop_if_sampler_strays(metrics)

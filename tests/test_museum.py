@@ -292,7 +292,7 @@ def test_the_mismatch_metric_screams(qwen, one_rank):
             with torch.no_grad():
                 for p in qwen.model.parameters():
                     p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
-        sums, _ = train_grpo.update(policy, probe, done, None, None, qwen.processor, ARGS)
+        sums, _, _ = train_grpo.update(policy, probe, done, None, None, qwen.processor, ARGS)
         gaps.append(sums["sampler_gap"] / sums["update_tokens"])
     assert gaps[0] < 1e-5 and gaps[1] > 0.3
 
@@ -427,7 +427,7 @@ def test_a_rank_that_runs_out_of_micro_batches(qwen, one_rank, monkeypatch):
     for needed in (1, 7):
         monkeypatch.setattr(utils, "gather", lambda mine: [*mine, needed])
         passes.clear()
-        sums, _ = train_grpo.update(policy, probe, samples, None, None, qwen.processor, ARGS)
+        sums, _, _ = train_grpo.update(policy, probe, samples, None, None, qwen.processor, ARGS)
         results.append((probe.gradients, sums["loss"]))
         assert len(passes) == needed
     assert_same_gradients(results[1][0], results[0][0])

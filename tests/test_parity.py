@@ -23,7 +23,7 @@ import utils
 from conftest import answered, png
 from utils import Policy, UserError, collate
 
-ARGS = train_grpo.Args(micro_batch_size=16, max_grad_norm=math.inf)
+ARGS = train_grpo.Args(micro_batch_size=16, max_grad_norm=math.inf, tis_cap=0.0)
 
 
 def by_id(samples, *ids):
@@ -400,7 +400,7 @@ def test_update_equals_a_slow_loop_over_tokens(tiny, one_rank):
     policy, probe = Policy(tiny.model, tiny.processor), Probe(tiny.model)
     old = moved_logprobs(policy, samples, tiny.processor, 1)
     ref = moved_logprobs(policy, samples, tiny.processor, 2)
-    sums, _ = train_grpo.update(policy, probe, samples, old, ref, tiny.processor, args)
+    sums, _, _ = train_grpo.update(policy, probe, samples, old, ref, tiny.processor, args)
 
     tokens = sum(len(s.completion_ids) for s in samples)
     total, kl, stopped = 0.0, 0.0, [0, 0]
@@ -429,7 +429,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(tiny, one_rank, size):
     results = []
     for micro_batch in (16, size):
         args = replace(ARGS, micro_batch_size=micro_batch)
-        sums, norm = train_grpo.update(policy, probe, samples, None, None, tiny.processor, args)
+        sums, norm, _ = train_grpo.update(policy, probe, samples, None, None, tiny.processor, args)
         results.append((probe.gradients, sums["loss"], norm))
     assert_same_gradients(results[1][0], results[0][0])
     assert results[1][1:] == pytest.approx(results[0][1:], rel=1e-5)
@@ -463,7 +463,7 @@ def rank_gradients(path, data, case):
         policy = utils.shard(policy, torch.float32)
     probe = Probe(policy.model)
     mine, args = samples[utils.rank() :: utils.world_size()], replace(ARGS, micro_batch_size=size)
-    sums, norm = train_grpo.update(policy, probe, mine, None, None, tiny.processor, args)
+    sums, norm, _ = train_grpo.update(policy, probe, mine, None, None, tiny.processor, args)
     return probe.gradients, utils.sum_over_ranks(sums)["loss"], norm
 
 
