@@ -117,7 +117,7 @@ def end_run(reason, code):
     where = "No run folder was written."
     if run_folder:
         last = latest_checkpoint(run_folder[0])
-        where = f"The last whole checkpoint is {last}." if last else "No checkpoint was written yet."
+        where = f"The last whole checkpoint is {last}." if last else "There is no checkpoint yet."
         where += f" The same command with --out {run_folder[0]} goes on."
     # not by print0: whoever holds its lock may be waiting in a collective
     sys.stderr.write(f"\n{reason} {where}\n")

@@ -2,6 +2,7 @@
 
     python tests/bench.py grader --peer math_verify     # pip install math-verify, in any environment
     python tests/bench.py grader --peer math_verify --cases rows.jsonl
+    python tests/bench.py rollout        # the embedded engine and transformers' generate
 
 Speeds of two programs are compared by alternating them, round by round, in the same process, so that
 what else the machine does meets both; what is printed is the median over the rounds.
@@ -82,14 +83,69 @@ def grader(peer, cases, rounds):
     return result
 
 
+# ---------------------------------------------------------------------------------------------
+# Response collection
+
+
+def rollout(rounds, prompts=32, group=8, max_new_tokens=96):
+    """Completion tokens a second on the toy, and of a prompt that every answer must prefill anew.
+
+    transformers' `generate` gets what HFEngine has: G answers a prompt in one batch, the same bans,
+    temperature 1 and no other filter. Both find their images decoded and processed.
+    """
+    import tempfile
+
+    import torch
+
+    import toy
+    import utils
+    from rollout import HFEngine
+
+    processor = utils.load_processor(ROOT / "toy_model")
+    with tempfile.TemporaryDirectory() as folder:
+        toy.write_data(Path(folder))
+        samples = utils.load_samples(Path(folder) / "toy_validation.jsonl", processor, 256)[:prompts]
+        inputs = utils.collate(samples, processor)["inputs"]  # the toy's prompts are alike in length
+    model = utils.load_model(ROOT / "toy_model")
+    engine = HFEngine(model, processor, prompts * group)
+    eos = engine.eos.tolist()
+
+    def ours(seed):
+        done = engine.generate(samples, group, 1.0, 1.0, max_new_tokens, seed)
+        return sum(len(s.completion_ids) for s in done)
+
+    def theirs(seed):
+        torch.manual_seed(seed)
+        rows = model.generate(
+            **inputs, do_sample=True, temperature=1.0, top_p=1.0, top_k=0, num_return_sequences=group,
+            max_new_tokens=max_new_tokens, suppress_tokens=engine.banned)[:, inputs["input_ids"].shape[1]:]
+        ended = torch.isin(rows, torch.tensor(eos)).int()
+        return int((ended.cumsum(1) - ended == 0).sum())  # up to the first EOS, which counts
+
+    lengths = {len(s.prompt_ids) for s in samples}
+    assert len(lengths) == 1 or inputs["attention_mask"].all(), "rows are padded on the right"
+    speeds = {"HFEngine": [], "generate": []}
+    for seed in range(rounds):
+        for name, function in (("HFEngine", ours), ("generate", theirs)):
+            start = time.perf_counter()
+            tokens = function(seed)
+            speeds[name].append(tokens / (time.perf_counter() - start))
+    result = {name: round(median(found)) for name, found in speeds.items()}
+    for name, speed in result.items():
+        print(f"{name:>12} {speed:>8} completion tokens/s", file=sys.stderr)
+    return {"prompts": prompts, "group": group, "rounds": rounds, "tokens_per_second": result,
+            "times_faster": round(median(a / b for a, b in zip(*speeds.values())), 2)}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["grader"])
+    parser.add_argument("what", choices=["grader", "rollout"])
     parser.add_argument("--peer", choices=["math_verify"], help="measure this library beside ours")
     parser.add_argument("--cases", help="JSON lines of prediction and reference; default: built-in pairs")
     parser.add_argument("--rounds", type=int, default=7, help="repetitions of each measurement")
     args = parser.parse_args()
-    print(json.dumps({"grader": grader(args.peer, args.cases, args.rounds)}))
+    found = rollout(args.rounds) if args.what == "rollout" else grader(args.peer, args.cases, args.rounds)
+    print(json.dumps({args.what: found}))
 
 
 if __name__ == "__main__":

