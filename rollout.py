@@ -517,6 +517,8 @@ def check_sync(answer, greedy, engine, policy, asked, processor, tolerance):
     changes = {"language": language, "vision": vision, "last": [decoder.norm.weight]}
     for kind, weights in changes.items():
         prompts = [s for s in asked if s.images or kind != "vision"]
+        if not prompts:
+            continue
         before = answer(prompts)
         old = trainer_logprobs(policy, before, processor)
         for weight in weights:

@@ -57,11 +57,15 @@ class Args:
     doctor: bool = True  # before step 1, compare vLLM with the trainer in ten ways
     # Objective
     rewards: str = "accuracy:1.0"  # name:weight or file.py:function:weight, joined by commas
-    advantage: Literal["grpo", "reinforce++"] = "grpo"  # how rewards become advantages
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce++"] = "grpo"  # compares rewards how
+    loss: Literal["token", "sequence", "dr_grpo", "gspo", "cispo"] = "token"  # see "The loss"
     clip_low: float = 0.2  # the ratio to the old policy is clipped at 1 - clip_low ...
     clip_high: float = 0.2  # ... and at 1 + clip_high
     tis_cap: float = 2.0  # most a token is weighed up for vLLM's own rounding; 0: not weighed
-    kl_coef: float = 0.0  # weight of the k3 divergence from the first policy; 0: no reference model
+    kl_coef: float = 0.0  # weight of the divergence from the first policy; 0: no reference model
+    kl: Literal["k3", "k2", "k1"] = "k3"  # its estimate: k3 or k2 in the loss, k1 in the reward
+    mask_truncated: bool = False  # no loss on completions that were cut off
+    refills: int = 0  # times that groups with equal accuracy make way for new prompts; 0: never
     # Optimiser
     epochs: int = 3  # passes over the training prompts
     max_steps: int = 0  # stop after this many generation steps; 0: after all epochs
@@ -85,24 +89,48 @@ class Args:
 
 
 # ---------------------------------------------------------------------------------------------
-# Pure functions: advantages and the loss. Tensors in, tensors out
+# Advantages. Pure functions: rewards in, advantages out; NaN where an answer could not be scored
+
+
+def centred(rewards):
+    """Rewards (prompts, G) minus the mean of their group, unscored ones 0; and how many count.
+
+    A group with equal rewards is exactly 0: by rule, as the mean of seven 0.1s is not 0.1.
+    """
+    scored = ~rewards.isnan()
+    count = scored.sum(1, keepdim=True)  # (prompts, 1), as are mean, lowest and highest
+    mean = rewards.nan_to_num().sum(1, keepdim=True) / count.clamp(min=1)
+    lowest = torch.where(scored, rewards, math.inf).min(1, keepdim=True).values
+    highest = torch.where(scored, rewards, -math.inf).max(1, keepdim=True).values
+    return torch.where(scored & (highest > lowest), rewards - mean, 0.0), count
 
 
 def grpo_advantages(rewards):
-    """Group-relative advantages: (r - mean) / std within a prompt's answers.
+    """(r - mean) / std within a prompt's answers, the std being the unbiased one. (prompts, G).
 
-    rewards (prompts, G), NaN where an answer could not be scored, returns (prompts, G). A group
-    with equal rewards gets exactly 0: by rule, not by a small number under the division. The std is
-    the unbiased one. DeepSeekMath, arXiv 2402.03300, section 4.1.2.
+    DeepSeekMath, arXiv 2402.03300, section 4.1.2.
     """
-    scored = ~rewards.isnan()
-    count = scored.sum(1, keepdim=True)  # (prompts, 1), as are mean, std, lowest and highest
-    mean = rewards.nan_to_num().sum(1, keepdim=True) / count.clamp(min=1)
-    centred = torch.where(scored, rewards - mean, 0.0)  # unscored answers push nowhere
-    std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    lowest = torch.where(scored, rewards, math.inf).min(1, keepdim=True).values
-    highest = torch.where(scored, rewards, -math.inf).max(1, keepdim=True).values
-    return torch.where(highest > lowest, centred / (std + 1e-4), 0.0)
+    difference, count = centred(rewards)
+    variance = difference.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
+    return difference / (variance.sqrt() + 1e-4)
+
+
+def dr_grpo_advantages(rewards):
+    """r - mean: without the std, which makes much of groups that hardly differ. (prompts, G).
+
+    Dr. GRPO, arXiv 2503.20783, section 3.2.
+    """
+    return centred(rewards)[0]
+
+
+def rloo_advantages(rewards):
+    """r - mean of the others, an unbiased baseline. (prompts, G).
+
+    With the answer itself in the mean, r - mean is (n - 1) / n of it. Back to Basics, arXiv
+    2402.14740, equation 5.
+    """
+    difference, count = centred(rewards)
+    return difference * count / (count - 1).clamp(min=1)
 
 
 def reinforce_advantages(rewards):
@@ -117,29 +145,91 @@ def reinforce_advantages(rewards):
     return ((rewards - scored.mean()) / (scored.std() + 1e-4)).nan_to_num()
 
 
-def policy_loss(logprobs, old_logprobs, advantages, mask, clip_low, clip_high):
-    """The clipped surrogate of every completion token, and how many were clipped low and high.
+# ---------------------------------------------------------------------------------------------
+# The loss. Pure functions again: (B, C) over completion tokens, logprobs in nats, mask of bool
+#
+#   --loss      ratio     surrogate   a token counts   summed and divided by, over all ranks
+#   token       token     clipped     1                tokens                     (DAPO)
+#   sequence    token     clipped     1 / its length   completions                (GRPO)
+#   dr_grpo     token     clipped     1                completions x max_new_tokens
+#   gspo        sequence  clipped     1 / its length   completions
+#   cispo       token     weighted    1                tokens
 
-    logprobs, old_logprobs, mask (B, C), advantages (B, 1) or (B, C); returns losses (B, C), to be
-    minimised, 0 outside the mask. PPO, arXiv 1707.06347, equation 7; two bounds as in DAPO.
+
+def clipped_loss(log_ratio, advantages, clip_low, clip_high):
+    """The clipped surrogate of every token, to be minimised; advantages (B, 1) or (B, C).
+
+    PPO, arXiv 1707.06347, equation 7; two bounds as in DAPO, arXiv 2503.14476, equation 10.
     """
-    ratio = torch.exp(logprobs - old_logprobs)  # (B, C), 1 on padding
+    ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     # the minimum is the pessimist's choice: no gain for moving past a bound, full pain for it
-    losses = -torch.minimum(ratio * advantages, clipped * advantages) * mask  # (B, C)
-    # a bound holds only a ratio that has moved the way its advantage wants
+    return -torch.minimum(ratio * advantages, clipped * advantages)
+
+
+def sequence_log_ratio(log_ratio, mask):
+    """A completion's mean log-ratio on each of its tokens: the ratio of whole answers, by length.
+
+    GSPO, arXiv 2507.18071, equation 7.
+    """
+    mean = (log_ratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    return mean.expand_as(log_ratio)
+
+
+def cispo_loss(logprobs, log_ratio, advantages, clip_low, clip_high):
+    """REINFORCE weighed by the clipped ratio: a token past a bound still has a gradient.
+
+    MiniMax-M1, arXiv 2506.13585, equation 4.
+    """
+    weight = log_ratio.exp().clamp(1 - clip_low, 1 + clip_high).detach()
+    return -weight * advantages * logprobs
+
+
+def policy_loss(logprobs, old_logprobs, advantages, mask, args):
+    """The surrogate that `args.loss` names, 0 outside the mask, and its log-ratio. (B, C), (B, C)."""
+    log_ratio = (logprobs - old_logprobs) * mask
+    if args.loss == "gspo":
+        log_ratio = sequence_log_ratio(log_ratio, mask)
+    if args.loss == "cispo":
+        losses = cispo_loss(logprobs, log_ratio, advantages, args.clip_low, args.clip_high)
+    else:
+        losses = clipped_loss(log_ratio, advantages, args.clip_low, args.clip_high)
+    return losses * mask, log_ratio
+
+
+def count_clipped(log_ratio, advantages, mask, clip_low, clip_high):
+    """How many tokens a bound holds: those whose ratio has moved the way their advantage wants."""
+    ratio = log_ratio.detach().exp()
     below = (ratio < 1 - clip_low) & (advantages < 0) & mask
     above = (ratio > 1 + clip_high) & (advantages > 0) & mask
-    return losses, below.sum(), above.sum()
+    return below.sum().item(), above.sum().item()
 
 
-def k3_divergence(logprobs, ref_logprobs, mask):
-    """Schulman's k3 estimate of KL(policy || reference) a token, (B, C), nats, never negative.
+def token_weights(mask, kind):
+    """What each token counts in the sum: 1, or an equal part of its completion. (B, C)."""
+    if kind in ("sequence", "gspo"):
+        return mask / mask.sum(1, keepdim=True).clamp(min=1)
+    return mask.float()
 
-    r - 1 - log r with r = reference / policy; the paper's equation 1.
+
+def loss_divisor(kind, tokens, completions, max_new_tokens):
+    """What the weighed sum is divided by; no length in dr_grpo's, so that none is favoured."""
+    if kind == "dr_grpo":
+        return completions * max_new_tokens
+    return completions if kind in ("sequence", "gspo") else tokens
+
+
+def kl_estimate(logprobs, ref_logprobs, mask, kind):
+    """Schulman's estimates of KL(policy || reference) a token, (B, C), nats.
+
+    With r = reference / policy: k3 = r - 1 - log r (the paper's equation 1), never negative and
+    unbiased; k2 = (log r)^2 / 2, biased, but with an unbiased gradient as a loss; k1 = -log r.
+    "Approximating KL divergence", joschu.net, 2020.
     """
     log_ratio = ref_logprobs - logprobs
-    return (torch.exp(log_ratio) - 1 - log_ratio) * mask
+    if kind == "k3":
+        return (torch.exp(log_ratio) - 1 - log_ratio) * mask
+    return (log_ratio.square() / 2 if kind == "k2" else -log_ratio) * mask
 
 
 def importance_weights(old_logprobs, sampler_logprobs, cap):
@@ -166,24 +256,67 @@ def epoch_batches(samples, batch_size, seed, epoch):
 
 
 # ---------------------------------------------------------------------------------------------
+# Step II: response collection
+
+
+def in_groups(samples, group_size):
+    return [samples[i : i + group_size] for i in range(0, len(samples), group_size)]
+
+
+def is_alike(group):
+    """All right or all wrong (without an accuracy: equal rewards), so that nothing is learnt."""
+    return len({s.rewards.get("accuracy", s.reward) for s in group}) == 1
+
+
+def collect(answer, prompts, pool, args, step):
+    """Answered and scored samples, G a prompt; dead groups make way for others. Seconds by phase.
+
+    `answer(prompts, seed)` samples and scores. DAPO's dynamic sampling (arXiv 2503.14476, section
+    3.2), bounded: what is still alike after `args.refills` rounds stays. A slot of the batch has its
+    own queue of new prompts, so that ranks need not talk and their number changes nothing.
+    """
+    samples = answer(prompts, f"{args.seed} {step}")
+    for attempt in range(1, args.refills + 1):
+        groups = in_groups(samples, args.group_size)
+        dead = [i for i, group in enumerate(groups) if is_alike(group)]
+        if not dead:
+            break
+        order = random.Random(f"{args.seed} {step} {attempt}").sample(pool, len(pool))
+        new = [order[(rank() + i * world_size()) % len(order)] for i in dead]
+        fresh = in_groups(answer(new, f"{args.seed} {step} {attempt}"), args.group_size)
+        for i, group in zip(dead, fresh):
+            groups[i] = group
+        samples = [s for group in groups for s in group]
+    return samples
+
+
+# ---------------------------------------------------------------------------------------------
 # Step III: trajectory
+
+
+def subtract_divergence(samples, old, ref, kl_coef):
+    """KL in the reward: minus `kl_coef` times the k1 estimate, summed over the completion."""
+    for s in samples:
+        if s.reward is not None:
+            s.reward -= kl_coef * (math.fsum(old[id(s)]) - math.fsum(ref[id(s)]))
 
 
 def set_advantages(samples, group_size, kind):
     """Turn the rewards of this rank's samples into advantages, one number a sample. COLLECTIVE."""
     rewards = [math.nan if s.reward is None else s.reward for s in samples]
-    if kind == "grpo":  # a prompt's group lives on one rank
-        advantages = grpo_advantages(torch.tensor(rewards).view(-1, group_size)).flatten()
-    elif kind == "reinforce++":
+    if kind == "reinforce++":
         everyone = torch.tensor(utils.gather(rewards)).view(world_size(), -1)
         advantages = reinforce_advantages(everyone.flatten()).view_as(everyone)[rank()]
+    else:  # a prompt's group lives on one rank
+        compare = {"grpo": grpo_advantages, "dr_grpo": dr_grpo_advantages, "rloo": rloo_advantages}
+        advantages = compare[kind](torch.tensor(rewards).view(-1, group_size)).flatten()
     for s, a in zip(samples, advantages.tolist(), strict=True):
         s.advantage = a
 
 
 def rollout_sums(samples, group_size):
     """Sums over this rank's samples; `step_metrics` makes means of them."""
-    groups = [samples[i : i + group_size] for i in range(0, len(samples), group_size)]
+    groups = in_groups(samples, group_size)
     flat = [g for g in groups if all(s.advantage == 0 for s in g)]
     sums = Counter()
     for s in samples:
@@ -230,39 +363,44 @@ def update(policy, optimizer, samples, old, ref, processor, args):
     Returns this rank's sums over tokens, the gradient norm before clipping, and the 99th percentile
     of the differences between sampler and trainer.
     """
-    gaps = []
-    count = max(utils.gather([math.ceil(len(samples) / args.micro_batch_size)]))
-    sums = defaultdict(float, update_tokens=sum(len(s.completion_ids) for s in samples))
-    all_tokens = utils.sum_over_ranks({"tokens": sums["update_tokens"]})["tokens"]
+    gaps, dummy = [], samples[:1]
+    if args.mask_truncated:
+        samples = [s for s in samples if s.finish_reason != "length"]
+    count = max(1, *utils.gather([math.ceil(len(samples) / args.micro_batch_size)]))
+    tokens = sum(len(s.completion_ids) for s in samples)
+    divisor = loss_divisor(args.loss, tokens, len(samples), args.max_new_tokens)
+    sums = defaultdict(float, update_tokens=tokens, divisor=divisor)
+    everywhere = max(1, utils.sum_over_ranks({"divisor": divisor})["divisor"])
     for part in micro_batches(samples, args.micro_batch_size, count):
         # a rank that has run out repeats a sample under an empty mask: FSDP needs its passes
-        batch = utils.collate(part or samples[:1], processor)
+        batch = utils.collate(part or dummy, processor)
         batch["mask"] &= bool(part)
         mask = batch["mask"]  # (B, C)
-        advantages = torch.tensor([[s.advantage] for s in part or samples[:1]], device=mask.device)
+        advantages = torch.tensor([[s.advantage] for s in part or dummy], device=mask.device)
         logprobs, entropies = policy(batch, args.temperature)  # (B, C), (B, C)
         # with a single update the policy has not moved since it answered: it is the old policy
         old_logprobs = beside(mask, part, old) if old else logprobs.detach()
-        losses, low, high = policy_loss(logprobs, old_logprobs, advantages, mask,
-                                        args.clip_low, args.clip_high)
+        losses, log_ratio = policy_loss(logprobs, old_logprobs, advantages, mask, args)
         sampler = beside(mask, part, {id(s): s.sampler_logprobs for s in part})
         if args.tis_cap:
             losses = losses * importance_weights(old_logprobs, sampler, args.tis_cap)
         if ref:
-            kl = k3_divergence(logprobs, beside(mask, part, ref), mask)
-            losses = losses + args.kl_coef * kl
+            kl = kl_estimate(logprobs, beside(mask, part, ref), mask, args.kl)
+            losses = losses + args.kl_coef * kl * (args.kl != "k1")  # k1 is in the reward already
             sums["kl"] += kl.sum().item()
-        # divided by the tokens of ALL ranks and micro-batches, so that how the work is split
+        losses = losses * token_weights(mask, args.loss)
+        # divided by the sum over ALL ranks and micro-batches, so that how the work is split
         # changes nothing; times world_size because FSDP averages gradients over ranks
-        loss = losses.sum() * world_size() / all_tokens
+        loss = losses.sum() * world_size() / everywhere
         stop_if_not_finite(loss, "loss", part)
         loss.backward()
         gap = (old_logprobs - sampler)[mask]  # (tokens of this micro-batch,), nats
         gaps.append(gap.abs())
+        low, high = count_clipped(log_ratio, advantages, mask, args.clip_low, args.clip_high)
         sums["loss"] += losses.sum().item()
         sums["entropy"] += entropies.sum().item()
-        sums["clipped_low"] += low.item()
-        sums["clipped_high"] += high.item()
+        sums["clipped_low"] += low
+        sums["clipped_high"] += high
         sums["sampler_gap"] += gap.abs().sum().item()
         sums["sampler_ratio"] += gap.exp().sum().item()
         sums["sampler_ratio_squared"] += (2 * gap).exp().sum().item()
@@ -271,7 +409,8 @@ def update(policy, optimizer, samples, old, ref, processor, args):
     stop_if_not_finite(norm, "gradient norm", samples)
     optimizer.step()
     optimizer.zero_grad()
-    return sums, norm.item(), torch.cat(gaps).quantile(0.99).item()
+    gaps = torch.cat(gaps) if gaps else torch.zeros(1)
+    return sums, norm.item(), gaps.quantile(0.99).item() if len(gaps) else 0.0
 
 
 def beside(mask, samples, rows):
@@ -297,7 +436,8 @@ def stop_if_sampler_strays(metrics):
     size the share of tokens that still count once weighed. Bounds far from what rounding does.
     """
     ratio, size = metrics["sampler_ratio"], metrics["sampler_effective_size"]
-    if rank() == 0 and not (0.5 < ratio < 2 and size > 0.2):
+    nothing = metrics["sampler_gap"] == ratio == 0  # no token was trained on
+    if rank() == 0 and not (nothing or 0.5 < ratio < 2 and size > 0.2):
         raise RunError(
             f"the sampler has strayed from the policy: mean ratio {ratio:.3g}, effective sample "
             f"size {size:.1%}. Likely causes: weights that were not taken over, images or "
@@ -307,16 +447,17 @@ def stop_if_sampler_strays(metrics):
 
 def step_metrics(sums, norms, seconds, learning_rate):
     """Sums over all ranks to the means that are logged and shown."""
-    n, tokens = sums["completions"], sums["update_tokens"]
+    n, tokens = sums["completions"], max(1, sums["update_tokens"])
     metrics = {name: sums[name] / max(1, sums[f"scored {name}"])
                for name in sums if name.startswith("reward")}
     metrics["length"] = sums["tokens"] / n
     metrics |= {name: sums[name] / n for name in ("truncated", "unscored")}
     metrics["groups_all_alike"] = sums["groups_all_alike"] / sums["groups"]
-    names = ("loss", "entropy", "kl", "clipped_low", "clipped_high", "sampler_gap", "sampler_ratio")
+    metrics["loss"] = sums["loss"] / max(1, sums["divisor"])
+    names = ("entropy", "kl", "clipped_low", "clipped_high", "sampler_gap", "sampler_ratio")
     metrics |= {name: sums[name] / tokens for name in names if name in sums}
-    metrics["sampler_effective_size"] = (
-        sums["sampler_ratio"] ** 2 / (tokens * sums["sampler_ratio_squared"]))
+    size = sums["sampler_ratio"] ** 2 / (tokens * sums["sampler_ratio_squared"] or 1)
+    metrics["sampler_effective_size"] = size
     metrics |= {"grad_norm": sum(norms) / len(norms), "lr": learning_rate}
     return metrics | {f"seconds_{name}": round(s, 3) for name, s in seconds.items()}
 
@@ -335,8 +476,9 @@ def timed(seconds, name):
 
 def check_args(args):
     """Refuse what cannot work, before anything is loaded."""
-    if args.advantage == "grpo" and args.group_size < 2:
-        raise UserError("--group_size must be at least 2: grpo compares the answers to a prompt.")
+    if args.advantage != "reinforce++" and args.group_size < 2:
+        raise UserError(f"--group_size must be at least 2: {args.advantage} compares the answers to "
+                        "a prompt; reinforce++ needs no group.")
     if args.temperature <= 0:
         raise UserError("--temperature must be above 0: training needs a policy with chances.")
     if args.batch_size % args.mini_batch_size or args.mini_batch_size % world_size():
@@ -388,6 +530,7 @@ def main(args):
     optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.95), weight_decay=args.weight_decay)
     # N updates a batch, the paper's formula; a single one is exactly on-policy
     updates = args.batch_size // args.mini_batch_size * args.ppo_epochs
+    keep_old = updates > 1 or bool(reference and args.kl == "k1")
     print0(f"Training {count:,} weights on {len(train)} prompts: {total} steps of "
            f"{args.batch_size} prompts x {args.group_size} answers, on {world_size()} x "
            f"{utils.device().type}. {out}")
@@ -414,19 +557,25 @@ def main(args):
         prompts = batch[rank() :: world_size()]
 
         # Step II: response collection. Every rank answers its own prompts, G times each
-        with timed(seconds, "rollout"):
-            samples = engine.generate(prompts, args.group_size, args.temperature, 1.0,
-                                      args.max_new_tokens, f"{args.seed} {step}")
-            engine.sleep()  # its memory is the trainer's until the sync
+        def answer(prompts, seed):
+            with timed(seconds, "rollout"):
+                done = engine.generate(prompts, args.group_size, args.temperature, 1.0,
+                                       args.max_new_tokens, seed)
+            with timed(seconds, "reward"):
+                score(done, rewards)
+            return done
 
-        # Step III: trajectory. Rewards, advantages, and the log-probabilities to compare with
-        with timed(seconds, "reward"):
-            score(samples, rewards)
-            set_advantages(samples, args.group_size, args.advantage)
-        # as they were before the first update of this batch; None where nothing asks for them
+        samples = collect(answer, prompts, train, args, step)
+        engine.sleep()  # its memory is the trainer's until the sync
+
+        # Step III: trajectory. Log-probabilities as they are before the first update of this batch,
+        # None where nothing asks for them; then rewards become advantages
         with timed(seconds, "logprobs"):
-            old = logprob_pass(policy, samples, processor, args) if updates > 1 else None
+            old = logprob_pass(policy, samples, processor, args) if keep_old else None
             ref = logprob_pass(reference, samples, processor, args) if reference else None
+        if reference and args.kl == "k1":
+            subtract_divergence(samples, old, ref, args.kl_coef)
+        set_advantages(samples, args.group_size, args.advantage)
 
         # Step IV: policy update. N gradient steps, then the sampler takes over the new weights
         share = args.mini_batch_size // world_size() * args.group_size  # samples an update, a rank

@@ -9,6 +9,8 @@ import json
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -45,6 +47,33 @@ def test_grpo_advantages_by_hand():
     assert close(got, [[half, -half, -half, half], [high, -high / 3, -high / 3, -high / 3]], 1e-5)
     biased = torch.tensor([1.0, 0, 0, 1]).std(correction=0)  # 1/2, which would give 0.9998
     assert not close(0.5 / (biased + 1e-4), half, 1e-2)
+
+
+def test_dr_grpo_and_rloo_advantages_by_hand():
+    # 1 0 0 1: mean 1/2, and that is all dr_grpo takes away. The others' mean is 1/3 for a 1 and 2/3
+    # for a 0: rloo gives 2/3 and -2/3. With one of four unscored, 1 0 0: mean 1/3, the others' 0, 1/2
+    rewards = torch.tensor([[1.0, 0, 0, 1], [1.0, 0, math.nan, 0], [1.0, 1, 1, 1]])
+    third = 1 / 3
+    assert close(train_grpo.dr_grpo_advantages(rewards),
+                 [[0.5, -0.5, -0.5, 0.5], [2 * third, -third, 0, -third], [0, 0, 0, 0]])
+    got = train_grpo.rloo_advantages(rewards)
+    assert close(got, [[2 * third, -2 * third, -2 * third, 2 * third], [1, -0.5, 0, -0.5], [0] * 4])
+    alone = train_grpo.rloo_advantages(torch.tensor([[1.0, math.nan, math.nan]]))
+    assert (alone == 0).all()  # nothing to be compared with
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_advantages_equal_the_papers_formulas(seed):
+    """In float64, with numpy's own mean and std, answer by answer."""
+    rewards = torch.randn(5, 4, dtype=torch.float64, generator=torch.manual_seed(seed))
+    for row, grpo, dr, rloo in zip(rewards, train_grpo.grpo_advantages(rewards),
+                                   train_grpo.dr_grpo_advantages(rewards),
+                                   train_grpo.rloo_advantages(rewards)):
+        for i, r in enumerate(row):
+            others = torch.cat([row[:i], row[i + 1 :]])
+            assert abs(dr[i] - (r - row.mean())) < 1e-12
+            assert abs(rloo[i] - (r - others.mean())) < 1e-12
+            assert abs(grpo[i] - (r - row.mean()) / (row.std() + 1e-4)) < 1e-12
 
 
 def test_equal_rewards_give_exactly_zero():
@@ -102,7 +131,11 @@ def test_set_advantages_keeps_groups_together(qwen, one_rank):
 # The loss
 
 
-def test_policy_loss_by_hand():
+def loss_args(**changes):
+    return replace(train_grpo.Args(clip_low=0.2, clip_high=0.3, tis_cap=0.0), **changes)
+
+
+def test_clipped_loss_by_hand():
     """All four corners of PPO's clip, with unequal bounds so that a swap of the two shows."""
     #   ratio  advantage  unclipped  clipped to [0.8, 1.3]   smaller   loss
     #   1.5    +1         +1.5       +1.3                    +1.3      -1.3   stopped above
@@ -110,55 +143,220 @@ def test_policy_loss_by_hand():
     #   0.5    +1         +0.5       +0.8                    +0.5      -0.5   a right answer shrank
     #   0.5    -1         -0.5       -0.8                    -0.8      +0.8   stopped below
     #   0.5    -2         -1.0       -1.6                    -1.6      +1.6   stopped below
-    old = torch.full((5, 1), -2.0)
-    new = (old + torch.tensor([[1.5], [1.5], [0.5], [0.5], [0.5]]).log()).requires_grad_()
+    log_ratio = torch.tensor([[1.5], [1.5], [0.5], [0.5], [0.5]]).log().requires_grad_()
     advantages = torch.tensor([[1.0], [-1], [1], [-1], [-2]])
     mask = torch.ones(5, 1, dtype=torch.bool)
-    losses, low, high = train_grpo.policy_loss(new, old, advantages, mask, 0.2, 0.3)
+    losses = train_grpo.clipped_loss(log_ratio, advantages, 0.2, 0.3)
     assert close(losses, [[-1.3], [1.5], [-0.5], [0.8], [1.6]])
-    assert (low, high) == (2, 1)
+    assert train_grpo.count_clipped(log_ratio, advantages, mask, 0.2, 0.3) == (2, 1)
     losses.sum().backward()
     # d(-ratio A)/d(log p) = -ratio A where not stopped, and exactly 0 where stopped
-    assert close(new.grad, [[0.0], [1.5], [-0.5], [0.0], [0.0]])
+    assert close(log_ratio.grad, [[0.0], [1.5], [-0.5], [0.0], [0.0]])
 
 
-def test_policy_loss_ignores_what_is_masked():
+@pytest.mark.parametrize("kind", ["token", "sequence", "dr_grpo", "gspo", "cispo"])
+def test_policy_loss_ignores_what_is_masked(kind):
     """Padding may hold anything, even an advantage and a ratio that would be clipped."""
-    new = torch.tensor([[0.0, 3.0, -3.0]], requires_grad=True)
+    new = torch.tensor([[-1.0, 3.0, -3.0]], requires_grad=True)
     mask = torch.tensor([[True, False, False]])
-    old, advantages = torch.zeros(1, 3), torch.ones(1, 1)
-    losses, low, high = train_grpo.policy_loss(new, old, advantages, mask, 0.2, 0.2)
-    losses.sum().backward()
-    assert losses.tolist() == [[-1, 0, 0]] and new.grad.tolist() == [[-1, 0, 0]]
-    assert (low, high) == (0, 0)
+    old, advantages = torch.tensor([[-1.0, 0, 0]]), torch.ones(1, 1)
+    losses, log_ratio = train_grpo.policy_loss(new, old, advantages, mask, loss_args(loss=kind))
+    (losses * train_grpo.token_weights(mask, kind)).sum().backward()
+    assert losses.tolist() == [[1 if kind == "cispo" else -1, 0, 0]]
+    assert new.grad.tolist() == [[-1, 0, 0]]
+    assert train_grpo.count_clipped(log_ratio, advantages, mask, 0.2, 0.2) == (0, 0)
 
 
-def test_the_first_update_is_plain_policy_gradient():
+@pytest.mark.parametrize("kind", ["token", "sequence", "dr_grpo", "gspo", "cispo"])
+def test_the_first_update_is_plain_policy_gradient(kind):
     """With old = new.detach() the ratio is 1 and the gradient is -A grad log p: REINFORCE."""
     new = torch.tensor([[-1.0, -2.0]], requires_grad=True)
     mask = torch.ones(1, 2, dtype=torch.bool)
     advantages = torch.tensor([[0.7]])
-    losses, *_ = train_grpo.policy_loss(new, new.detach(), advantages, mask, 0.2, 0.2)
+    losses, _ = train_grpo.policy_loss(new, new.detach(), advantages, mask, loss_args(loss=kind))
     losses.sum().backward()
-    assert close(losses, [[-0.7, -0.7]]) and close(new.grad, [[-0.7, -0.7]])
+    assert close(new.grad, [[-0.7, -0.7]])
 
 
-def test_k3_divergence_by_hand():
-    # r = reference / policy: 2 - 1 - ln 2 = 0.306853; 1/2 - 1 + ln 2 = 0.193147; 1 - 1 - 0 = 0
+def test_sequence_ratio_by_hand():
+    """GSPO: ratios 2 and 1/8 over two tokens are one of exp((ln 2 - ln 8) / 2) = 1/2 for both."""
+    log_ratio = torch.tensor([[2.0, 1 / 8, 7.0], [3.0, 9.0, 9.0]]).log().requires_grad_()
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    got = train_grpo.sequence_log_ratio(log_ratio, mask)
+    assert close(got.exp()[mask], [0.5, 0.5, 3.0])
+    # a completion's loss, -ratio A with A = -1: every token carries half of 0.5
+    losses = train_grpo.clipped_loss(got, torch.tensor([[-1.0], [0.0]]), 0.9, 0.9)
+    weighed = losses * train_grpo.token_weights(mask, "gspo")
+    weighed.sum().backward()
+    assert close(weighed.sum(), 0.5) and close(log_ratio.grad, [[0.25, 0.25, 0], [0, 0, 0]])
+
+
+def test_cispo_by_hand():
+    """A ratio of 2 is clipped to 1.3 and weighs log p = -3: -1.3 * 1 * -3 = 3.9, gradient -1.3."""
+    new = torch.tensor([[-3.0, -1.0]], requires_grad=True)
+    old = new.detach() - torch.tensor([[2.0, 0.5]]).log()
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    losses, _ = train_grpo.policy_loss(new, old, torch.ones(1, 1), mask, loss_args(loss="cispo"))
+    losses.sum().backward()
+    assert close(losses, [[3.9, 0.8]]) and close(new.grad, [[-1.3, -0.8]])  # PPO's would be 0 first
+
+
+def test_what_a_token_counts_by_hand():
+    # completions of 1 and 3 tokens, losses 1 and 2 a token, 8 new tokens at most:
+    # by token (1 + 6) / 4; by completion (1 + 2) / 2; dr_grpo (1 + 6) / (2 * 8)
+    mask = torch.tensor([[True, False, False], [True, True, True]])
+    losses = torch.tensor([[1.0, 0, 0], [2, 2, 2]])
+    for kind, want in (("token", 7 / 4), ("cispo", 7 / 4), ("sequence", 3 / 2), ("gspo", 3 / 2),
+                       ("dr_grpo", 7 / 16)):
+        total = (losses * train_grpo.token_weights(mask, kind)).sum()
+        assert close(total / train_grpo.loss_divisor(kind, 4, 2, 8), want), kind
+
+
+def paper_loss(kind, new, old, advantages, lengths, low, high, longest):
+    """Each paper's own formula, completion by completion and token by token, in float64."""
+    total = 0.0
+    for row, was, advantage, length in zip(new, old, advantages, lengths):
+        ratios = (row - was)[:length].exp()
+        if kind == "gspo":  # arXiv 2507.18071, equations 5 and 7: one ratio, a geometric mean
+            ratio = ratios.prod() ** (1 / length)
+            gains = [torch.min(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)]
+        elif kind == "cispo":  # arXiv 2506.13585, equation 4
+            gains = [r.clamp(1 - low, 1 + high).detach() * advantage * p
+                     for r, p in zip(ratios, row[:length])]
+        else:
+            gains = [torch.min(r * advantage, r.clamp(1 - low, 1 + high) * advantage)
+                     for r in ratios]
+        gain = sum(gains)
+        total = total - (gain / length if kind == "sequence" else gain)
+    return total / {"token": sum(lengths), "cispo": sum(lengths), "sequence": len(lengths),
+                    "gspo": len(lengths), "dr_grpo": len(lengths) * longest}[kind]
+
+
+@pytest.mark.parametrize("kind", ["token", "sequence", "dr_grpo", "gspo", "cispo"])
+@pytest.mark.parametrize("seed", range(5))
+def test_losses_and_gradients_equal_the_papers_formulas(kind, seed):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 8, (6,), generator=generator).tolist()
+    mask = torch.arange(8) < torch.tensor(lengths)[:, None]
+    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
+    old, advantages = -draw(6, 8).abs(), draw(6)
+    new = (old + 0.4 * draw(6, 8)).requires_grad_()
+    args = loss_args(loss=kind)
+    losses, _ = train_grpo.policy_loss(new, old, advantages[:, None], mask, args)
+    ours = ((losses * train_grpo.token_weights(mask, kind)).sum()
+            / train_grpo.loss_divisor(kind, sum(lengths), 6, 8))
+    theirs = paper_loss(kind, new, old, advantages, lengths, 0.2, 0.3, 8)
+    ours_grad, = torch.autograd.grad(ours, new)
+    theirs_grad, = torch.autograd.grad(theirs, new)
+    assert abs(ours - theirs) < 1e-6 and (ours_grad - theirs_grad).abs().max() < 1e-6
+    assert theirs_grad.abs().max() > 1e-2
+
+
+def test_kl_estimates_by_hand():
+    # r = reference / policy. k3: 2 - 1 - ln 2 = 0.306853; 1/2 - 1 + ln 2 = 0.193147; 1 - 1 - 0 = 0.
+    # k2: (ln 2)^2 / 2 = 0.240227 both ways. k1: -ln 2 and ln 2
     policy = torch.tensor([[0.25, 0.5, 0.3, 0.1]]).log()
     reference = torch.tensor([[0.5, 0.25, 0.3, 0.9]]).log()
-    got = train_grpo.k3_divergence(policy, reference, torch.tensor([[True, True, True, False]]))
-    assert close(got, [[0.306853, 0.193147, 0, 0]])
-    other_way = train_grpo.k3_divergence(reference, policy, torch.ones(1, 4, dtype=torch.bool))
-    assert not close(other_way[0, :2], got[0, :2].tolist(), 0.1)
+    mask = torch.tensor([[True, True, True, False]])
+    for kind, want in (("k3", [0.306853, 0.193147, 0, 0]), ("k2", [0.240227, 0.240227, 0, 0]),
+                       ("k1", [-0.693147, 0.693147, 0, 0])):
+        assert close(train_grpo.kl_estimate(policy, reference, mask, kind), [want]), kind
+    other_way = train_grpo.kl_estimate(reference, policy, torch.ones_like(mask), "k3")
+    assert not close(other_way[0, :2], [0.306853, 0.193147], 0.1)
 
 
-def test_k3_is_unbiased():
-    """Its mean under the policy is the divergence itself: sum p (r - 1 - log r) = sum p log(p /
-    q)."""
-    p, q = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0.2, 0.3, 0.5]])
-    k3 = train_grpo.k3_divergence(p.log(), q.log(), torch.ones(1, 3, dtype=torch.bool))
-    assert (k3 > 0).all() and close((p * k3).sum(), (p * (p / q).log()).sum().item())
+def test_which_estimates_are_unbiased():
+    """k1 and k3 are, in value: sum p (r - 1 - log r) = sum p log(p / q). As a loss, k2 is: its
+    gradient under the policy is that of the divergence, and k1's is 0."""
+    q = torch.tensor([[0.2, 0.3, 0.5]])
+    logits = torch.tensor([[0.7, 0.2, 0.1]]).log().requires_grad_()
+    p = logits.softmax(-1)
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    divergence = (p * (p / q).log()).sum()
+    right, = torch.autograd.grad(divergence, logits, retain_graph=True)
+    means, slopes = {}, {}
+    for kind in ("k1", "k2", "k3"):
+        estimate = train_grpo.kl_estimate(p.log(), q.log(), mask, kind)
+        means[kind] = (p * estimate).sum().item()
+        loss = (p.detach() * estimate).sum()  # samples are data: no gradient through their number
+        slopes[kind], = torch.autograd.grad(loss, logits, retain_graph=True)
+    assert close(means["k1"], divergence.item()) and close(means["k3"], divergence.item())
+    assert not close(means["k2"], divergence.item(), 0.01)
+    assert close(slopes["k2"], right.tolist()) and close(slopes["k1"], [[0, 0, 0]])
+    assert not close(slopes["k3"], right.tolist(), 0.01)
+
+
+def test_divergence_in_the_reward_by_hand():
+    # log-ratios of 0.5 and -0.1 a token: k1 sums to 0.4, and 0.1 of it is taken from a reward of 1
+    scored, unscored = SimpleNamespace(reward=1.0), SimpleNamespace(reward=None)
+    old = {id(scored): [-1.0, -2.0], id(unscored): [-1.0]}
+    ref = {id(scored): [-1.5, -1.9], id(unscored): [-9.0]}
+    train_grpo.subtract_divergence([scored, unscored], old, ref, 0.1)
+    assert scored.reward == pytest.approx(0.96) and unscored.reward is None
+
+
+# ---------------------------------------------------------------------------------------------
+# Dynamic sampling
+
+
+def scripted(script):
+    """An `answer` that gives each prompt the accuracies that the script holds for its next turn."""
+    asked = []
+
+    def answer(prompts, seed):
+        asked.append((seed, list(prompts)))
+        return [SimpleNamespace(prompt=p, rewards={"accuracy": a}, reward=a)
+                for p in prompts for a in script(p, len(asked))]
+    return answer, asked
+
+
+def test_dead_groups_make_way_for_other_prompts():
+    """Of four groups two are dead; after one round one still is, and the bound leaves it there."""
+    answer, asked = scripted(lambda p, turn: (1.0, 1.0) if p in ("a", "b") or turn == 2 and
+                             p == asked[1][1][0] else (1.0, 0.0))
+    pool = list("uvwxyz")
+    args = loss_args(group_size=2, refills=1, seed=3)
+    got = train_grpo.collect(answer, ["a", "k", "b", "l"], pool, args, 7)
+    assert [seed for seed, _ in asked] == ["3 7", "3 7 1"] and len(asked[1][1]) == 2
+    assert set(asked[1][1]) <= set(pool) and len(set(asked[1][1])) == 2
+    assert [s.prompt for s in got[2:4] + got[6:]] == ["k", "k", "l", "l"]  # the living stay in place
+    assert [s.prompt for s in got[:2] + got[4:6]] == [p for p in asked[1][1] for _ in range(2)]
+    assert train_grpo.is_alike(got[:2]) and not train_grpo.is_alike(got[4:6])
+
+
+def test_no_refill_where_none_is_asked_for_or_needed():
+    for refills, accuracies in ((0, (1.0, 1.0)), (5, (1.0, 0.0))):
+        answer, asked = scripted(lambda p, turn: accuracies)
+        train_grpo.collect(answer, ["a"], ["b"], loss_args(group_size=2, refills=refills), 1)
+        assert len(asked) == 1
+    answer, asked = scripted(lambda p, turn: (0.0, 0.0))  # hopeless: the bound ends it
+    train_grpo.collect(answer, ["a"], ["b"], loss_args(group_size=2, refills=3), 1)
+    assert len(asked) == 4
+
+
+def test_alike_is_judged_by_accuracy():
+    """A language bonus that differs does not make a group in which all are wrong worth its place."""
+    group = [SimpleNamespace(rewards={"accuracy": 0.0, "language": x}, reward=x) for x in (0, -0.1)]
+    assert train_grpo.is_alike(group)
+    assert not train_grpo.is_alike([SimpleNamespace(rewards={}, reward=x) for x in (0, -0.1)])
+
+
+def test_refills_do_not_depend_on_the_number_of_ranks(monkeypatch):
+    prompts, pool, args = list("abcdefgh"), list(range(40)), loss_args(group_size=2, refills=2)
+    found = []
+    for ranks in (1, 2, 4):
+        slots = {}
+        for r in range(ranks):
+            monkeypatch.setenv("RANK", str(r))
+            monkeypatch.setenv("WORLD_SIZE", str(ranks))
+            answer, _ = scripted(lambda p, turn: (1.0, 1.0) if p in ("b", "d", "g") or turn == 2
+                                 else (1.0, 0.0))
+            got = train_grpo.collect(answer, prompts[r::ranks], pool, args, 5)
+            slots |= {r + i * ranks: s.prompt for i, s in enumerate(got[::2])}
+        found.append([slots[i] for i in range(8)])
+    assert found[0] == found[1] == found[2]
+    assert [found[0][i] for i in (0, 2, 4, 5, 7)] == list("acefh")
+    assert len({found[0][i] for i in (1, 3, 6)} - set(pool)) == 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -547,7 +745,7 @@ def test_step_metrics_are_means_over_tokens_and_completions(qwen):
                        finish_reason="length" if n == 8 else "stop")
                for i, (r, n) in enumerate(zip(rewards, lengths))]
     sums = train_grpo.rollout_sums(samples, 2)
-    sums |= {"update_tokens": 40, "loss": 8.0, "entropy": 80.0}  # two passes over the 20 tokens
+    sums |= {"update_tokens": 40, "divisor": 40, "loss": 8.0, "entropy": 80.0}  # two passes over the 20 tokens
     sums |= {"sampler_gap": 4.0, "sampler_ratio": 40.0, "sampler_ratio_squared": 80.0}
     got = train_grpo.step_metrics(sums, [1.0, 3.0], {"rollout": 0.5}, 1e-4)
     assert got["reward"] == got["reward/accuracy"] == 0.5  # 1.5 of 3, not of 4
@@ -573,9 +771,15 @@ def test_importance_weights_by_hand():
     (1.0, 1.0, False), (0.98, 0.9, False), (0.3, 1.0, True), (2.5, 0.9, True), (1.0, 0.1, True),
     (3e-7, 0.5, True), (math.nan, math.nan, True), (math.inf, 0.0, True)])
 def test_a_sampler_that_strays_ends_the_run(ratio, size, stops):
-    metrics = {"sampler_ratio": ratio, "sampler_effective_size": size}
+    metrics = {"sampler_ratio": ratio, "sampler_effective_size": size, "sampler_gap": 0.1}
     if stops:
         with pytest.raises(utils.RunError, match="strayed from the policy.*not taken over"):
             train_grpo.stop_if_sampler_strays(metrics)
     else:
         train_grpo.stop_if_sampler_strays(metrics)
+
+
+def test_a_step_without_a_token_to_train_on_does_not_stray():
+    """All completions were cut off and masked: nothing was compared, so nothing disagreed."""
+    nothing = {"sampler_ratio": 0.0, "sampler_effective_size": 0.0, "sampler_gap": 0.0}
+    train_grpo.stop_if_sampler_strays(nothing)

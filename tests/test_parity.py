@@ -393,43 +393,75 @@ def moved_logprobs(policy, samples, processor, shift):
             for k, row in now.items()}
 
 
-def test_update_equals_a_slow_loop_over_tokens(tiny, one_rank):
-    """Clipped surrogate plus KL, token by token in Python floats' order, one row a forward pass."""
-    args = replace(ARGS, kl_coef=0.1, clip_high=0.28, temperature=0.7, micro_batch_size=2)
-    samples = mixed(tiny)
-    policy, probe = Policy(tiny.model, tiny.processor), Probe(tiny.model)
-    old = moved_logprobs(policy, samples, tiny.processor, 1)
-    ref = moved_logprobs(policy, samples, tiny.processor, 2)
-    sums, _, _ = train_grpo.update(policy, probe, samples, old, ref, tiny.processor, args)
+LOSSES = ("token", "sequence", "dr_grpo", "gspo", "cispo")
 
-    tokens = sum(len(s.completion_ids) for s in samples)
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_update_equals_a_slow_loop_over_tokens(qwen, one_rank, kind, masked):
+    """Surrogate plus KL, token by token, one row a forward pass, for every --loss."""
+    args = replace(ARGS, loss=kind, kl_coef=0.1, clip_high=0.28, temperature=0.7, micro_batch_size=2,
+                   mask_truncated=masked, max_new_tokens=12, kl="k2" if masked else "k3")
+    samples = mixed(qwen)
+    policy, probe = Policy(qwen.model, qwen.processor), Probe(qwen.model)
+    old = moved_logprobs(policy, samples, qwen.processor, 1)
+    ref = moved_logprobs(policy, samples, qwen.processor, 2)
+    sums, _, _ = train_grpo.update(policy, probe, samples, old, ref, qwen.processor, args)
+
+    chosen = [s for s in samples if not masked or s.finish_reason == "stop"]
+    assert 0 < len(chosen) < len(samples) or not masked
+    tokens = sum(len(s.completion_ids) for s in chosen)
+    divisor = {"token": tokens, "cispo": tokens, "sequence": len(chosen), "gspo": len(chosen),
+               "dr_grpo": 12 * len(chosen)}[kind]
     total, kl, stopped = 0.0, 0.0, [0, 0]
-    for s in samples:
-        logprobs, _ = plain_logprobs(tiny.model, tiny.processor, s, 0.7)
-        for new, was, reference in zip(logprobs, old[id(s)], ref[id(s)]):
-            ratio = (new - was).exp()
+    for s in chosen:
+        logprobs, _ = plain_logprobs(qwen.model, qwen.processor, s, 0.7)
+        was, reference = torch.tensor(old[id(s)]), torch.tensor(ref[id(s)])
+        ratios = (logprobs - was).exp()
+        if kind == "gspo":
+            ratios = (logprobs - was).mean().exp().expand(len(was))
+        loss = 0.0
+        for new, ratio, r in zip(logprobs, ratios, (reference - logprobs)):
             gain = ratio * s.advantage
-            if s.advantage > 0 and ratio > 1.28:
-                gain, stopped[1] = torch.tensor(1.28 * s.advantage), stopped[1] + 1
-            if s.advantage < 0 and ratio < 0.8:
-                gain, stopped[0] = torch.tensor(0.8 * s.advantage), stopped[0] + 1
-            k3 = (reference - new).exp() - 1 - (reference - new)
-            total, kl = total - gain + 0.1 * k3, kl + k3.item()
-    (total / tokens).backward()
-    assert_same_gradients(probe.gradients, gradients(tiny.model))
+            if kind == "cispo":
+                gain = ratio.clamp(0.8, 1.28).detach() * s.advantage * new
+            outside = [s.advantage < 0 and ratio < 0.8, s.advantage > 0 and ratio > 1.28]
+            if any(outside):
+                stopped = [n + out for n, out in zip(stopped, outside)]
+                if kind != "cispo":
+                    gain = torch.tensor((1.28 if outside[1] else 0.8) * s.advantage)
+            estimate = r.square() / 2 if masked else r.exp() - 1 - r
+            loss, kl = loss - gain + 0.1 * estimate, kl + estimate.item()
+        total = total + (loss / len(was) if kind in ("sequence", "gspo") else loss)
+    (total / divisor).backward()
+    assert_same_gradients(probe.gradients, gradients(qwen.model))
     assert sums["loss"] == pytest.approx(total.item(), rel=1e-4)
-    assert sums["kl"] == pytest.approx(kl, rel=1e-4) and sums["update_tokens"] == tokens
-    assert [sums["clipped_low"], sums["clipped_high"]] == stopped and all(stopped)
+    assert sums["kl"] == pytest.approx(kl, rel=1e-4)
+    assert (sums["update_tokens"], sums["divisor"]) == (tokens, divisor)
+    assert [sums["clipped_low"], sums["clipped_high"]] == stopped
+    assert any(stopped)
 
 
+def test_all_truncated_and_masked_is_no_gradient(qwen, one_rank):
+    """0 / 0 is NaN in frameworks that divide by what is left; here nothing is left and nothing is
+    learnt."""
+    samples = [replace(s, finish_reason="length") for s in mixed(qwen)]
+    policy, probe = Policy(qwen.model, qwen.processor), Probe(qwen.model)
+    args = replace(ARGS, mask_truncated=True)
+    sums, norm, tail = train_grpo.update(policy, probe, samples, None, None, qwen.processor, args)
+    assert (sums["update_tokens"], sums["loss"], norm, tail) == (0, 0, 0, 0)
+    assert all(g is None or not g.any() for g in probe.gradients.values())
+
+
+@pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_the_gradient_does_not_depend_on_the_micro_batch(tiny, one_rank, size):
-    samples = mixed(tiny)
-    policy, probe = Policy(tiny.model, tiny.processor), Probe(tiny.model)
+def test_the_gradient_does_not_depend_on_the_micro_batch(qwen, one_rank, size, kind):
+    samples = mixed(qwen)
+    policy, probe = Policy(qwen.model, qwen.processor), Probe(qwen.model)
     results = []
     for micro_batch in (16, size):
-        args = replace(ARGS, micro_batch_size=micro_batch)
-        sums, norm, _ = train_grpo.update(policy, probe, samples, None, None, tiny.processor, args)
+        args = replace(ARGS, micro_batch_size=micro_batch, loss=kind, mask_truncated=size == 2)
+        sums, norm, _ = train_grpo.update(policy, probe, samples, None, None, qwen.processor, args)
         results.append((probe.gradients, sums["loss"], norm))
     assert_same_gradients(results[1][0], results[0][0])
     assert results[1][1:] == pytest.approx(results[0][1:], rel=1e-5)
@@ -449,12 +481,13 @@ def test_old_logprobs_of_an_unmoved_policy_change_nothing(qwen, one_rank):
 
 # Two ranks. Rank 0 holds three samples and rank 1 two, so that they need unequal numbers of passes;
 # "text" is rank 1's, which then has a pass without an image where rank 0 has one.
-CASES = {"language": (False, False, True, 16), "unequal counts": (False, False, True, 2),
-         "every part": (True, True, True, 1)}
+CASES = {"language": (False, False, True, 16, "token"),
+         "unequal counts": (False, False, True, 2, "sequence"),
+         "every part": (True, True, True, 1, "gspo")}
 
 
 def rank_gradients(path, data, case):
-    vision, connector, language, size = CASES[case]
+    vision, connector, language, size, loss = CASES[case]
     tiny = conftest.load_tiny(path, data)
     samples = mixed(tiny)
     utils.freeze(tiny.model, vision, connector, language)
@@ -462,7 +495,8 @@ def rank_gradients(path, data, case):
     if utils.world_size() > 1:
         policy = utils.shard(policy, torch.float32)
     probe = Probe(policy.model)
-    mine, args = samples[utils.rank() :: utils.world_size()], replace(ARGS, micro_batch_size=size)
+    args = replace(ARGS, micro_batch_size=size, loss=loss, mask_truncated=loss == "gspo")
+    mine = samples[utils.rank() :: utils.world_size()]
     sums, norm, _ = train_grpo.update(policy, probe, mine, None, None, tiny.processor, args)
     return probe.gradients, utils.sum_over_ranks(sums)["loss"], norm
 

@@ -1,0 +1,112 @@
+"""A run means the same on any number of ranks: in float64, ten steps, completion by completion.
+
+In float32 the first step is the same (tests/test_commands.py); later, rounding flips a token sooner
+or later, and everything after it. In float64 it does not within ten steps, and a slip in how work is
+shared out has nothing to hide behind.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import train_grpo
+import utils
+from conftest import answered
+from test_commands import ROOT, TINY, data, run, splits, timeless  # noqa: F401  (data: a fixture)
+
+DRIVER = '''
+import sys
+sys.path.insert(0, {root!r})
+sys.argv[0] = "train_grpo.py"
+import torch
+import train_grpo, utils
+
+load, mixed = utils.load_model, utils.MixedPrecisionPolicy
+utils.load_model = lambda path, dtype=None: load(path, torch.float64)
+utils.compute_dtype = lambda name: torch.float64
+utils.MixedPrecisionPolicy = lambda **_: mixed(param_dtype=torch.float64, reduce_dtype=torch.float64)
+torch.set_default_dtype(torch.float64)
+torch.Tensor.float = torch.Tensor.double
+utils.run_script(train_grpo.main, train_grpo.Args)
+'''
+TEN = ("--batch_size 8 --mini_batch_size 4 --group_size 4 --micro_batch_size 3 --max_new_tokens 60 "
+       "--epochs 5 --max_steps 10 --warmup_steps 0 --kl_coef 0.01 --refills 1 --lr 1e-4").split()
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):  # noqa: F811
+    """Run folders of the same ten steps, two updates each, on 1, 2 and 4 ranks."""
+    folder = tmp_path_factory.mktemp("float64")
+    (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT)))
+    for ranks in (1, 2, 4):
+        run(folder / "driver.py", *TEN, *splits(data), "--out", folder / str(ranks), ranks=ranks)
+    return folder
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ten_steps_are_those_of_one_rank(runs, ranks):
+    steps = 0
+    for path in sorted((runs / "1" / "samples").glob("*.jsonl")):
+        alone, together = (utils.read_jsonl(runs / r / "samples" / path.name) for r in ("1", str(ranks)))
+        key = lambda row: (row["id"], row["completion_text"])  # noqa: E731
+        assert sorted(map(key, alone)) == sorted(map(key, together)), path.name
+        steps += 1
+    assert steps == 10
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        alone, together = (timeless(runs / r / name) for r in ("1", str(ranks)))
+        assert len(alone) == len(together) > 0
+        for one, other in zip(alone, together):
+            for metric in set(one) - {"sampler_gap", "sampler_gap_p99"}:  # rounding is all they hold
+                assert other[metric] == (pytest.approx(one[metric], rel=1e-6, abs=1e-9)
+                                         if isinstance(one[metric], float) else one[metric]), metric
+
+
+def test_the_weights_after_ten_steps_are_those_of_one_rank(runs):
+    alone, *others = (utils.load_model(runs / r / "checkpoints" / "step_000010").state_dict()
+                      for r in "124")
+    base = utils.load_model(ROOT / "toy_model").state_dict()
+    moved = max((alone[k] - base[k]).abs().max() for k in base)
+    for weights in others:
+        off = max((alone[k] - weights[k]).abs().max() for k in base)
+        assert off < 1e-6 < 1e-4 < moved
+
+
+def test_only_what_trains_has_gradients_and_optimiser_state(qwen, one_rank):
+    """A frozen vision tower costs its weights and nothing else."""
+    utils.freeze(qwen.model, False, False, True)
+    policy = utils.shard(utils.Policy(qwen.model, qwen.processor), torch.float32)
+    trained = {p for p in policy.parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained, 1e-3)
+    seen = {}
+    step = optimizer.step
+    optimizer.step = lambda: (seen.update({p: p.grad for p in policy.parameters()}), step())
+    samples = answered(qwen.samples[:4], qwen.processor)
+    train_grpo.update(policy, optimizer, samples, None, None, qwen.processor,
+                      train_grpo.Args(tis_cap=0.0))
+    assert {p for p, g in seen.items() if g is not None} == trained == set(optimizer.state)
+    assert 0 < len(trained) < len(seen)
+
+
+@pytest.mark.slow
+def test_two_nodes(data, tmp_path):  # noqa: F811
+    """The README's two-node command: two agents, which meet at an address, one rank each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    words = [*TINY, *splits(data), "--epochs", "1"]
+    agents = [subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(node),
+         "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", address, "--rdzv_id",
+         "glassbox", "train_grpo.py", *map(str, words), "--out", str(tmp_path / "nodes")],
+        cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ)
+        for node in (0, 1)]
+    for agent in agents:
+        out, err = agent.communicate(timeout=300)
+        assert agent.returncode == 0, err[-3000:]
+    run("train_grpo.py", *words, "--out", tmp_path / "ranks", ranks=2)
+    together, apart = (timeless(tmp_path / name / "metrics.jsonl") for name in ("ranks", "nodes"))
+    assert together == apart
