@@ -415,14 +415,26 @@ def load_rewards(spec: str, max_new_tokens: int = 2048) -> dict[str, tuple]:
     return rewards
 
 
-def score(samples: list, rewards: dict[str, tuple]) -> None:
-    """Set rewards (by name) and reward (weighted sum of those that are not None) of each sample."""
-    values = {name: function(samples) for name, (function, _) in rewards.items()}
-    for name, column in values.items():
+def score(samples: list, rewards: dict[str, tuple], timeout: int = 3600) -> None:
+    """Set rewards (by name) and reward (weighted sum of those that are not None) of each sample.
+
+    RunError where one raises or returns anything else; one that takes `timeout` s ends the process.
+    """
+    from utils import RunError, watchdog
+
+    values = {}
+    for name, (function, _) in rewards.items():
+        try:
+            with watchdog(timeout, f"reward {name!r} took {timeout} s; see --reward_timeout."):
+                values[name] = column = function(samples)
+        except Exception as error:  # whatever a user's function can raise
+            tb = error.__traceback__.tb_next  # None where it could not even be called
+            place = f" ({tb.tb_frame.f_code.co_filename}, line {tb.tb_lineno})" if tb else ""
+            raise RunError(f"reward {name!r}{place} failed: {type(error).__name__}: {error}.")
         if not isinstance(column, list) or len(column) != len(samples) or not all(
                 x is None or isinstance(x, (int, float)) and math.isfinite(x) for x in column):
-            raise ValueError(f"reward {name!r} must return a list of {len(samples)} finite numbers "
-                             f"(None for what cannot be scored): it returned {str(column)[:80]}")
+            raise RunError(f"reward {name!r} must return a list of {len(samples)} finite numbers "
+                           f"(None for what cannot be scored): it returned {str(column)[:80]}.")
     for sample, *row in zip(samples, *values.values()):
         sample.rewards = dict(zip(values, row))
         parts = {name: rewards[name][1] * x for name, x in sample.rewards.items() if x is not None}

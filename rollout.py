@@ -20,11 +20,10 @@ import copy
 import hashlib
 import importlib.util
 import os
-import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -224,18 +223,14 @@ class HFEngine:
 @contextmanager
 def guarded(doing, seconds):
     """Let vLLM fail in one sentence: an error becomes a RunError, a hang ends this process."""
-    late = f"rank {rank()}: vLLM did not end {doing} in {seconds} s; see --engine_timeout."
-    timer = threading.Timer(seconds, utils.end_run, (late, 1))
-    timer.daemon = True
-    timer.start()
+    late = f"vLLM did not end {doing} in {seconds} s; see --engine_timeout."
     try:
-        yield
+        with utils.watchdog(seconds, late):
+            yield
     except Exception as error:  # whatever another program can raise; nothing of ours runs inside
         reason = (str(error) or type(error).__name__).strip().split("\n")[0]
         raise RunError(f"vLLM failed while {doing} ({reason}). If memory ran out, lower "
                        "--vllm_memory or --rollout_batch_size.") from error
-    finally:
-        timer.cancel()
 
 
 class VLLMEngine:
@@ -458,20 +453,31 @@ def doctor(engine, policy, samples, processor, args):
     tolerance = 1e-3 if utils.compute_dtype(args.dtype) == torch.float32 else 0.1
     asked = probes(samples, processor, args.max_prompt_tokens)
 
+    banned, tokens = {*utils.banned_ids(processor)}, []
+
     def answer(prompts, temperature=1.0, n=1):
-        return engine.generate(prompts, n, temperature, 1.0, min(32, args.max_new_tokens), "doctor")
+        length = min(32, args.max_new_tokens)
+        done = engine.generate(prompts, n, temperature, 1.0, length, "doctor")
+        for s in done:
+            tokens.extend(s.completion_ids)
+            clean = [*takewhile(lambda t: t not in banned, s.completion_ids)]
+            # what follows a placeholder the trainer cannot read: it has no image for it
+            s.completion_ids, s.sampler_logprobs = clean, s.sampler_logprobs[: len(clean)]
+        return done
 
     try:
         engine.sync(policy.model)
         greedy = answer(asked, 0)
     except RunError as error:  # nothing else can be asked then
         return [("weights and prompts", False, str(error))]
-    return [
+    rows = [
         ("every weight taken over", True, f"{len([*policy.model.parameters()])} tensors"),
         ("prompts read alike", True, f"{len(asked)}, token by token"),
         check_grids(asked, processor),
         *check_logprobs(answer, greedy, policy, asked, processor, tolerance),
         *check_sync(answer, greedy, engine, policy, asked, processor, tolerance)]
+    bad = sum(t in banned for t in tokens)
+    return [*rows, ("no placeholder sampled", bad == 0, f"{bad} in {len(tokens)} tokens")]
 
 
 def check_grids(asked, processor):
@@ -509,7 +515,8 @@ def check_logprobs(answer, greedy, policy, asked, processor, tolerance):
 def check_sync(answer, greedy, engine, policy, asked, processor, tolerance):
     """Changed weights arrive, and all that was computed with the old ones goes. COLLECTIVE.
 
-    Negating is exact to undo, and one weight that keeps its old sign spoils the whole answer.
+    Negating is exact to undo, and one weight that keeps its old sign spoils the whole answer. With
+    its last norm negated a model says what it was least likely to say, placeholders if it may.
     """
     decoder = policy.model.get_decoder()
     language = {*decoder.parameters(), *policy.model.get_output_embeddings().parameters()}
@@ -532,11 +539,6 @@ def check_sync(answer, greedy, engine, policy, asked, processor, tolerance):
             weight.neg_()
         detail = f"{len(weights)} negated: trainer moved {shift:.1e} nats, sampler is {gap:.1e} off"
         yield f"changed {kind} weights arrive", gap <= tolerance, detail
-    # with its last norm negated, a model says what it was least likely to say
-    said = [t for s in after for t in s.completion_ids]
-    bad = sum(t in utils.banned_ids(processor) for t in said)
-    detail = f"{bad} in {len(said)} tokens of the policy turned upside down"
-    yield "no placeholder sampled", bad == 0, detail
     engine.sync(policy.model)
     same = [s.completion_ids == g.completion_ids for s, g in zip(answer(asked, 0), greedy)]
     yield "and go again", all(same), f"{sum(same)} of {len(same)} greedy answers as before"

@@ -57,6 +57,7 @@ class Args:
     doctor: bool = True  # before step 1, compare vLLM with the trainer in ten ways
     # Objective
     rewards: str = "accuracy:1.0"  # name:weight or file.py:function:weight, joined by commas
+    reward_timeout: int = 3600  # seconds that one reward may take to score a step
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce++"] = "grpo"  # compares rewards how
     loss: Literal["token", "sequence", "dr_grpo", "gspo", "cispo"] = "token"  # see "The loss"
     clip_low: float = 0.2  # the ratio to the old policy is clipped at 1 - clip_low ...
@@ -86,6 +87,7 @@ class Args:
     eval_settings: str = "pass1_t0.6"  # decoding settings of evaluate.py, joined by commas
     eval_every: int = 0  # epochs between evaluations; 0: before and after only
     save_every: int = 0  # generation steps between checkpoints; 0: only the last
+    keep: int = 0  # newest checkpoints that are kept, older ones are deleted; 0: all
 
 
 # ---------------------------------------------------------------------------------------------
@@ -102,6 +104,7 @@ def centred(rewards):
     mean = rewards.nan_to_num().sum(1, keepdim=True) / count.clamp(min=1)
     lowest = torch.where(scored, rewards, math.inf).min(1, keepdim=True).values
     highest = torch.where(scored, rewards, -math.inf).max(1, keepdim=True).values
+    # an unscored answer pushes nowhere; a group without a difference has nothing to say
     return torch.where(scored & (highest > lowest), rewards - mean, 0.0), count
 
 
@@ -111,7 +114,8 @@ def grpo_advantages(rewards):
     DeepSeekMath, arXiv 2402.03300, section 4.1.2.
     """
     difference, count = centred(rewards)
-    variance = difference.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
+    variance = difference.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)  # (prompts, 1)
+    # 1e-4 bounds what a group with hardly any difference is blown up to
     return difference / (variance.sqrt() + 1e-4)
 
 
@@ -161,7 +165,7 @@ def clipped_loss(log_ratio, advantages, clip_low, clip_high):
 
     PPO, arXiv 1707.06347, equation 7; two bounds as in DAPO, arXiv 2503.14476, equation 10.
     """
-    ratio = log_ratio.exp()
+    ratio = log_ratio.exp()  # (B, C), 1 on padding
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     # the minimum is the pessimist's choice: no gain for moving past a bound, full pain for it
     return -torch.minimum(ratio * advantages, clipped * advantages)
@@ -181,13 +185,13 @@ def cispo_loss(logprobs, log_ratio, advantages, clip_low, clip_high):
 
     MiniMax-M1, arXiv 2506.13585, equation 4.
     """
-    weight = log_ratio.exp().clamp(1 - clip_low, 1 + clip_high).detach()
+    weight = log_ratio.exp().clamp(1 - clip_low, 1 + clip_high).detach()  # a number, not a path
     return -weight * advantages * logprobs
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, args):
     """The surrogate that `args.loss` names, 0 outside the mask, and its log-ratio. (B, C), (B, C)."""
-    log_ratio = (logprobs - old_logprobs) * mask
+    log_ratio = (logprobs - old_logprobs) * mask  # (B, C), 0 outside the mask
     if args.loss == "gspo":
         log_ratio = sequence_log_ratio(log_ratio, mask)
     if args.loss == "cispo":
@@ -278,10 +282,11 @@ def collect(answer, prompts, pool, args, step):
     samples = answer(prompts, f"{args.seed} {step}")
     for attempt in range(1, args.refills + 1):
         groups = in_groups(samples, args.group_size)
-        dead = [i for i, group in enumerate(groups) if is_alike(group)]
+        dead = [i for i, group in enumerate(groups) if is_alike(group)]  # slots of this rank
         if not dead:
             break
         order = random.Random(f"{args.seed} {step} {attempt}").sample(pool, len(pool))
+        # slot i of rank r is slot r + i * W of the batch, wherever it is answered
         new = [order[(rank() + i * world_size()) % len(order)] for i in dead]
         fresh = in_groups(answer(new, f"{args.seed} {step} {attempt}"), args.group_size)
         for i, group in zip(dead, fresh):
@@ -364,12 +369,13 @@ def update(policy, optimizer, samples, old, ref, processor, args):
     of the differences between sampler and trainer.
     """
     gaps, dummy = [], samples[:1]
-    if args.mask_truncated:
+    if args.mask_truncated:  # out of the sum and of what divides it
         samples = [s for s in samples if s.finish_reason != "length"]
     count = max(1, *utils.gather([math.ceil(len(samples) / args.micro_batch_size)]))
     tokens = sum(len(s.completion_ids) for s in samples)
     divisor = loss_divisor(args.loss, tokens, len(samples), args.max_new_tokens)
     sums = defaultdict(float, update_tokens=tokens, divisor=divisor)
+    # at least 1: where everything was cut off and masked, 0 / 0 would be NaN
     everywhere = max(1, utils.sum_over_ranks({"divisor": divisor})["divisor"])
     for part in micro_batches(samples, args.micro_batch_size, count):
         # a rank that has run out repeats a sample under an empty mask: FSDP needs its passes
@@ -425,8 +431,9 @@ def stop_if_not_finite(value, what, samples):
     """End the run rather than spoil the weights; the batch is named for inspection."""
     if not torch.isfinite(value):
         names = sorted({s.id for s in samples})
+        where = utils.save_failed_batch(samples, f"{what}: {value.item()}")
         raise RunError(f"the {what} is {value.item()} on the prompts {names}; this batch has not "
-                       "changed the weights.")
+                       f"changed the weights.{where}")
 
 
 def stop_if_sampler_strays(metrics):
@@ -539,8 +546,8 @@ def main(args):
     # A run that was stopped goes on after its last whole checkpoint: data order and sampling depend
     # on the seed and the step alone, so nothing else has to be restored
     start = 0
-    if continues and utils.latest_checkpoint(out):
-        start = utils.load_resume_state(utils.latest_checkpoint(out), policy, optimizer)
+    if continues and (newest := utils.whole_checkpoint(out)):
+        start = utils.load_resume_state(newest, policy, optimizer)
         engine.sync(policy.model)
         print0(f"Continuing after step {start}.")
     utils.cut_logs(out, start)
@@ -562,7 +569,7 @@ def main(args):
                 done = engine.generate(prompts, args.group_size, args.temperature, 1.0,
                                        args.max_new_tokens, seed)
             with timed(seconds, "reward"):
-                score(done, rewards)
+                score(done, rewards, args.reward_timeout)
             return done
 
         samples = collect(answer, prompts, train, args, step)
@@ -573,7 +580,7 @@ def main(args):
         with timed(seconds, "logprobs"):
             old = logprob_pass(policy, samples, processor, args) if keep_old else None
             ref = logprob_pass(reference, samples, processor, args) if reference else None
-        if reference and args.kl == "k1":
+        if reference and args.kl == "k1":  # before advantages: it is part of what was earned
             subtract_divergence(samples, old, ref, args.kl_coef)
         set_advantages(samples, args.group_size, args.advantage)
 
@@ -612,7 +619,7 @@ def main(args):
         if last or (args.eval_every and step % (args.eval_every * steps_per_epoch) == 0):
             evaluate_splits(engine, data, settings, args, step, step / steps_per_epoch, out)
         if last or (args.save_every and step % args.save_every == 0):
-            utils.save_checkpoint(out, step, policy, processor, optimizer, dtype)
+            utils.save_checkpoint(out, step, policy, processor, optimizer, dtype, args.keep)
 
     minutes = round((time.time() - started) / 60, 2)
     result = before_and_after(out) | {"steps": total, "minutes": minutes, "out": str(out)}

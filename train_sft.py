@@ -68,6 +68,7 @@ class Args:
     eval_settings: str = "pass1_t0.6"  # decoding settings of evaluate.py, joined by commas
     eval_every: int = 0  # epochs between evaluations; 0: before and after only
     save_every: int = 0  # gradient steps between checkpoints; 0: only the last
+    keep: int = 0  # newest checkpoints that are kept, older ones are deleted; 0: all
 
 
 # ---------------------------------------------------------------------------------------------
@@ -151,8 +152,9 @@ def stop_if_not_finite(value, what, samples):
     """End the run rather than spoil the weights; the batch is named for inspection."""
     if not torch.isfinite(value):
         names = sorted({s.id for s in samples})
+        where = utils.save_failed_batch(samples, f"{what}: {value.item()}")
         raise RunError(f"the {what} is {value.item()} on the prompts {names}; this batch has not "
-                       "changed the weights.")
+                       f"changed the weights.{where}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -213,8 +215,8 @@ def main(args):
     utils.begin_run(out, args)
 
     start = 0
-    if continues and utils.latest_checkpoint(out):
-        start = utils.load_resume_state(utils.latest_checkpoint(out), policy, optimizer)
+    if continues and (newest := utils.whole_checkpoint(out)):
+        start = utils.load_resume_state(newest, policy, optimizer)
         print0(f"Continuing after step {start}.")
     utils.cut_logs(out, start)
     if start == 0:
@@ -254,7 +256,7 @@ def main(args):
             evaluate_splits(engine, data, settings, args, step, step / steps_per_epoch, out)
             engine.sleep()
         if last or (args.save_every and step % args.save_every == 0):
-            utils.save_checkpoint(out, step, policy, processor, optimizer, dtype)
+            utils.save_checkpoint(out, step, policy, processor, optimizer, dtype, args.keep)
 
     minutes = round((time.time() - started) / 60, 2)
     result = before_and_after(out) | {"steps": total, "minutes": minutes, "out": str(out)}

@@ -6,6 +6,7 @@ into another project together.
 
 import argparse
 import functools
+import hashlib
 import inspect
 import io
 import json
@@ -17,6 +18,8 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -25,6 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from PIL import Image, ImageOps
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -87,7 +91,7 @@ def run_script(main, Args):
     """Parse the flags, join the other ranks, run `main(args)`, print what it returns as JSON.
 
     Exit codes: 2 for a user's mistake, 1 for a run that failed, 128 + signal number for Ctrl-C and
-    SIGTERM.
+    SIGTERM. A bug keeps its traceback; what a disk, a file or another rank does is a sentence.
     """
     args = parse_args(Args)
     try:
@@ -100,6 +104,12 @@ def run_script(main, Args):
         sys.exit(2)
     except RunError as error:
         end_run(f"rank {rank()}: {error}", 1)
+    except OSError as error:
+        end_run(f"rank {rank()}: {error}.", 1 if run_folder else 2)
+    except RuntimeError as error:
+        if not re.search("gloo|NCCL", str(error)):  # what speaks when a collective fails
+            raise
+        end_run(f"rank {rank()}: another rank is gone ({str(error).splitlines()[0]}).", 1)
     except KeyboardInterrupt:
         print0("\nStopped before the run began; nothing was trained.")
         sys.exit(130)
@@ -119,9 +129,22 @@ def end_run(reason, code):
         last = latest_checkpoint(run_folder[0])
         where = f"The last whole checkpoint is {last}." if last else "There is no checkpoint yet."
         where += f" The same command with --out {run_folder[0]} goes on."
-    # not by print0: whoever holds its lock may be waiting in a collective
-    sys.stderr.write(f"\n{reason} {where}\n")
-    os._exit(code)
+    try:  # not by print0: whoever holds its lock may be waiting in a collective
+        sys.stderr.write(f"\n{reason} {where}\n")
+    finally:  # even where the log's disk is full
+        os._exit(code)
+
+
+@contextmanager
+def watchdog(seconds, sentence):
+    """End this process with a sentence when the block takes longer than `seconds`."""
+    timer = threading.Timer(seconds, end_run, (f"rank {rank()}: {sentence}", 1))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def end_on_signal():
@@ -138,10 +161,11 @@ def end_on_signal():
         signal.signal(number, lambda *_: None)
 
     def wait():
-        code = 128 + os.read(reader, 1)[0]
-        if rank() > 0:
-            os._exit(code)
-        end_run("Stopped.", code)
+        number = os.read(reader, 1)[0]
+        # one rank speaks; two when torchrun sends SIGTERM, as it may be the first one that died
+        if rank() > (number == signal.SIGTERM):
+            os._exit(128 + number)
+        end_run("Stopped.", 128 + number)
 
     threading.Thread(target=wait, daemon=True).start()
 
@@ -556,6 +580,8 @@ def append_jsonl(path, row):
     """Append a row with one write; `read_jsonl` passes over a line that a crash cut short."""
     with open(path, "ab") as file:
         file.write((json.dumps(row) + "\n").encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_jsonl(path):
@@ -574,8 +600,11 @@ def choose_run(args):
     out = Path(args.out or f"runs/{script}_{time.strftime('%Y%m%d_%H%M%S')}")
     out = gather([out])[0]  # two ranks' clocks may differ
     goes_on = (out / "args.json").exists()
-    problem = None
-    if not goes_on and out.exists() and {p.name for p in out.iterdir()} - {"toy_data"}:
+    problem, base = None, next(p for p in (out, *out.parents) if p.exists())
+    first = {"toy_data", "args.json.part"}  # what a run writes before its args.json
+    if not base.is_dir() or not os.access(base, os.W_OK | os.X_OK):
+        problem = f"cannot be written in {base}"
+    elif not goes_on and out.exists() and {p.name for p in out.iterdir()} - first:
         problem = "is not empty and holds no run"
     elif goes_on and json.loads((out / "args.json").read_text()) != run_arguments(args, out):
         problem = "holds a run with other arguments"
@@ -606,31 +635,91 @@ def cut_logs(out, last_step):
             write_jsonl(out / name, rows if last_step else [])
 
 
+def save_failed_batch(samples, what):
+    """Write a batch with something not finite into the run folder, if there is one; say where."""
+    if not run_folder:
+        return ""
+    path = run_folder[0] / f"failed_batch_rank{rank()}.jsonl"
+    write_jsonl(path, [{"not_finite": what} | s.record() for s in samples])
+    return f" Its samples are in {path}."
+
+
 # ---------------------------------------------------------------------------------------------
 # Checkpoints: a Hugging Face folder, with the resume state beside the weights
 
 
 def latest_checkpoint(out):
-    """The newest whole checkpoint of a run, or None. Half-written ones have another name."""
+    """The newest checkpoint of a run, or None. Half-written and torn ones have another name."""
     return max(Path(out).glob("checkpoints/step_??????"), default=None)
 
 
-def save_checkpoint(out, step, policy, processor, optimizer, dtype):
-    """Write `checkpoints/step_N`, complete or not at all. COLLECTIVE."""
+def file_hashes(folder):
+    """The sha256 of every file in a checkpoint, by its path there; manifest.json is left out."""
+
+    def sha256(path):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())  # what is not on the disk yet is not whole
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json"]
+    with ThreadPoolExecutor() as pool:  # a large model has a file a rank
+        return dict(zip((str(p.relative_to(folder)) for p in files), pool.map(sha256, files)))
+
+
+def is_whole(path):
+    """Whether a checkpoint's files are what its manifest.json says."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        return manifest.items() <= file_hashes(path).items()
+    except (OSError, ValueError):  # no manifest, or half of one
+        return False
+
+
+def whole_checkpoint(out):
+    """The newest checkpoint of a run that is whole, or None; rank 0 looks, for all. COLLECTIVE.
+
+    A torn one is said, and renamed so that nothing takes it for whole again.
+    """
+    while rank() == 0 and (path := latest_checkpoint(out)) and not is_whole(path):
+        aside = path.with_name(path.name + ".torn")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
+        print0(f"{path} is torn or was changed: it is passed over, and named {aside.name} now.")
+    path = gather([latest_checkpoint(out)])[0]
+    if path is None:
+        print0(f"There is no whole checkpoint in {out}: starting from step 0.")
+    return path
+
+
+def save_checkpoint(out, step, policy, processor, optimizer, dtype, keep=0):
+    """Write `checkpoints/step_N`, complete or not at all; then delete all but the newest `keep`.
+
+    0 keeps all. RunError where it cannot be written. COLLECTIVE.
+    """
     path = Path(out) / "checkpoints" / f"step_{step:06d}"
     part = path.with_name(path.name + ".part")
     whole = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = dcp_state.get_model_state_dict(policy.model, options=whole)  # empty but on rank 0
-    if rank() == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        policy.model.save_pretrained(part, state_dict={k: w.to(dtype) for k, w in weights.items()})
-        processor.save_pretrained(part)
-    dist.barrier()
+    weights = {name: weight.to(dtype) for name, weight in weights.items()}
     model_state, optimizer_state = dcp_state.get_state_dict(policy, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=part / "resume")
-    dist.barrier()
-    if rank() == 0:
-        os.replace(part, path)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    try:
+        if rank() == 0:
+            shutil.rmtree(part, ignore_errors=True)
+            policy.model.save_pretrained(part, state_dict=weights)
+            processor.save_pretrained(part)
+        dist.barrier()
+        dcp.save(state, checkpoint_id=part / "resume")
+        dist.barrier()
+        if rank() == 0:
+            write_json(part / "manifest.json", file_hashes(part))
+            os.replace(part, path)
+            for old in sorted(path.parent.glob("step_??????"))[:-keep] if keep else []:
+                shutil.rmtree(old)
+    except (Exception, CheckpointException) as error:  # what torch and others make of a full disk
+        met = next(iter(error.failures.values()))[0] if hasattr(error, "failures") else error
+        free = shutil.disk_usage(out).free / 2**20
+        raise RunError(f"{path} cannot be saved ({met}); {free:,.0f} MB are free there.") from error
 
 
 def load_resume_state(path, policy, optimizer):

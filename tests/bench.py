@@ -3,6 +3,8 @@
     python tests/bench.py grader --peer math_verify     # pip install math-verify, in any environment
     python tests/bench.py grader --peer math_verify --cases rows.jsonl
     python tests/bench.py rollout        # the embedded engine and transformers' generate
+    python tests/bench.py ranks          # samples/s of the quick start on one rank and on two
+    python tests/bench.py memory         # bytes a rank by formula, for 3B and 7B on 1 and 8 GPUs
 
 Speeds of two programs are compared by alternating them, round by round, in the same process, so that
 what else the machine does meets both; what is printed is the median over the rounds.
@@ -137,14 +139,87 @@ def rollout(rounds, prompts=32, group=8, max_new_tokens=96):
             "times_faster": round(median(a / b for a, b in zip(*speeds.values())), 2)}
 
 
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+def ranks(rounds, steps=6):
+    """Samples a second of the quick start's command on one rank and on two, the first step aside."""
+    import subprocess
+    import tempfile
+
+    speeds = {1: [], 2: []}
+    for _ in range(rounds):
+        for count in speeds:
+            with tempfile.TemporaryDirectory() as folder:
+                subprocess.run(
+                    [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                     str(count), str(ROOT / "train_grpo.py"), "--max_steps", str(steps), "--test_data", "",
+                     "--validation_data", "", "--out", f"{folder}/run"], check=True, capture_output=True)
+                rows = [json.loads(x) for x in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
+            seconds = [sum(v for k, v in row.items() if k.startswith("seconds_")) for row in rows[1:]]
+            speeds[count].append(32 * 8 / median(seconds))
+    result = {str(count): round(median(found), 1) for count, found in speeds.items()}
+    for count, speed in result.items():
+        print(f"{count} rank(s): {speed} samples/s", file=sys.stderr)
+    return {"rounds": rounds, "steps": steps, "samples_per_second": result}
+
+
+# total and trained weights, the language model's width, MLP width, layers and vocabulary
+SHAPES = {"Qwen2.5-VL-3B": (3.75e9, 3.09e9, 2048, 11008, 36, 151936),
+          "Qwen2.5-VL-7B": (8.29e9, 7.62e9, 3584, 18944, 28, 152064)}
+
+
+def memory_a_rank(shape, world_size, tokens, completion_tokens, width=2, checkpointing=True, reference=False):
+    """Bytes on one rank during an update, by part.
+
+    `tokens` are a micro-batch's, padding and prompts included; `width` is the bytes of a number in
+    compute (bfloat16: 2). Master weights, gradients and Adam's two moments are float32, sharded. A
+    layer saves about 12 numbers of the model's width and 4 of the MLP's a token, or with gradient
+    checkpointing its input alone, and one layer at a time is computed again.
+    """
+    total, trained, hidden, mlp, layers, vocabulary = shape
+    layer = trained / layers
+    one_layer = 12 * hidden + 4 * mlp
+    saved = layers * hidden + one_layer if checkpointing else layers * one_layer
+    from utils import HEAD_CHUNK
+    return {
+        "weights": 4 * total / world_size,
+        "gradients": 4 * trained / world_size,
+        "optimiser": 8 * trained / world_size,
+        "reference": 4 * total / world_size if reference else 0,
+        # in compute precision and whole: two layers, and the root group (embeddings, vision tower)
+        "gathered": width * (2 * layer + total - trained + vocabulary * hidden),
+        "activations": tokens * width * saved,
+        # the chunk's logits, their softmax and its gradient
+        "head": 3 * 4 * min(HEAD_CHUNK, completion_tokens) * vocabulary,
+        "embedded sampler": 2 * total,
+    }
+
+
+def memory():
+    """The README's table: 4 answers a micro-batch, 400 tokens of prompt, 2,048 of completion."""
+    rows = {}
+    for name, shape in SHAPES.items():
+        for world_size in (1, 8):
+            parts = memory_a_rank(shape, world_size, 4 * 2448, 4 * 2048)
+            cells = [sum(parts[k] for k in ("weights", "gradients", "optimiser")), parts["gathered"],
+                     parts["activations"] + parts["head"], parts["embedded sampler"], sum(parts.values())]
+            rows[f"{name}, {world_size}"] = [round(x / 1e9, 1) for x in cells]
+            print("| " + " | ".join(map(str, [name, world_size, *rows[f"{name}, {world_size}"]])) + " |",
+                  file=sys.stderr)
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["grader", "rollout"])
+    parser.add_argument("what", choices=["grader", "rollout", "ranks", "memory"])
     parser.add_argument("--peer", choices=["math_verify"], help="measure this library beside ours")
     parser.add_argument("--cases", help="JSON lines of prediction and reference; default: built-in pairs")
     parser.add_argument("--rounds", type=int, default=7, help="repetitions of each measurement")
     args = parser.parse_args()
-    found = rollout(args.rounds) if args.what == "rollout" else grader(args.peer, args.cases, args.rounds)
+    found = {"grader": lambda: grader(args.peer, args.cases, args.rounds), "rollout": lambda: rollout(args.rounds),
+             "ranks": lambda: ranks(args.rounds), "memory": memory}[args.what]()
     print(json.dumps({args.what: found}))
 
 

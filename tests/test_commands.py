@@ -1,6 +1,7 @@
 """Tier 3: every command line in a subprocess at toy size on the CPU, one rank and two, and its files."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -154,6 +155,22 @@ def test_several_updates_with_divergence_and_every_part_training(data, tmp_path)
     assert [row["gradient_step"] for row in rows] == [4, 8]  # N = (4 // 2) x 2
     assert rows[1]["kl"] > 0
     assert rows[1]["seconds_logprobs"] > 0
+
+
+@pytest.mark.parametrize("words", [
+    "--advantage rloo --loss gspo --kl_coef 0.01 --kl k1 --refills 2 --mask_truncated",
+    "--advantage dr_grpo --loss dr_grpo --kl_coef 0.01 --kl k2 --ppo_epochs 2",
+    "--advantage reinforce++ --group_size 1 --loss cispo --rewards accuracy:1.0,overlong:1.0",
+    "--loss sequence --max_new_tokens 3 --mask_truncated"])  # nothing ends within 3 tokens
+def test_every_algorithm_runs(data, tmp_path, words):
+    out = tmp_path / "run"
+    run("train_grpo.py", *TINY, *splits(data), "--epochs", 1, "--max_steps", 2, *words.split(),
+        "--out", out)
+    metrics = utils.read_jsonl(out / "metrics.jsonl")
+    assert len(metrics) == 2 and all(math.isfinite(v) for row in metrics for v in row.values())
+    assert ("kl" in metrics[0]) == ("kl_coef" in words)
+    if "tokens 3" in words:
+        assert metrics[0]["truncated"] == 1 and metrics[0]["grad_norm"] == metrics[0]["loss"] == 0
 
 
 def test_sft_writes_the_same_kind_of_run(data, tmp_path):

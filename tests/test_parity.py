@@ -442,6 +442,20 @@ def test_update_equals_a_slow_loop_over_tokens(qwen, one_rank, kind, masked):
     assert any(stopped)
 
 
+def test_a_divergence_in_the_reward_is_not_in_the_loss_too(qwen, one_rank):
+    """k1 as a loss would have no gradient on average, and noise; it is logged, and that is all."""
+    samples = mixed(qwen)
+    policy, probe = Policy(qwen.model, qwen.processor), Probe(qwen.model)
+    old = moved_logprobs(policy, samples, qwen.processor, 1)
+    ref = moved_logprobs(policy, samples, qwen.processor, 2)
+    args = replace(ARGS, kl="k1", kl_coef=0.5)
+    got, _, _ = train_grpo.update(policy, probe, samples, old, ref, qwen.processor, args)
+    with_reference = probe.gradients
+    want, _, _ = train_grpo.update(policy, probe, samples, old, None, qwen.processor, args)
+    assert_same_gradients(with_reference, probe.gradients)
+    assert got["loss"] == want["loss"] and got["kl"] != 0
+
+
 def test_all_truncated_and_masked_is_no_gradient(qwen, one_rank):
     """0 / 0 is NaN in frameworks that divide by what is left; here nothing is left and nothing is
     learnt."""

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 import reward  # noqa: E402
+import utils  # noqa: E402
 from reward import extract_answer, is_equal  # noqa: E402
 
 # ---- tier 1: the policy, one point after the other; each pair was decided by hand
@@ -399,7 +400,7 @@ def test_a_wrong_spec_is_one_sentence(spec, sentence):
 
 @pytest.mark.parametrize("values", [[1.0], [1.0, math.nan], [1.0, math.inf], [1.0, "2"], None, (1.0, 2.0)])
 def test_a_wrong_reward_is_one_sentence(values):
-    with pytest.raises(ValueError, match="reward 'mine' must return a list of 2 finite numbers"):
+    with pytest.raises(utils.RunError, match="reward 'mine' must return a list of 2 finite numbers"):
         reward.score([sample("a"), sample("b")], {"mine": (lambda samples: values, 1.0)})
 
 

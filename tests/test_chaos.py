@@ -1,0 +1,70 @@
+"""Tier 4: a run on two ranks that is killed again and again is the run that nobody disturbed."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_commands import TINY, data, splits  # noqa: F401
+from test_faults import fingerprint, forkserver, saved, steps, torchrun, whole  # noqa: F401
+
+ROOT = Path(__file__).parents[1]
+STEPS, KILLS = 12, 5
+pytestmark = pytest.mark.slow
+
+
+def start(data, out, log):  # noqa: F811
+    """Two ranks in one process group; torchrun would put each of them into one of its own."""
+    words = [sys.executable, "train_grpo.py", *TINY, *splits(data)[:4], "--test_data=", "--max_steps",
+             STEPS, "--eval_every", 1, "--keep", 2, "--out", out]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": str(free.getsockname()[1])}
+    ranks = []
+    for number in ("0", "1"):
+        ranks.append(subprocess.Popen(
+            list(map(str, words)), cwd=ROOT, env=os.environ | group | {"RANK": number}, stdout=log,
+            stderr=log, process_group=ranks[0].pid if ranks else 0))
+    return ranks
+
+
+def test_five_kills_at_random_change_nothing(data, tmp_path):  # noqa: F811
+    """SIGKILL to both ranks at any moment from 1 s after the start to the expected end, and again
+    the same command: weights, optimiser state, samples, metrics and evaluations, bit for bit. Each
+    life has two more steps at most, so that there are five."""
+    calm, out = tmp_path / "calm", tmp_path / "run"
+    chance = random.Random(0)
+    with open(tmp_path / "log", "w") as log:
+        started = time.time()
+        assert [p.wait(120) for p in start(data, calm, log)] == [0, 0]
+        expected = time.time() - started
+        for enough in range(2, STEPS, STEPS // KILLS):
+            moment = time.time() + chance.uniform(1, expected)
+            ranks = start(data, out, log)
+            while time.time() < moment and len(steps(out)) < enough:
+                time.sleep(0.01)
+            time.sleep(chance.uniform(0, 0.5))  # of a step, an evaluation or a checkpoint
+            assert ranks[0].poll() is None
+            os.killpg(ranks[0].pid, signal.SIGKILL)
+            for process in ranks:
+                process.wait(60)
+            print("killed:", len(steps(out)), "steps,", sorted(p.name for p in out.glob("*/step*"))[:4])
+        assert [p.wait(120) for p in start(data, out, log)] == [0, 0]
+    said = (tmp_path / "log").read_text()
+    assert "Traceback" not in said and "passed over" not in said
+    assert steps(out) == list(range(1, STEPS + 1))
+    assert saved(out) == saved(calm) and fingerprint(out) == fingerprint(calm)
+
+
+def test_torchrun_restarts_and_the_run_goes_on(whole, tmp_path):  # noqa: F811
+    fault = ('if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":\n'
+             '    at_call(3, "train_grpo.update", kill, only=1)')
+    code, said, _ = torchrun(whole, tmp_path / "run", fault, "--max-restarts", 2)
+    assert code == 0 and said.count("Continuing after step 2.") == 1, said
+    assert steps(tmp_path / "run") == [1, 2, 3, 4] and (tmp_path / "run" / "result.json").exists()

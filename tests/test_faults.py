@@ -1,0 +1,522 @@
+"""Tier 3: what goes wrong in the middle of a run, on purpose; what the user reads, and what is left.
+
+A run is a process forked from one that has imported everything already, so that each takes seconds;
+a fault replaces one function of the run at its n-th call.
+"""
+
+import errno
+import importlib
+import itertools
+import json
+import math
+import multiprocessing
+import operator
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401  # which a run would load late
+from safetensors.torch import load_file
+from test_commands import TINY, data, splits, timeless  # noqa: F401
+from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import evaluate  # noqa: F401
+import reward
+import rollout
+import train_grpo
+import train_sft  # noqa: F401
+import utils
+
+ROOT = Path(__file__).parents[1]
+GRPO = ["train_grpo.py", *TINY, "--max_steps", "4", "--validation_data=", "--test_data="]
+SFT = ["train_sft.py", "--save_every", "1", *GRPO[-4:]]
+
+
+# ---------------------------------------------------------------------------------------------
+# Runs and faults
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forkserver():
+    """Started once, with this module and so all of the stages imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        multiprocessing.set_forkserver_preload(["test_faults"])
+        multiprocessing.forkserver.ensure_running()
+
+
+def one_rank_of_a_run(words, environment, log, fault):
+    """What a forked process does: its output goes to a file; the fault is prepared; the script."""
+    file = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.chdir(ROOT)
+    os.environ |= environment
+    torch.set_num_threads(1)
+    sys.argv = words
+    if fault:
+        fault()
+    stage = importlib.import_module(Path(words[0]).stem)
+    utils.run_script(stage.main, stage.Args)
+
+
+def run(words, out, fault=None, ranks=1):
+    """Run a script to its end; its processes' exit codes (the one code of one), and what they say."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": str(free.getsockname()[1])}
+    words = [*map(str, words), "--out", str(out)]
+    with tempfile.NamedTemporaryFile() as log:
+        values = [(words, group | {"RANK": str(i)} if ranks > 1 else {}, log.name, fault)
+                  for i in range(ranks)]
+        fork = multiprocessing.get_context("forkserver").Process
+        processes = [fork(target=one_rank_of_a_run, args=v) for v in values]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)  # without an end there is no exit code
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+        said = Path(log.name).read_text()
+    return codes[0] if ranks == 1 else codes, said
+
+
+def prepare(fault, original, *values, **more):
+    """An act: from this call on there is another fault to come."""
+    fault()
+    return original(*values, **more)
+
+
+def at_call(number, place, act, only=None):
+    """Replace the function at `place`, module.name: its n-th call is `act(original, *arguments)`."""
+    if only in (None, utils.rank()):
+        module, _, name = place.rpartition(".")
+        module = importlib.import_module(module)
+        original, calls = getattr(module, name), itertools.count(1)
+        setattr(module, name, lambda *values, **more: (
+            partial(act, original) if next(calls) == number else original)(*values, **more))
+
+
+def kill(original, *values, **more):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def no_space(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_disk(original, *values, **more):
+    os.fsync = no_space
+    return original(*values, **more)
+
+
+def small_files(original, *values, **more):
+    """The kernel itself refuses what is longer: Python, torch and safetensors each meet it."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    return original(*values, **more)
+
+
+def nan_loss(original, *values):
+    losses, log_ratio = original(*values)
+    return losses * math.nan, log_ratio
+
+
+def infinite_norm(original, *values):
+    return original(*values) * math.inf
+
+
+def lose_images(folder, original, *values):
+    shutil.rmtree(folder)
+    return original(*values)
+
+
+def bug(original, *values):
+    raise RuntimeError("two shapes do not agree")
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):  # noqa: F811
+    """Four steps that nothing disturbed, a checkpoint after each: the words, and the run folder."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    words = [*GRPO, *splits(data)[:2]]
+    code, said = run(words, out)
+    assert code == 0, said
+    return words, out
+
+
+def stopped(whole, out, last):
+    """A copy of the undisturbed run as it was after step `last`, before anything else was written."""
+    shutil.copytree(whole[1], out)
+    arguments = json.loads((out / "args.json").read_text())
+    utils.write_json(out / "args.json", arguments | {"out": str(out)})
+    (out / "result.json").unlink()
+    for step in range(last + 1, 5):
+        shutil.rmtree(out / "checkpoints" / f"step_{step:06d}")
+        (out / "samples" / f"step_{step:06d}.jsonl").unlink()
+    return out
+
+
+def steps(out):
+    return [row["generation_step"] for row in utils.read_jsonl(out / "metrics.jsonl")]
+
+
+def saved(out):
+    return sorted(p.name for p in (out / "checkpoints").iterdir())
+
+
+def fingerprint(out):
+    """All that a run leaves, apart from what a clock measured or a path or a save's number is."""
+    checkpoint = utils.latest_checkpoint(out)
+    assert utils.is_whole(checkpoint)
+    hashes = json.loads((checkpoint / "manifest.json").read_text())
+    del hashes["resume/.metadata"]  # holds the path and a random number of the save
+    assert {"model.safetensors", "resume/__0_0.distcp"} <= set(hashes)
+    texts = {p.name: p.read_text() for p in out.glob("samples/*")}
+    logs = {name: timeless(out / name) for name in ("metrics.jsonl", "eval.jsonl")}
+    return {"checkpoint": checkpoint.name} | hashes | texts | logs
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def test_the_manifest_names_every_file(whole):
+    folder = whole[1] / "checkpoints" / "step_000004"
+    files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert set(json.loads((folder / "manifest.json").read_text())) == files - {"manifest.json"}
+    assert len(files) > 8
+
+
+def damage(folder, kind):
+    part = next((folder / "resume").glob("*.distcp"))
+    if kind == "missing":
+        part.unlink()
+    elif kind == "changed":
+        old = part.read_bytes()
+        part.write_bytes(old[:-100] + bytes([old[-100] ^ 1]) + old[-99:])
+    elif kind == "cut":
+        os.truncate(folder / "model.safetensors", 1000)
+    elif kind == "no manifest":
+        (folder / "manifest.json").unlink()
+    elif kind == "half a manifest":
+        os.truncate(folder / "manifest.json", 100)
+
+
+@pytest.mark.parametrize("kind", ["missing", "changed", "cut", "no manifest", "half a manifest"])
+def test_a_torn_checkpoint_is_passed_over(whole, tmp_path, one_rank, capsys, kind):
+    out = stopped(whole, tmp_path / "run", 4)
+    assert utils.whole_checkpoint(out).name == "step_000004"
+    (out / "checkpoints" / "step_000004" / "notes.txt").write_text("a user's file does no harm")
+    assert utils.whole_checkpoint(out).name == "step_000004"
+    assert capsys.readouterr().err == ""
+    damage(out / "checkpoints" / "step_000004", kind)
+    assert utils.whole_checkpoint(out).name == "step_000003"
+    assert re.fullmatch(r"\S+step_000004 is torn .* step_000004.torn now.\n", capsys.readouterr().err)
+    assert utils.whole_checkpoint(out).name == "step_000003"  # and it is not said twice
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_goes_on_from_the_one_before_on_two_ranks(whole, tmp_path):
+    """Rank 0's verdict is every rank's; what was logged after the whole one is forgotten."""
+    out = stopped(whole, tmp_path / "run", 4)
+    damage(out / "checkpoints" / "step_000004", "changed")
+    damage(out / "checkpoints" / "step_000003", "missing")
+    codes, said = run(whole[0], out, ranks=2)
+    assert codes == [0, 0], said
+    assert said.count("passed over") == 2 and said.count("Continuing after step 2.") == 1
+    assert steps(out) == [1, 2, 3, 4]
+    assert saved(out) == ["step_000001", "step_000002", "step_000003", "step_000003.torn",
+                          "step_000004", "step_000004.torn"]
+
+
+def test_without_a_whole_checkpoint_a_run_starts_anew(whole, tmp_path):
+    out = stopped(whole, tmp_path / "run", 1)
+    damage(out / "checkpoints" / "step_000001", "cut")
+    code, said = run(whole[0], out)
+    assert code == 0 and said.count(f"There is no whole checkpoint in {out}: starting from step 0.") == 1
+    assert fingerprint(out) == fingerprint(whole[1])
+
+
+def test_keep_deletes_the_older_ones(data, tmp_path):  # noqa: F811
+    """In both trainers; what is torn, or not a checkpoint, does not count."""
+    words = [*GRPO, *splits(data)[:2], "--keep", 2]
+    code, said = run(words, tmp_path / "grpo")
+    assert code == 0 and saved(tmp_path / "grpo") == ["step_000003", "step_000004"], said
+    code, said = run([*SFT, *splits(data)[:2], "--epochs", 4, "--keep", 1], tmp_path / "sft")
+    assert code == 0 and saved(tmp_path / "sft") == ["step_000004"], said
+
+
+def keep_loaded_state(path, original, last, policy, optimizer):
+    """After loading, the state of all ranks in one file."""
+    step = original(last, policy, optimizer)
+    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    model, optimizer = dcp_state.get_state_dict(policy, optimizer, options=options)
+    if utils.rank() == 0:
+        torch.save({"model": model, "optimizer": optimizer}, path)
+    return step
+
+
+def flat(value, name=""):
+    """A tree of dictionaries and lists as {path: leaf}."""
+    if isinstance(value, (dict, list)):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, part in pairs for k, v in flat(part, f"{name}/{key}").items()}
+    return {name: value}
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
+def test_a_run_goes_on_with_another_number_of_ranks(whole, tmp_path, before, after):
+    """The weights and the optimiser's state are those that were saved; the logs have no gap."""
+    out = tmp_path / "run"
+    if before == 1:
+        stopped(whole, out, 2)
+    else:
+        died = partial(at_call, 3, "train_grpo.update", kill)
+        assert run(whole[0], out, died, ranks=2)[0] == [-9, -9]
+    resume = out / "checkpoints" / "step_000002" / "resume"
+    assert len(list(resume.glob("*.distcp"))) == before
+    dcp_to_torch_save(resume, tmp_path / "saved.pt")
+    loaded = partial(keep_loaded_state, tmp_path / "loaded.pt")
+    code, said = run(whole[0], out, partial(at_call, 1, "utils.load_resume_state", loaded), after)
+    assert code in (0, [0, 0]) and "Continuing after step 2." in said, said
+    assert steps(out) == [1, 2, 3, 4] and (out / "result.json").exists()
+    old, new = (flat(torch.load(tmp_path / f"{name}.pt")) for name in ("saved", "loaded"))
+    assert old.keys() == new.keys() and any("exp_avg_sq" in name for name in old)
+    for name in old:
+        same = torch.equal if isinstance(old[name], torch.Tensor) else operator.eq
+        assert same(old[name], new[name]), name
+
+
+def test_two_steps_a_kill_and_two_steps_are_four_steps(whole, tmp_path):
+    """SIGKILL inside step 3, whose samples are collected: bit for bit what was never disturbed."""
+    out = tmp_path / "run"
+    code, _ = run(whole[0], out, partial(at_call, 3, "train_grpo.update", kill))
+    assert code == -signal.SIGKILL and steps(out) == [1, 2]
+    code, said = run(whole[0], out)
+    assert code == 0 and "Continuing after step 2." in said, said
+    assert fingerprint(out) == fingerprint(whole[1])
+
+
+@pytest.mark.parametrize("number, place", [
+    (1, "os.replace"), (2, "os.replace")])
+def test_a_kill_while_saving_leaves_the_checkpoint_before(whole, tmp_path, number, place):
+    """Step 3's, before its manifest is there, and before it gets its own name."""
+    out = tmp_path / "run"
+    die = partial(prepare, partial(at_call, number, place, kill))
+    code, _ = run(whole[0], out, partial(at_call, 3, "utils.save_checkpoint", die))
+    assert code == -signal.SIGKILL
+    assert saved(out) == ["step_000001", "step_000002", "step_000003.part"]
+    code, said = run(whole[0], out)
+    assert code == 0 and "Continuing after step 2." in said, said
+    assert fingerprint(out) == fingerprint(whole[1])
+
+
+def test_a_kill_before_args_json_is_no_other_run(tmp_path, one_rank):
+    """What is there before a run has its args.json does not keep the same command from starting."""
+    (tmp_path / "toy_data").mkdir()
+    (tmp_path / "args.json.part").write_text('{"scri')
+    assert utils.choose_run(train_grpo.Args(out=str(tmp_path))) == (tmp_path, False)
+
+
+# ---------------------------------------------------------------------------------------------
+# Another rank
+
+
+TORCHRUN = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+sys.argv[0] = "train_grpo.py"
+import os, time
+import train_grpo, utils
+from test_faults import at_call, kill
+{fault}
+utils.run_script(train_grpo.main, train_grpo.Args)
+"""
+
+
+def torchrun(whole, out, fault, *options):
+    """Run GRPO on two ranks under torchrun; its exit code, what was said, and how long it took."""
+    (out.parent / "faulty.py").write_text(TORCHRUN.format(root=str(ROOT), fault=fault))
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+             *options, "--", out.parent / "faulty.py", *whole[0][1:], "--out", out]
+    started = time.time()
+    done = subprocess.run(list(map(str, words)), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stderr, time.time() - started
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_rank_that_dies_ends_the_other(whole, tmp_path, dies):
+    """Without torchrun: a collective tells the other one."""
+    out = tmp_path / "run"
+    codes, said = run(whole[0], out, partial(at_call, 3, "train_grpo.update", kill, dies), ranks=2)
+    assert codes == ([-9, 1] if dies == 0 else [1, -9]), said
+    last = out / "checkpoints" / "step_000002"
+    assert re.search(rf"rank {1 - dies}: another rank is gone \(.*\)\. The last whole checkpoint is "
+                     rf"{last}\. The same command", said), said
+    assert "Traceback" not in said and utils.is_whole(last)
+
+
+def test_torchrun_ends_a_rank_that_is_in_no_collective(whole, tmp_path):
+    """Rank 0 dies while rank 1 computes: only torchrun can tell, and somebody must speak."""
+    fault = ('at_call(3, "train_grpo.update", kill, only=0)\n'
+             'at_call(3, "train_grpo.update", lambda *_: time.sleep(90), only=1)')
+    code, said, seconds = torchrun(whole, tmp_path / "run", fault)
+    assert code == 1 and seconds < 60
+    last = tmp_path / "run" / "checkpoints" / "step_000002"
+    assert said.count(f"Stopped. The last whole checkpoint is {last}.") == 1, said
+
+
+# ---------------------------------------------------------------------------------------------
+# The disk
+
+
+@pytest.mark.parametrize("place, act, sentence", [
+    ("utils.save_checkpoint", full_disk, r"step_000003 cannot be saved \(.*No space left.*\); .* free"),
+    ("utils.save_checkpoint", small_files, r"step_000003 cannot be saved \(.*File too large.*\);"),
+    ("torch.distributed.checkpoint.save", small_files, r"step_000003 cannot be saved \(.*\);"),
+    ("utils.append_jsonl", full_disk, r"rank 0: \[Errno 28\] No space left on device\.")])
+def test_a_full_disk(whole, tmp_path, place, act, sentence):
+    """One sentence, exit code 1, nothing half-written under its name; with room the run goes on."""
+    out = tmp_path / "run"
+    words = [*whole[0], "--keep", 1]
+    code, said = run(words, out, partial(at_call, 3, place, act))
+    last = out / "checkpoints" / "step_000002"
+    assert code == 1 and re.search(f"{sentence}.* The last whole checkpoint is {last}[.]", said), said
+    assert "Traceback" not in said and utils.is_whole(last)
+    assert set(saved(out)) <= {"step_000002", "step_000003.part"}
+    code, said = run(words, out)
+    assert code == 0 and "Continuing after step 2." in said, said
+    assert fingerprint(out) == fingerprint(whole[1])
+
+
+def test_an_out_that_cannot_be_written(whole, tmp_path):
+    (tmp_path / "file").write_text("a regular file")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        code, said = run(whole[0], out)
+        assert code == 2 and len(said.splitlines()) == 1, said
+        assert f"--out {out} cannot be written in {tmp_path / 'file'}; give a new folder." in said
+
+
+# ---------------------------------------------------------------------------------------------
+# What the run is given: numbers, rewards, images
+
+
+@pytest.mark.parametrize("words, number, place, act, what, count", [
+    (GRPO, 5, "train_grpo.policy_loss", nan_loss, "loss: nan", 4),  # the first micro-batch of step 3
+    (SFT, 3, "torch.nn.utils.clip_grad_norm_", infinite_norm, "gradient norm: inf", 16)])
+def test_what_is_not_finite_ends_the_run_and_its_batch_is_kept(
+        data, tmp_path, words, number, place, act, what, count):  # noqa: F811
+    """In both trainers: which number, on which samples, with the weights as they were."""
+    out = tmp_path / "run"
+    code, said = run([*words, *splits(data)[:2]], out, partial(at_call, number, place, act))
+    kept = out / "failed_batch_rank0.jsonl"
+    assert code == 1 and "Traceback" not in said, said
+    assert f"Its samples are in {kept}. The last whole checkpoint is" in said
+    rows = utils.read_jsonl(kept)
+    assert len(rows) == count and {row["not_finite"] for row in rows} == {what}
+    assert {"id", "question", "answer", "completion_text", "advantage"} <= set(rows[0])
+    assert all(row["id"] in said for row in rows)
+    assert steps(out) == [1, 2] and utils.is_whole(out / "checkpoints" / "step_000002")
+
+
+JUDGE = """
+import time
+calls = []
+
+def judge(samples):
+    calls.append(1)
+    if len(calls) == 3:
+        {act}
+    return [0.0] * len(samples)
+"""
+
+
+@pytest.mark.parametrize("act, sentence", [
+    ("{}['key']", r"reward 'judge' \({}, line 8\) failed: KeyError: 'key'\."),
+    ("time.sleep(90)", r"reward 'judge' took 3 s; see --reward_timeout\."),
+    ("return 'well'", r"reward 'judge' must return a list of 8 finite numbers .* it returned well\.")])
+def test_a_reward_that_fails(whole, tmp_path, act, sentence):
+    """At the third step: it raises, it hangs, it returns nonsense."""
+    path = tmp_path / "judge.py"
+    path.write_text(JUDGE.replace("{act}", act))
+    out = tmp_path / "run"
+    words = [*whole[0], "--rewards", f"accuracy:1.0,{path}:judge:0.5", "--reward_timeout", 3]
+    code, said = run(words, out)
+    assert code == 1 and "Traceback" not in said, said
+    sentence = sentence.replace("{}", re.escape(str(path)))
+    assert re.search(rf"rank 0: {sentence} The last whole checkpoint is \S+step_000002\.", said), said
+    assert steps(out) == [1, 2]
+
+
+def test_a_reward_that_cannot_be_called_is_named(tmp_path):
+    (tmp_path / "judge.py").write_text("def judge():\n    return []\n")
+    rewards = reward.load_rewards(f"{tmp_path}/judge.py:judge:1")
+    with pytest.raises(utils.RunError, match=r"^reward 'judge' failed: TypeError: judge\(\) takes 0 "):
+        reward.score([], rewards)
+
+
+def test_an_image_that_goes_missing(data, tmp_path):  # noqa: F811
+    """After the data was checked: the images of step 3 are looked for in vain."""
+    folder = shutil.copytree(data, tmp_path / "data")
+    fault = partial(at_call, 2, "train_grpo.update", partial(lose_images, folder / "images"))
+    code, said = run([*GRPO, "--train_data", folder / "toy_train.jsonl"], tmp_path / "run", fault)
+    assert code == 1 and "Traceback" not in said, said
+    assert re.search(rf"rank 0: .*No such file or directory: '{folder}/images/toy_train_\d+.png'\. The "
+                     r"last whole checkpoint is \S+step_000002\.", said), said
+
+
+@pytest.mark.parametrize("flags", [[], ["--mask_truncated"]])
+def test_nothing_but_dead_groups(whole, tmp_path, flags):
+    """Every answer is cut off and wrong: the run goes on, says so, and moves no weight."""
+    out = tmp_path / "run"
+    words = [*whole[0], "--max_steps", 2, "--max_new_tokens", 2, *flags]
+    code, said = run(words, out)
+    assert code == 0, said
+    rows = utils.read_jsonl(out / "metrics.jsonl")
+    assert [(row["truncated"], row["groups_all_alike"], row["reward"]) for row in rows] == [(1, 1, 0)] * 2
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    old, new = (load_file(folder / "model.safetensors")
+                for folder in (ROOT / "toy_model", utils.latest_checkpoint(out)))
+    assert all(torch.equal(old[name], new[name]) for name in new)
+
+
+# ---------------------------------------------------------------------------------------------
+# Bugs and mistakes
+
+
+def test_a_bug_keeps_its_traceback(whole, tmp_path):
+    """What is nobody's fault but ours must not be made into a sentence."""
+    code, said = run(whole[0], tmp_path / "run", partial(at_call, 3, "train_grpo.update", bug))
+    assert code == 1 and "Traceback" in said and "RuntimeError: two shapes do not agree" in said
+
+
+def test_more_mistakes_at_the_command_line(whole, tmp_path, monkeypatch, one_rank):
+    """What tests/test_commands.py and tests/test_data.py leave out."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(utils.UserError, match="--mini_batch_size 32, and that one of the 3 ranks"):
+        train_grpo.check_args(train_grpo.Args())
+    with pytest.raises(utils.UserError, match="--batch_size 16 must be a multiple of the 3 ranks"):
+        train_sft.check_args(train_sft.Args())
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(utils.UserError, match="is not empty and holds no run; give a new folder"):
+        utils.choose_run(train_grpo.Args(out=str(tmp_path)))
+    model = shutil.copytree(whole[1] / "checkpoints" / "step_000004", tmp_path / "model")
+    for name in ("processor_config.json", "tokenizer_config.json", "tokenizer.json"):
+        (model / name).unlink()
+    with pytest.raises(utils.UserError, match="cannot be loaded .* with its processor files"):
+        utils.load_processor(model)
