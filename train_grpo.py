@@ -190,7 +190,7 @@ def cispo_loss(logprobs, log_ratio, advantages, clip_low, clip_high):
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, args):
-    """The surrogate that `args.loss` names, 0 outside the mask, and its log-ratio. (B, C), (B, C)."""
+    """The surrogate that `args.loss` names, 0 outside the mask, and its log-ratio. Both (B, C)."""
     log_ratio = (logprobs - old_logprobs) * mask  # (B, C), 0 outside the mask
     if args.loss == "gspo":
         log_ratio = sequence_log_ratio(log_ratio, mask)
@@ -273,11 +273,11 @@ def is_alike(group):
 
 
 def collect(answer, prompts, pool, args, step):
-    """Answered and scored samples, G a prompt; dead groups make way for others. Seconds by phase.
+    """Answered and scored samples, G a prompt; dead groups make way for others.
 
     `answer(prompts, seed)` samples and scores. DAPO's dynamic sampling (arXiv 2503.14476, section
-    3.2), bounded: what is still alike after `args.refills` rounds stays. A slot of the batch has its
-    own queue of new prompts, so that ranks need not talk and their number changes nothing.
+    3.2), bounded: what is still alike after `args.refills` rounds stays. A slot of the batch has
+    its own queue of new prompts, so that ranks need not talk and their number changes nothing.
     """
     samples = answer(prompts, f"{args.seed} {step}")
     for attempt in range(1, args.refills + 1):
@@ -484,8 +484,8 @@ def timed(seconds, name):
 def check_args(args):
     """Refuse what cannot work, before anything is loaded."""
     if args.advantage != "reinforce++" and args.group_size < 2:
-        raise UserError(f"--group_size must be at least 2: {args.advantage} compares the answers to "
-                        "a prompt; reinforce++ needs no group.")
+        raise UserError(f"--group_size must be at least 2: {args.advantage} compares the answers "
+                        "to a prompt; reinforce++ needs no group.")
     if args.temperature <= 0:
         raise UserError("--temperature must be above 0: training needs a policy with chances.")
     if args.batch_size % args.mini_batch_size or args.mini_batch_size % world_size():

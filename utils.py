@@ -31,6 +31,7 @@ from PIL import Image, ImageOps
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
@@ -201,8 +202,12 @@ def start_ranks():
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, **alone)
+    store = next(rendezvous("env://"))[0] if "RANK" in os.environ else dist.HashStore()
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # HAZARD: torchrun keeps its store over a restart, and a rank that reads a dead one's address
+        # there waits for it for ever (pytorch#135712). Only on one machine is this count everyone's
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
 
 
 def share_cores():
@@ -716,6 +721,7 @@ def save_checkpoint(out, step, policy, processor, optimizer, dtype, keep=0):
             os.replace(part, path)
             for old in sorted(path.parent.glob("step_??????"))[:-keep] if keep else []:
                 shutil.rmtree(old)
+        dist.barrier()  # nobody goes on before it is whole
     except (Exception, CheckpointException) as error:  # what torch and others make of a full disk
         met = next(iter(error.failures.values()))[0] if hasattr(error, "failures") else error
         free = shutil.disk_usage(out).free / 2**20

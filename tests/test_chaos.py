@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_commands import TINY, data, splits  # noqa: F401
+from test_commands import TINY, command, data, splits  # noqa: F401
 from test_faults import fingerprint, forkserver, saved, steps, torchrun, whole  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
@@ -63,8 +63,32 @@ def test_five_kills_at_random_change_nothing(data, tmp_path):  # noqa: F811
 
 
 def test_torchrun_restarts_and_the_run_goes_on(whole, tmp_path):  # noqa: F811
+    """--max-restarts: one rank of two dies in step 3; the workers that follow go on from step 2."""
     fault = ('if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":\n'
              '    at_call(3, "train_grpo.update", kill, only=1)')
     code, said, _ = torchrun(whole, tmp_path / "run", fault, "--max-restarts", 2)
     assert code == 0 and said.count("Continuing after step 2.") == 1, said
     assert steps(tmp_path / "run") == [1, 2, 3, 4] and (tmp_path / "run" / "result.json").exists()
+
+
+RESTARTED = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+import torch.distributed as dist
+import utils
+if utils.rank() == 0:
+    time.sleep(1)
+utils.start_ranks()
+dist.barrier()
+if os.environ["TORCHELASTIC_RESTART_COUNT"] != "3":
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_restarted_ranks_find_each_other(tmp_path):
+    """torchrun's store outlives a restart (pytorch#135712): a rank that came before its peer took the
+    dead one's address from there, and five times of six both waited for ever."""
+    (tmp_path / "restarted.py").write_text(RESTARTED.format(root=str(ROOT)))
+    words = command(tmp_path / "restarted.py", ranks=2)
+    words[words.index("--"):words.index("--")] = ["--max-restarts", "3"]
+    assert subprocess.run(words, timeout=120).returncode == 0

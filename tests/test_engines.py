@@ -115,14 +115,13 @@ def test_every_sabotage_is_found(pair, method, change, row, innocent, one_rank):
 def test_probes_of_every_kind(qwen):
     """With an image, without, with two: taken from the data, made up where the data has none."""
     a, b, text = parity.by_id(qwen.samples, "rgb", "grey", "text")
-    *rest, two = asked = rollout.probes([a, b], qwen.processor, 2048)
-    assert rest[:2] == [a, b] and two.images == a.images + b.images
-    assert [(s.question, s.images) for s in rest[2:]] == [("What is it?", [])] * 2
+    c, d, two = rollout.probes([a, b], qwen.processor, 2048)[2:]
+    assert [(s.question, s.images) for s in (c, d)] == [("What is it?", [])] * 2
+    assert two.images == a.images + b.images
     assert two.prompt_ids.count(IMAGE) == (a.prompt_ids + b.prompt_ids).count(IMAGE)
-    assert rollout.probes([a, b], qwen.processor, len(two.prompt_ids)) == asked
-    kept = rollout.probes([text, a, b], qwen.processor, len(two.prompt_ids) - 1)
-    assert kept == [a, b, text, rest[2]]
-    assert rollout.probes([text, a], qwen.processor, 2048) == [a, text, rest[2]]
+    assert rollout.probes([a, b], qwen.processor, len(two.prompt_ids)) == [a, b, c, d, two]
+    assert rollout.probes([text, a, b], qwen.processor, len(two.prompt_ids) - 1) == [a, b, text, c]
+    assert rollout.probes([text, a], qwen.processor, 2048) == [a, text, c]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -173,7 +172,7 @@ def test_vllm_is_asked_and_answers_as_the_embedded_engine(served, kind):
     assert text == {"prompt": served.prompts[1].prompt_text}
     asked = {"n": 8, "temperature": 1.0, "top_p": 1.0, "max_tokens": 8,
              "logit_bias": {IMAGE: -100, served.processor.video_token_id: -100}}
-    assert len(params) == 3 and all(asked.items() <= vars(p).items() for p in params)
+    assert served.engine.seconds == 3600 and all(asked.items() <= vars(p).items() for p in params)
     assert served.vllm.LLM.call_args.kwargs["logprobs_mode"] == "processed_logprobs"
 
 

@@ -8,6 +8,7 @@ Stories with two ranks, and stale `rope_deltas`, are in test_parity.py.
 import copy
 import math
 import pickle
+import random
 import signal
 import threading
 from dataclasses import replace
@@ -376,6 +377,53 @@ def test_nothing_was_scored():
     assert rewards.nanmean(1).isnan()[0]
     assert train_grpo.grpo_advantages(rewards).isfinite().all()
     assert train_grpo.reinforce_advantages(rewards[0]).tolist() == [0, 0]
+
+
+def test_all_completions_cut_off_and_masked(qwen, one_rank):
+    """swift's FAQ, trl#6369, PR#3248 again, from the other side: with truncated completions masked,
+    a batch in which all are is a loss of 0 / 0. Ours divides by 1 at least, and learns nothing."""
+    samples = [replace(s, finish_reason="length") for s in mixed(qwen)]
+    policy, probe = Policy(qwen.model, qwen.processor), Probe(qwen.model)
+    batch = collate(samples, qwen.processor)
+    mask = batch["mask"] & torch.tensor([[s.finish_reason == "stop"] for s in samples])
+    logprobs, _ = policy(batch, 1.0)
+    assert ((logprobs * mask).sum() / mask.sum()).isnan()  # the buggy form
+    sums, norm, _ = train_grpo.update(policy, probe, samples, None, None, qwen.processor,
+                                      replace(ARGS, mask_truncated=True))
+    assert sums["loss"] == norm == 0 and sums["update_tokens"] == 0
+
+
+def test_a_rank_without_an_image_has_gradients_for_the_tower(qwen, one_rank):
+    """DeepSpeed#7170, LlamaFactory PR#6233, EasyR1 PR#530: a rank whose rows hold no image never
+    called the vision tower that it trains, had no gradients to reduce, and the others waited for
+    ever. Ours touches the idle weights with weight 0."""
+    text = collate(answered(by_id(qwen.samples, "text"), qwen.processor), qwen.processor)
+    tower = [p for n, p in qwen.model.named_parameters() if "visual" in n]
+    out = qwen.model(**text["inputs"], use_cache=False)  # the buggy form: the model as it comes
+    out.logits.sum().backward()
+    assert all(p.grad is None for p in tower)
+    qwen.model.zero_grad()
+    Policy(qwen.model, qwen.processor)(text, 1.0)[0].sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in tower)
+
+
+def test_a_resumed_run_that_starts_its_data_again():
+    """EasyR1#57, #319, trl#3247, nemo PR#3599: the order came from a generator whose state was not
+    saved, so a resumed run saw its first prompts twice and others never. Ours is a function of seed
+    and epoch, and the step says where in it the run is."""
+    prompts = list(range(12))
+
+    def stateful():
+        order, generator = list(prompts), random.Random(0)
+        generator.shuffle(order)
+        return iter([order[i : i + 3] for i in range(0, 12, 3)])
+
+    whole = list(stateful())
+    first, resumed = stateful(), stateful()  # two steps, a crash, and the program starts again
+    assert [next(first), next(first), next(resumed), next(resumed)] != whole
+    ours = train_grpo.epoch_batches(prompts, 3, 0, 1)
+    again = train_grpo.epoch_batches(prompts, 3, 0, 1)
+    assert ours[:2] + again[2:] == ours and sorted(sum(ours, [])) == prompts
 
 
 def test_a_nan_stops_the_run_before_the_weights(qwen, one_rank):
