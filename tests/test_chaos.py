@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from test_commands import TINY, command, data, splits  # noqa: F401
-from test_faults import fingerprint, forkserver, saved, steps, torchrun, whole  # noqa: F401
+from test_faults import fingerprint, forkserver, saved, steps, whole  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 STEPS, KILLS = 12, 5
@@ -39,7 +39,7 @@ def test_five_kills_at_random_change_nothing(data, tmp_path):  # noqa: F811
     the same command: weights, optimiser state, samples, metrics and evaluations, bit for bit. Each
     life has two more steps at most, so that there are five."""
     calm, out = tmp_path / "calm", tmp_path / "run"
-    chance = random.Random(0)
+    chance = random.Random(1)
     with open(tmp_path / "log", "w") as log:
         started = time.time()
         assert [p.wait(120) for p in start(data, calm, log)] == [0, 0]
@@ -60,6 +60,38 @@ def test_five_kills_at_random_change_nothing(data, tmp_path):  # noqa: F811
     assert "Traceback" not in said and "passed over" not in said
     assert steps(out) == list(range(1, STEPS + 1))
     assert saved(out) == saved(calm) and fingerprint(out) == fingerprint(calm)
+
+
+TORCHRUN = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+sys.argv[0] = "train_grpo.py"
+import os, time
+import train_grpo, utils
+from test_faults import at_call, kill
+{fault}
+utils.run_script(train_grpo.main, train_grpo.Args)
+"""
+
+
+def torchrun(whole, out, fault, *options):  # noqa: F811
+    """Run GRPO on two ranks under torchrun; its exit code, what was said, and how long it took."""
+    (out.parent / "faulty.py").write_text(TORCHRUN.format(root=str(ROOT), fault=fault))
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+             *options, "--", out.parent / "faulty.py", *whole[0][1:], "--out", out]
+    started = time.time()
+    done = subprocess.run(list(map(str, words)), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stderr, time.time() - started
+
+
+def test_torchrun_ends_a_rank_that_is_in_no_collective(whole, tmp_path):  # noqa: F811
+    """Rank 0 dies while rank 1 computes: only torchrun can tell, and somebody must speak."""
+    fault = ('at_call(3, "train_grpo.update", kill, only=0)\n'
+             'at_call(3, "train_grpo.update", lambda *_: time.sleep(90), only=1)')
+    code, said, seconds = torchrun(whole, tmp_path / "run", fault)
+    assert code == 1 and seconds < 60
+    last = tmp_path / "run" / "checkpoints" / "step_000002"
+    assert said.count(f"Stopped. The last whole checkpoint is {last}.") == 1, said
 
 
 def test_torchrun_restarts_and_the_run_goes_on(whole, tmp_path):  # noqa: F811

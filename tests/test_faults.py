@@ -17,10 +17,8 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 
@@ -335,31 +333,9 @@ def test_a_kill_before_args_json_is_no_other_run(tmp_path, one_rank):
 # Another rank
 
 
-TORCHRUN = """
-import sys
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-sys.argv[0] = "train_grpo.py"
-import os, time
-import train_grpo, utils
-from test_faults import at_call, kill
-{fault}
-utils.run_script(train_grpo.main, train_grpo.Args)
-"""
-
-
-def torchrun(whole, out, fault, *options):
-    """Run GRPO on two ranks under torchrun; its exit code, what was said, and how long it took."""
-    (out.parent / "faulty.py").write_text(TORCHRUN.format(root=str(ROOT), fault=fault))
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-             *options, "--", out.parent / "faulty.py", *whole[0][1:], "--out", out]
-    started = time.time()
-    done = subprocess.run(list(map(str, words)), cwd=ROOT, capture_output=True, text=True, timeout=120)
-    return done.returncode, done.stderr, time.time() - started
-
-
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_rank_that_dies_ends_the_other(whole, tmp_path, dies):
-    """Without torchrun: a collective tells the other one."""
+    """A collective tells the other one, at once; under torchrun see tests/test_chaos.py."""
     out = tmp_path / "run"
     codes, said = run(whole[0], out, partial(at_call, 3, "train_grpo.update", kill, dies), ranks=2)
     assert codes == ([-9, 1] if dies == 0 else [1, -9]), said
@@ -367,16 +343,6 @@ def test_a_rank_that_dies_ends_the_other(whole, tmp_path, dies):
     assert re.search(rf"rank {1 - dies}: another rank is gone \(.*\)\. The last whole checkpoint is "
                      rf"{last}\. The same command", said), said
     assert "Traceback" not in said and utils.is_whole(last)
-
-
-def test_torchrun_ends_a_rank_that_is_in_no_collective(whole, tmp_path):
-    """Rank 0 dies while rank 1 computes: only torchrun can tell, and somebody must speak."""
-    fault = ('at_call(3, "train_grpo.update", kill, only=0)\n'
-             'at_call(3, "train_grpo.update", lambda *_: time.sleep(90), only=1)')
-    code, said, seconds = torchrun(whole, tmp_path / "run", fault)
-    assert code == 1 and seconds < 60
-    last = tmp_path / "run" / "checkpoints" / "step_000002"
-    assert said.count(f"Stopped. The last whole checkpoint is {last}.") == 1, said
 
 
 # ---------------------------------------------------------------------------------------------
