@@ -204,8 +204,9 @@ def start_ranks():
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store = next(rendezvous("env://"))[0] if "RANK" in os.environ else dist.HashStore()
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # HAZARD: torchrun keeps its store over a restart, and a rank that reads a dead one's address
-        # there waits for it for ever (pytorch#135712). Only on one machine is this count everyone's
+        # HAZARD: torchrun keeps its store over a restart, and a rank that reads a dead one's
+        # address there waits for it for ever (pytorch#135712). Only on one machine is this count
+        # everyone's
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
 
