@@ -311,6 +311,9 @@ class VLLMEngine:
         prompts, params = [], []
         for s in samples:
             prompts.append({"prompt": s.prompt_text})
+            if len(s.images) > MOST_IMAGES:
+                raise RunError(f"the prompt {s.id} has {len(s.images)} images, vLLM is set up for "
+                               f"{MOST_IMAGES}; raise MOST_IMAGES in rollout.py.")
             if s.images:
                 pictures = [utils.open_image(image) for image in s.images]
                 prompts[-1]["multi_modal_data"] = {"image": pictures}
@@ -465,11 +468,15 @@ def doctor(engine, policy, samples, processor, args):
             s.completion_ids, s.sampler_logprobs = clean, s.sampler_logprobs[: len(clean)]
         return done
 
+    problem = None
     try:
         engine.sync(policy.model)
         greedy = answer(asked, 0)
-    except RunError as error:  # nothing else can be asked then
-        return [("weights and prompts", False, str(error))]
+    except RunError as error:
+        problem = str(error)
+    problems = [p for p in utils.gather([problem]) if p]
+    if problems:  # nothing else can be asked then, on any rank
+        return [("weights and prompts", False, problems[0])]
     rows = [
         ("every weight taken over", True, f"{len([*policy.model.parameters()])} tensors"),
         ("prompts read alike", True, f"{len(asked)}, token by token"),
@@ -492,14 +499,16 @@ def check_grids(asked, processor):
 
 def check_logprobs(answer, greedy, policy, asked, processor, tolerance):
     """Same best tokens, same log-probabilities, whatever else is in the batch. COLLECTIVE."""
-    # a token is the trainer's best one if it has most of the mass when that is sharpened
-    best = [x > -0.69 for row in trainer_logprobs(policy, greedy, processor, 1e-3) for x in row]
-    yield "greedy tokens agree", sum(best) >= 0.99 * len(best), f"{sum(best)} of {len(best)}"
-    drawn = answer(asked, n=4)
+    # a token is the trainer's best one if it has most of the mass when that is sharpened, or half
+    # of it: bfloat16 has ties
+    best = [x > -0.7 for row in trainer_logprobs(policy, greedy, processor, 1e-3) for x in row]
+    enough = (0.99 if tolerance < 0.01 else 0.9) * len(best)
+    yield "greedy tokens agree", sum(best) >= enough, f"{sum(best)} of {len(best)}"
+    drawn = answer(asked, 0.7, n=4)  # at 1, a sampler that is deaf to temperature would pass
     for kind, chosen in (("text", [s for s in drawn if not s.images]),
                          ("images", [s for s in drawn if s.images])):
         if chosen:
-            gap = mean_gap(trainer_logprobs(policy, chosen, processor),
+            gap = mean_gap(trainer_logprobs(policy, chosen, processor, 0.7),
                            [s.sampler_logprobs for s in chosen])
             detail = f"mean difference {gap:.1e} nats in {len(chosen)} answers"
             yield f"log-probabilities, {kind}", gap <= tolerance, detail
@@ -530,18 +539,21 @@ def check_sync(answer, greedy, engine, policy, asked, processor, tolerance):
         old = trainer_logprobs(policy, before, processor)
         for weight in weights:
             weight.neg_()
-        engine.sync(policy.model)
-        shift = mean_gap(trainer_logprobs(policy, before, processor), old)
-        after = answer(prompts)
-        gap = mean_gap(trainer_logprobs(policy, after, processor),
-                       [s.sampler_logprobs for s in after])
-        for weight in weights:
-            weight.neg_()
-        detail = f"{len(weights)} negated: trainer moved {shift:.1e} nats, sampler is {gap:.1e} off"
+        try:
+            engine.sync(policy.model)
+            shift = mean_gap(trainer_logprobs(policy, before, processor), old)
+            after = answer(prompts)
+            gap = mean_gap(trainer_logprobs(policy, after, processor),
+                           [s.sampler_logprobs for s in after])
+        finally:  # whatever goes wrong, the policy is what it was
+            for weight in weights:
+                weight.neg_()
+        detail = f"{len(weights)} negated: trainer moved {shift:.1e} nats, sampler {gap:.1e} off"
         yield f"changed {kind} weights arrive", gap <= tolerance, detail
     engine.sync(policy.model)
     same = [s.completion_ids == g.completion_ids for s, g in zip(answer(asked, 0), greedy)]
-    yield "and go again", all(same), f"{sum(same)} of {len(same)} greedy answers as before"
+    detail = f"{sum(same)} of {len(same)} greedy answers as before"
+    yield "and go again", sum(same) >= 0.8 * len(same), detail
 
 
 def consult(engine, policy, samples, processor, args):

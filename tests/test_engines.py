@@ -92,6 +92,8 @@ SABOTAGES = {  # method of the sampler, what stands in its place, a row that fai
                      "sampler: padding", "trainer: padding"),
     "colder": ("generate", lambda honest, samples, n, t, *rest: honest(samples, n, 0.7 * t, *rest),
                "log-probabilities, text", "sampler: padding"),
+    "deaf": ("generate", lambda honest, samples, n, t, *rest: honest(samples, n, t and 1.0, *rest),
+             "log-probabilities, text", "sampler: padding"),
     "unbanned": ("generate", lambda honest, *rest: honest.__self__.banned.clear() or honest(*rest),
                  "no placeholder sampled", "trainer: padding")} | {
     f"{part} {factor}": ("sync", spoils(part, factor), f"changed {tower} weights arrive", "padding")

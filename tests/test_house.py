@@ -23,7 +23,7 @@ STAGES = ["reward", "rollout", "train_sft", "train_grpo", "evaluate", "utils", "
 # ones is misread), rollout (450: the vLLM engine and the doctor), utils (450: sentences for bad data,
 # whole-or-nothing files),
 # toy (300: the check of what the base was promised to be).
-BUDGETS = {"reward": 510, "rollout": 620, "train_sft": 280, "train_grpo": 640, "evaluate": 350,
+BUDGETS = {"reward": 510, "rollout": 630, "train_sft": 280, "train_grpo": 640, "evaluate": 350,
            "utils": 750, "toy": 470}
 README = (ROOT / "README.md").read_text()
 
