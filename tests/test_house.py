@@ -196,6 +196,11 @@ def test_readme_rollout_figures_stand_in_results():
     assert f"`generate` {speed['generate']:,} (" in words
 
 
+def test_readme_ranks_figures_stand_in_results():
+    speed = json.loads((ROOT / "results" / "ranks.json").read_text())["ranks"]["samples_per_second"]
+    assert f"{speed['1']} samples a second on one rank and {speed['2']} on two" in README.replace("\n", " ")
+
+
 def test_readme_memory_table_is_the_formulas():
     for name, cells in bench.memory().items():
         assert f"| {name.replace(', ', ' | ')} | {' | '.join(map(str, cells))} |\n" in README
