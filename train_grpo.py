@@ -415,7 +415,7 @@ def update(policy, optimizer, samples, old, ref, processor, args):
     stop_if_not_finite(norm, "gradient norm", samples)
     optimizer.step()
     optimizer.zero_grad()
-    gaps = torch.cat(gaps) if gaps else torch.zeros(1)
+    gaps = torch.cat(gaps)
     return sums, norm.item(), gaps.quantile(0.99).item() if len(gaps) else 0.0
 
 

@@ -34,7 +34,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 # the one prompt template: training, evaluation and every engine use it
@@ -428,11 +428,6 @@ def load_model(path, dtype=torch.float32):
     return load_pretrained(AutoModelForImageTextToText, path, dtype=dtype).to(device())
 
 
-def load_generation_config(path):
-    """The checkpoint's generation settings, which name the tokens that end a response."""
-    return load_pretrained(GenerationConfig, path)
-
-
 def compute_dtype(name):
     """The `--dtype` flag as a torch dtype; auto is bfloat16 on CUDA and float32 on a CPU."""
     if name == "auto":
@@ -440,9 +435,14 @@ def compute_dtype(name):
     return getattr(torch, name)
 
 
+def language_weights(model):
+    """The parameters of the language model, its head included; the rest is vision's."""
+    return {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
+
+
 def freeze(model, train_vision, train_connector, train_language):
     """Choose what trains; return the number of trainable weights. The paper: the language alone."""
-    language = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
+    language = language_weights(model)
     for name, parameter in model.named_parameters():
         wanted = train_vision
         if parameter in language:
@@ -720,8 +720,9 @@ def save_checkpoint(out, step, policy, processor, optimizer, dtype, keep=0):
         if rank() == 0:
             write_json(part / "manifest.json", file_hashes(part))
             os.replace(part, path)
-            for old in sorted(path.parent.glob("step_??????"))[:-keep] if keep else []:
-                shutil.rmtree(old)
+            old = sorted(path.parent.glob("step_??????"))
+            for folder in old[: len(old) - keep if keep else 0]:
+                shutil.rmtree(folder)
         dist.barrier()  # nobody goes on before it is whole
     except (Exception, CheckpointException) as error:  # what torch and others make of a full disk
         met = next(iter(error.failures.values()))[0] if hasattr(error, "failures") else error

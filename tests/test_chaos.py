@@ -3,14 +3,13 @@
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from test_commands import TINY, command, data, splits  # noqa: F401
+from test_commands import TINY, command, data, group_of, splits  # noqa: F401
 from test_faults import fingerprint, forkserver, saved, steps, whole  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
@@ -22,11 +21,7 @@ def start(data, out, log):  # noqa: F811
     """Two ranks in one process group; torchrun would put each of them into one of its own."""
     words = [sys.executable, "train_grpo.py", *TINY, *splits(data)[:4], "--test_data=", "--max_steps",
              STEPS, "--eval_every", 1, "--keep", 2, "--out", out]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": str(free.getsockname()[1])}
-    ranks = []
+    group, ranks = group_of(2), []
     for number in ("0", "1"):
         ranks.append(subprocess.Popen(
             list(map(str, words)), cwd=ROOT, env=os.environ | group | {"RANK": number}, stdout=log,

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -43,6 +44,17 @@ def command(*words, ranks=1):
     """The words of `python script ...`, or of torchrun with several ranks."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     return [*([sys.executable] if ranks == 1 else [*torchrun, str(ranks), "--"]), *map(str, words)]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def group_of(ranks):
+    """The environment in which ranks that nobody's torchrun started find each other."""
+    return {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
 
 def run(*words, ranks=1, code=0):

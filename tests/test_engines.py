@@ -137,7 +137,7 @@ def served(qwen, monkeypatch):
     qwen.vllm = mock.MagicMock(SamplingParams=parameters)
     qwen.llm = qwen.vllm.LLM.return_value
     monkeypatch.setitem(sys.modules, "vllm", qwen.vllm)
-    monkeypatch.setattr(utils, "load_generation_config", lambda path: qwen.model.generation_config)
+    monkeypatch.setattr(utils, "load_pretrained", lambda loader, path: qwen.model.generation_config)
     with mock.patch.dict("os.environ"):  # which import_vllm adds to
         args = replace(ARGS, model=str(qwen.path))
         qwen.engine = rollout.make_engine("vllm", None, qwen.processor, args)

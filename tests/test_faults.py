@@ -16,7 +16,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 from functools import partial
@@ -26,7 +25,7 @@ import pytest
 import torch
 import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401  # which a run would load late
 from safetensors.torch import load_file
-from test_commands import TINY, data, splits, timeless  # noqa: F401
+from test_commands import TINY, data, group_of, splits, timeless  # noqa: F401
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -72,10 +71,7 @@ def one_rank_of_a_run(words, environment, log, fault):
 
 def run(words, out, fault=None, ranks=1):
     """Run a script to its end; its processes' exit codes (the one code of one), and what they say."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": str(free.getsockname()[1])}
+    group = group_of(ranks)
     words = [*map(str, words), "--out", str(out)]
     with tempfile.NamedTemporaryFile() as log:
         values = [(words, group | {"RANK": str(i)} if ranks > 1 else {}, log.name, fault)

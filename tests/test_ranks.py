@@ -7,7 +7,6 @@ shared out has nothing to hide behind.
 
 import itertools
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,7 +19,7 @@ import bench
 import train_grpo
 import utils
 from conftest import answered
-from test_commands import ROOT, TINY, data, run, splits, timeless  # noqa: F401  (data: a fixture)
+from test_commands import ROOT, TINY, data, free_port, run, splits, timeless  # noqa: F401  (data: a fixture)
 
 DRIVER = '''
 import sys
@@ -135,9 +134,7 @@ def test_the_memory_formula(rows, length, checkpointing, one_rank, data):  # noq
 @pytest.mark.slow
 def test_two_nodes(data, tmp_path):  # noqa: F811
     """The README's two-node command: two agents, which meet at an address, one rank each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     words = [*TINY, *splits(data), "--epochs", "1"]
     agents = [subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(node),
