@@ -130,6 +130,71 @@ def whole_weights(model):
 # The embedded engine
 
 
+class Siblings:
+    """The attention cache of n answers to each prompt: a prompt's part once, each answer's own.
+
+    R rows are alive, `prompt` (R,) says whose answers they are. A layer's prompt part is (P, h, L,
+    D), filled by the prefill; an answer's own, (R, h, T, D), has room for tokens to come, where the
+    library's cache copies all of it for every token.
+    """
+
+    def __init__(self, cache, attention, n):
+        self.prompts = [(layer.keys.mT.contiguous(), layer.values) for layer in cache.layers]
+        self.own = [[x.new_empty(len(x) * n, x.shape[1], 32, x.shape[3]) for x in (v, v)]
+                    for _, v in self.prompts]
+        self.length = 0  # own tokens, the one that is being computed included
+        self.bias = None  # of padding, (P, 1, 1, L)
+        if not attention.all():
+            bias = torch.zeros_like(attention, dtype=self.prompts[0][1].dtype)
+            self.bias = bias.masked_fill(attention == 0, -torch.inf)[:, None, None]
+        self.keep(torch.arange(len(attention), device=attention.device).repeat_interleave(n))
+
+    def keep(self, prompt):
+        """Lay the live rows out as a table (P, m), so that a prompt is multiplied once for all."""
+        P, rows = len(self.prompts[0][1]), torch.arange(len(prompt), device=prompt.device)
+        counts = prompt.bincount(minlength=P)
+        place = rows - (counts.cumsum(0) - counts)[prompt]
+        self.prompt, self.place, self.m = prompt, place, int(counts.max())
+        self.full = P * self.m == len(prompt)  # then the rows are the table
+        self.table = prompt.new_zeros(P, self.m)
+        self.table[prompt, place] = rows
+
+    def batch_select_indices(self, rows):
+        """Forget all rows but these."""
+        self.own = [[x[rows] for x in pair] for pair in self.own]
+        self.keep(self.prompt[rows])
+
+    def by_prompt(self, x):
+        """(R, h, g, ...) as the table has it, (P, h, m * g, ...)."""
+        x = x.unflatten(0, (-1, self.m)) if self.full else x[self.table]
+        return x.transpose(1, 2).flatten(2, 3)
+
+    def by_row(self, x):
+        """And back."""
+        x = x.unflatten(2, (self.m, -1)).transpose(1, 2)
+        return x.flatten(0, 1) if self.full else x[self.prompt, self.place]
+
+    def attend(self, module, query, key, value, scaling):
+        """One token a row: query (R, heads, 1, D) to (R, 1, heads, D)."""
+        own, T = self.own[module.layer_idx], self.length
+        for i, new in enumerate((key, value)):
+            if own[i].shape[2] < T:
+                own[i] = torch.cat([own[i], torch.empty_like(own[i])], 2)
+            own[i][:, :, T - 1] = new[:, :, 0]
+        keys, values = (x[:, :, :T] for x in own)
+        first_keys, first_values = self.prompts[module.layer_idx]
+        R, heads, _, D = query.shape
+        query = (query * scaling).view(R, keys.shape[1], -1, D)  # (R, h, g, D): g share a key
+        first = self.by_prompt(query) @ first_keys  # (P, h, m * g, L)
+        if self.bias is not None:
+            first = first + self.bias
+        # one softmax over both parts, (R, h, g, L + T)
+        scores = torch.cat([self.by_row(first), query @ keys.mT], 3)
+        first, rest = scores.softmax(3).split([first.shape[3], T], 3)
+        first = self.by_row(self.by_prompt(first) @ first_values)
+        return (first + rest @ values).view(R, 1, heads, D)
+
+
 class HFEngine:
     """Samples with a transformers model of its own: whole weights, no collective in `generate`.
 
@@ -137,9 +202,11 @@ class HFEngine:
     ended are retired, so that late steps cost what the long rows cost.
     """
 
-    def __init__(self, model, processor, batch_size):
+    def __init__(self, model, processor, batch_size, cache=None):
         self.model = model.eval()
         self.processor = processor
+        self.cache = cache  # of image features, where vision is frozen
+        self.shared = utils.share_prefixes(model)
         self.batch_size = batch_size
         self.banned = utils.banned_ids(processor)
         self.eos = torch.tensor(end_ids(model.generation_config, processor), device=model.device)
@@ -155,7 +222,7 @@ class HFEngine:
     def sleep(self):
         """Free memory until the next sync: nothing here, only weights are held between calls."""
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(self, samples, n, temperature, top_p, max_new_tokens, seed):
         """Return n completed copies of every sample, prompt by prompt, whatever the batches."""
         assert not any(s.completion_ids for s in samples), "these samples are answered already"
@@ -172,7 +239,10 @@ class HFEngine:
     def generate_batch(self, samples, n, temperature, top_p, max_new_tokens, seed):
         """Prefill each prompt once, branch it into n rows, decode until every row has ended."""
         logits, cache, attention, positions = self.prefill(samples)
-        cache.batch_repeat_interleave(n)
+        if self.shared:
+            cache = Siblings(cache, attention, n)
+        else:
+            cache.batch_repeat_interleave(n)
         logits = logits.repeat_interleave(n, 0)  # (B * n, V)
         attention = attention.repeat_interleave(n, 0)  # (B * n, P)
         positions = positions.repeat_interleave(n, 0)  # (B * n, 1)
@@ -181,23 +251,30 @@ class HFEngine:
         tokens = [[] for _ in noise]
         logprobs = [[] for _ in noise]
         alive = torch.arange(len(noise), device=logits.device)  # which row each live row is
+        going = torch.ones_like(alive, dtype=torch.bool)  # those of them that have not ended
         for step in range(max_new_tokens):
             logits[:, self.banned] = float("-inf")
             token, logprob = sample_tokens(logits, noise[alive, step], temperature, top_p)
-            for row, t, p in zip(alive.tolist(), token.tolist(), logprob.tolist()):
+            for row, t, p in zip(alive[going].tolist(), token[going].tolist(),
+                                 logprob[going].tolist()):
                 tokens[row].append(t)
                 logprobs[row].append(p)
-            going = ~torch.isin(token, self.eos)
+            going &= ~torch.isin(token, self.eos)
             if step + 1 == max_new_tokens or not going.any():
                 break
-            if not going.all():
+            if going.float().mean() < 0.8:  # rows are retired together, since it copies the cache
                 keep = going.nonzero().squeeze(-1)
                 cache.batch_select_indices(keep)
-                alive, token = alive[keep], token[keep]
+                alive, token, going = alive[keep], token[keep], going[keep]
                 attention, positions = attention[keep], positions[keep]
             attention = torch.cat([attention, attention.new_ones(len(alive), 1)], 1)
-            logits = self.model(input_ids=token[:, None], attention_mask=attention, use_cache=True,
-                                position_ids=positions, past_key_values=cache).logits[:, -1]
+            if self.shared:
+                cache.length += 1
+                past = {"branches": cache, "use_cache": False}
+            else:
+                past = {"past_key_values": cache, "attention_mask": attention, "use_cache": True}
+            logits = self.model(input_ids=token[:, None], position_ids=positions, **past).logits
+            logits = logits[:, -1]
             positions = positions + 1
         copies = [s for s in samples for _ in range(n)]
         return [completed(s, t, p, self.eos, self.processor)
@@ -208,7 +285,8 @@ class HFEngine:
 
         Returns logits (B, V), the cache, the attention mask (B, P) and the next positions (B, 1).
         """
-        batch = utils.collate(samples, self.processor)["inputs"]
+        whole = utils.collate(samples, self.processor, self.cache)
+        batch = whole["inputs"]
         width = batch["input_ids"].shape[1]
         lengths = batch["attention_mask"].sum(1)
         # rows come padded on the right; roll each one to the right end
@@ -221,7 +299,8 @@ class HFEngine:
         if "pixel_values" not in batch:
             batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache(config=self.model.config)
-        out = self.model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        with utils.remembered(base, whole["images"], self.cache):
+            out = self.model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
         # M-RoPE gives an image fewer positions than tokens; its models say by how many
         positions = lengths[:, None] + (0 if base.rope_deltas is None else base.rope_deltas)
         return out.logits[:, -1], cache, batch["attention_mask"], positions
@@ -399,19 +478,23 @@ def choose_engine(kind):
     return kind
 
 
-def make_engine(kind, model, processor, args):
+def make_engine(kind, model, processor, args, cache=None):
     """The sampler a stage asked for: it has `generate`, `sync` and `sleep`, nothing else public.
 
-    `model` is the trainer's, of which an embedded engine makes its own copy; where a stage has
-    none, the engine loads --model.
+    `model` is the trainer's, of which an embedded engine makes its own copy, and `cache` that of
+    its frozen vision; where a stage has none, the engine loads --model.
     """
     kind = choose_engine(kind)
     print0(f"Sampler: {kind}.")
     if kind == "vllm":
         return VLLMEngine(args.model, processor, args)
     dtype = utils.compute_dtype(args.dtype)
-    own = copy.deepcopy(model).to(dtype) if model else utils.load_model(args.model, dtype)
-    return HFEngine(own, processor, args.rollout_batch_size)
+    if model:
+        own = copy.deepcopy(model).to(dtype)
+    else:  # nothing trains
+        own = utils.load_model(args.model, dtype).requires_grad_(False)
+        cache = utils.vision_cache(own, processor)
+    return HFEngine(own, processor, args.rollout_batch_size, cache)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -561,7 +644,9 @@ def check_sync(answer, greedy, engine, policy, asked, processor, tolerance):
 
 def consult(engine, policy, samples, processor, args):
     """Print the doctor's table; refuse to go on where a check failed on any rank. COLLECTIVE."""
+    cache, policy.cache = policy.cache, None  # the doctor changes frozen weights too
     rows = doctor(engine, policy, samples, processor, args)
+    policy.cache = cache
     for name, passed, detail in rows:
         print0(f"{'ok' if passed else 'FAILED':8}{name:34}{detail}")
     failed = utils.gather([name for name, passed, _ in rows if not passed])

@@ -73,7 +73,9 @@ class Args:
     batch_size: int = 32  # prompts a generation step, over all ranks
     mini_batch_size: int = 32  # prompts a gradient step, over all ranks
     ppo_epochs: int = 1  # passes over each batch of completions
-    micro_batch_size: int = 64  # sequences in one forward pass on a rank
+    micro_batch_tokens: int = 16384  # tokens in one forward pass on a rank, prompts included
+    plain: bool = False  # a copy of the prompt for each completion: slower, and easier to follow
+    vision_cache: int = 1024  # MB of host memory for features of frozen vision; 0: none
     lr: float = 5e-5  # AdamW learning rate, constant after the warm-up
     warmup_steps: int = 2  # gradient steps from 0 to lr; 0: none
     weight_decay: float = 0.0  # AdamW
@@ -342,26 +344,27 @@ def rollout_sums(samples, group_size):
 # Step IV: policy update
 
 
-def micro_batches(samples, size, count):
-    """`count` lists of at most `size` samples, alike in length; empty ones keep ranks in step."""
-    ordered = sorted(samples, key=lambda s: len(s.prompt_ids) + len(s.completion_ids))
-    return [ordered[i * size : (i + 1) * size] for i in range(count)]
+def teaches(sample, args):
+    """Whether a sample has a gradient: from its advantage, or from a divergence in the loss."""
+    return sample.advantage != 0 or (args.kl_coef > 0 and args.kl != "k1")
 
 
-def logprob_pass(policy, samples, processor, args):
-    """Log-probabilities without gradient, one list a sample. COLLECTIVE when sharded."""
-    count = max(utils.gather([math.ceil(len(samples) / args.micro_batch_size)]))
-    result = {}
-    for part in micro_batches(samples, args.micro_batch_size, count):
-        batch = utils.collate(part or samples[:1], processor)
+def logprob_pass(policy, samples, args, every=False):
+    """Log-probabilities without gradient, one list a sample. COLLECTIVE when sharded.
+
+    Of those that teach something, or of `every` one.
+    """
+    result, dummy = {}, samples[:1]
+    samples = [s for s in samples if every or teaches(s, args)]
+    for part in utils.micro_batches(samples, args.micro_batch_tokens, policy.shared):
         with torch.no_grad():
-            logprobs, _ = policy(batch, args.temperature)
+            logprobs, _ = policy(policy.batch(part or dummy), args.temperature)
         for s, row in zip(part, logprobs.tolist()):
             result[id(s)] = row[: len(s.completion_ids)]
     return result
 
 
-def update(policy, optimizer, samples, old, ref, processor, args):
+def update(policy, optimizer, samples, old, ref, args):
     """One gradient step on this rank's share of a mini-batch. COLLECTIVE.
 
     `old` and `ref` hold log-probabilities by sample, or are None where the algorithm needs none.
@@ -371,15 +374,17 @@ def update(policy, optimizer, samples, old, ref, processor, args):
     gaps, dummy = [], samples[:1]
     if args.mask_truncated:  # out of the sum and of what divides it
         samples = [s for s in samples if s.finish_reason != "length"]
-    count = max(1, *utils.gather([math.ceil(len(samples) / args.micro_batch_size)]))
     tokens = sum(len(s.completion_ids) for s in samples)
     divisor = loss_divisor(args.loss, tokens, len(samples), args.max_new_tokens)
-    sums = defaultdict(float, update_tokens=tokens, divisor=divisor)
     # at least 1: where everything was cut off and masked, 0 / 0 would be NaN
     everywhere = max(1, utils.sum_over_ranks({"divisor": divisor})["divisor"])
-    for part in micro_batches(samples, args.micro_batch_size, count):
+    # what teaches nothing counts in the divisor and costs no pass
+    samples = [s for s in samples if teaches(s, args)]
+    sums = defaultdict(float, update_tokens=sum(len(s.completion_ids) for s in samples))
+    sums["divisor"] = divisor
+    for part in utils.micro_batches(samples, args.micro_batch_tokens, policy.shared):
         # a rank that has run out repeats a sample under an empty mask: FSDP needs its passes
-        batch = utils.collate(part or dummy, processor)
+        batch = policy.batch(part or dummy)
         batch["mask"] &= bool(part)
         mask = batch["mask"]  # (B, C)
         advantages = torch.tensor([[s.advantage] for s in part or dummy], device=mask.device)
@@ -525,16 +530,19 @@ def main(args):
     # The sampler has whole weights of its own; the policy is sharded over the ranks
     dtype = utils.compute_dtype(args.dtype)
     model = utils.load_model(args.model)
-    engine = make_engine(args.engine, model, processor, args)
+    count = utils.freeze(model, args.train_vision, args.train_connector, args.train_language)
+    cache = utils.vision_cache(model, processor, args.vision_cache)
+    engine = make_engine(args.engine, model, processor, args, cache)
     reference = None
     if args.kl_coef:
-        reference = utils.shard(utils.Policy(copy.deepcopy(model), processor), dtype)
-    count = utils.freeze(model, args.train_vision, args.train_connector, args.train_language)
+        reference = utils.Policy(copy.deepcopy(model), processor, cache, not args.plain)
+        reference = utils.shard(reference, dtype)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    policy = utils.shard(utils.Policy(model, processor), dtype).train()
+    policy = utils.shard(utils.Policy(model, processor, cache, not args.plain), dtype).train()
     trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.95), weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.95), weight_decay=args.weight_decay,
+                                  fused=True)  # in one kernel, without copies of all weights
     # N updates a batch, the paper's formula; a single one is exactly on-policy
     updates = args.batch_size // args.mini_batch_size * args.ppo_epochs
     keep_old = updates > 1 or bool(reference and args.kl == "k1")
@@ -575,14 +583,17 @@ def main(args):
         samples = collect(answer, prompts, train, args, step)
         engine.sleep()  # its memory is the trainer's until the sync
 
-        # Step III: trajectory. Log-probabilities as they are before the first update of this batch,
-        # None where nothing asks for them; then rewards become advantages
+        # Step III: trajectory. Rewards become advantages; log-probabilities as they are before the
+        # first update of this batch, None where nothing asks for them
+        k1 = reference and args.kl == "k1"  # a divergence that is part of what was earned
+        if not k1:
+            set_advantages(samples, args.group_size, args.advantage)
         with timed(seconds, "logprobs"):
-            old = logprob_pass(policy, samples, processor, args) if keep_old else None
-            ref = logprob_pass(reference, samples, processor, args) if reference else None
-        if reference and args.kl == "k1":  # before advantages: it is part of what was earned
+            old = logprob_pass(policy, samples, args, k1) if keep_old else None
+            ref = logprob_pass(reference, samples, args, k1) if reference else None
+        if k1:
             subtract_divergence(samples, old, ref, args.kl_coef)
-        set_advantages(samples, args.group_size, args.advantage)
+            set_advantages(samples, args.group_size, args.advantage)
 
         # Step IV: policy update. N gradient steps, then the sampler takes over the new weights
         share = args.mini_batch_size // world_size() * args.group_size  # samples an update, a rank
@@ -592,7 +603,7 @@ def main(args):
                 warmed = ((step - 1) * updates + n + 1) / max(1, args.warmup_steps)
                 optimizer.param_groups[0]["lr"] = learning_rate = args.lr * min(1, warmed)
                 part = samples[n * share % len(samples) :][:share]
-                part_sums, norm, tail = update(policy, optimizer, part, old, ref, processor, args)
+                part_sums, norm, tail = update(policy, optimizer, part, old, ref, args)
                 sums.update(part_sums)
                 norms.append(norm)
                 tails.append(tail)

@@ -54,7 +54,8 @@ class Args:
     epochs: int = 3  # passes over the training prompts
     max_steps: int = 0  # stop after this many gradient steps; 0: after all epochs
     batch_size: int = 16  # prompts a gradient step, over all ranks
-    micro_batch_size: int = 16  # sequences in one forward pass on a rank
+    micro_batch_tokens: int = 16384  # tokens in one forward pass on a rank, prompts included
+    vision_cache: int = 1024  # MB of host memory for features of frozen vision; 0: none
     lr: float = 1e-4  # AdamW learning rate at its peak; then a cosine to 0
     warmup_steps: int = 4  # gradient steps from 0 to lr; 0: none
     weight_decay: float = 0.0  # AdamW
@@ -114,23 +115,16 @@ def with_golden_responses(samples, processor, max_new_tokens):
 # Step IV: policy update
 
 
-def micro_batches(samples, size, count):
-    """`count` lists of at most `size` samples, alike in length; empty ones keep ranks in step."""
-    ordered = sorted(samples, key=lambda s: len(s.prompt_ids) + len(s.completion_ids))
-    return [ordered[i * size : (i + 1) * size] for i in range(count)]
-
-
-def update(policy, optimizer, samples, processor, args):
+def update(policy, optimizer, samples, args):
     """One gradient step on this rank's share of a batch. COLLECTIVE.
 
     Returns this rank's sums over tokens, and the gradient norm before clipping.
     """
-    count = max(utils.gather([math.ceil(len(samples) / args.micro_batch_size)]))
     sums = defaultdict(float, update_tokens=sum(len(s.completion_ids) for s in samples))
     all_tokens = utils.sum_over_ranks({"tokens": sums["update_tokens"]})["tokens"]
-    for part in micro_batches(samples, args.micro_batch_size, count):
+    for part in utils.micro_batches(samples, args.micro_batch_tokens, policy.shared):
         # a rank that has run out repeats a sample under an empty mask: FSDP needs its passes
-        batch = utils.collate(part or samples[:1], processor)
+        batch = policy.batch(part or samples[:1])
         batch["mask"] &= bool(part)
         logprobs, entropies = policy(batch, temperature=1.0)  # (B, C), (B, C), 0 outside the mask
         # divided by the tokens of ALL ranks and micro-batches, so that how the work is split
@@ -203,13 +197,15 @@ def main(args):
     # The sampler has whole weights of its own; the policy is sharded over the ranks
     dtype = utils.compute_dtype(args.dtype)
     model = utils.load_model(args.model)
-    engine = make_engine(args.engine, model, processor, args)
     count = utils.freeze(model, args.train_vision, args.train_connector, args.train_language)
+    cache = utils.vision_cache(model, processor, args.vision_cache)
+    engine = make_engine(args.engine, model, processor, args, cache)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    policy = utils.shard(utils.Policy(model, processor), dtype).train()
+    policy = utils.shard(utils.Policy(model, processor, cache), dtype).train()
     trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.95), weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.95), weight_decay=args.weight_decay,
+                                  fused=True)  # in one kernel, without copies of all weights
     print0(f"Training {count:,} weights on {len(train)} prompts: {total} steps of "
            f"{args.batch_size} golden responses, on {world_size()} x {utils.device().type}. {out}")
     utils.begin_run(out, args)
@@ -237,7 +233,7 @@ def main(args):
         learning_rate = learning_rate_at(step, total, args.lr, args.warmup_steps)
         optimizer.param_groups[0]["lr"] = learning_rate
         with timed(seconds, "update"):
-            sums, norm = update(policy, optimizer, samples, processor, args)
+            sums, norm = update(policy, optimizer, samples, args)
 
         # Log, evaluate, save
         sums = utils.sum_over_ranks(sums)

@@ -5,6 +5,7 @@ into another project together.
 """
 
 import argparse
+import ctypes
 import functools
 import hashlib
 import inspect
@@ -18,10 +19,12 @@ import signal
 import sys
 import threading
 import time
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, get_args, get_origin
 
 import torch
@@ -34,13 +37,17 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers import (
+    AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText, AutoProcessor)
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 # the one prompt template: training, evaluation and every engine use it
 INSTRUCTION = "Think step by step and put the final answer in \\boxed{}."
 IMAGE_MARK = "<image>"
-HEAD_CHUNK = 2048  # completion tokens whose logits, [tokens, vocabulary], exist at one time
+HEAD_NUMBERS = 2**27  # of [completion tokens, vocabulary], that exist at one time
 run_folder = []  # of this process, once `begin_run` has written it: what an error message names
 
 
@@ -201,6 +208,8 @@ def start_ranks():
     transformers_logging.disable_progress_bar()
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
+    else:
+        keep_memory()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store = next(rendezvous("env://"))[0] if "RANK" in os.environ else dist.HashStore()
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
@@ -215,6 +224,16 @@ def share_cores():
     """Give each of torchrun's ranks its part of the cores; torchrun itself leaves them one each."""
     if "LOCAL_WORLD_SIZE" in os.environ:
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
+
+
+def keep_memory():
+    """Keep what tensors on a CPU free for the next ones: the kernel clears each page it takes back.
+
+    glibc's settings, as in its mallopt(3); other C libraries have none of that name.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
+    for name in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        mallopt(name, 2**31 - 1)
 
 
 def sum_over_ranks(values):
@@ -470,25 +489,35 @@ class Policy(torch.nn.Module):
     inside this one forward; a call of the inner model or the head from outside would meet shards.
     """
 
-    def __init__(self, model, processor):
+    def __init__(self, model, processor, cache=None, shared=False):
         super().__init__()
-        self.model = model
+        self.model, self.processor = model, processor
         self.banned = banned_ids(processor)
+        self.cache = cache  # of image features, where vision is frozen
+        self.shared = shared and share_prefixes(model)
+
+    def batch(self, samples):
+        """Tensors of answered samples, in the form that this policy computes."""
+        if self.shared:
+            return pack(samples, self.processor, self.model, self.cache)
+        return collate(samples, self.processor, self.cache)
 
     def forward(self, batch, temperature):
         """Log-probabilities and entropies of the completion tokens: (B, C), nats, 0 on padding.
 
-        `batch` comes from `collate`. The distribution is softmax(logits / temperature) without the
-        banned ids, in float32: what an engine samples from at top_p = 1.
+        `batch` comes from `collate` or from `pack`. The distribution is softmax(logits /
+        temperature) without the banned ids, in float32: what an engine samples from at top_p = 1.
         """
         mask, targets = batch["mask"], batch["completion_ids"][batch["mask"]]  # (B, C), (N,)
-        out = self.model.base_model(**batch["inputs"], use_cache=False)
-        row, step = mask.nonzero(as_tuple=True)  # (N,), (N,)
-        # out.last_hidden_state is (B, L, H); a token is predicted one position before its own
-        hidden = out.last_hidden_state[row, batch["prompt_lengths"][row] + step - 1]  # (N, H)
-        # recomputed in backward, so that [tokens, vocabulary] never exists whole
-        parts = [checkpoint(self.token_logprobs, h, t, temperature, use_reentrant=False)
-                 for h, t in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))]
+        with remembered(self.model.base_model, batch["images"], self.cache):
+            out = self.model.base_model(**batch["inputs"], use_cache=False)
+        # (rows, L, H) to (N, H): a token is predicted at the one before it, wherever that stands
+        hidden = out.last_hidden_state.flatten(0, 1)[batch["predictors"][mask]]
+        size = max(1, HEAD_NUMBERS // len(self.model.get_output_embeddings().weight))
+        head = self.token_logprobs
+        if len(hidden) > size:  # recomputed in backward: [tokens, vocabulary] never exists whole
+            head = functools.partial(checkpoint, head, use_reentrant=False)
+        parts = [head(h, t, temperature) for h, t in zip(hidden.split(size), targets.split(size))]
         blank = torch.zeros(mask.shape, device=mask.device)
         logprobs, entropies = (blank.masked_scatter(mask, torch.cat(p)) for p in zip(*parts))
         if "pixel_values" not in batch["inputs"]:
@@ -502,7 +531,8 @@ class Policy(torch.nn.Module):
     def token_logprobs(self, hidden, targets, temperature):
         """(N, H) hidden states and (N,) targets to (N,) log-probabilities and (N,) entropies."""
         logits = self.model.get_output_embeddings()(hidden).float() / temperature  # (N, V)
-        logits[:, self.banned] = torch.finfo(logits.dtype).min
+        with torch.no_grad():  # what has no chance has no gradient
+            logits[:, self.banned] = torch.finfo(logits.dtype).min
         logprobs = logits.log_softmax(-1)
         with torch.no_grad():
             entropy = -(logprobs.exp() * logprobs).sum(-1)
@@ -513,8 +543,11 @@ def shard(policy, dtype):
     """Shard `policy` over the ranks by FSDP2: float32 master weights, compute in `dtype`.
 
     A decoder layer is a group; the rest is the root's: tied embeddings and head, which must share
-    one, and the vision tower, which a rank without images never calls (see Policy.forward).
+    one, and the vision tower, which a rank without images never calls (see Policy.forward). One
+    rank in float32 has nothing to share out or to cast, and stays as it is.
     """
+    if world_size() == 1 and dtype == torch.float32:
+        return policy
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in policy.model.get_decoder().layers:
         fully_shard(layer, mp_policy=mixed)
@@ -525,38 +558,353 @@ def shard(policy, dtype):
 # Batches
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 def image_inputs(image_processor, source):
     """One image's tensors (`pixel_values`, its grid, ...), remembered for the G completions."""
     return dict(image_processor(images=[open_image(source)], return_tensors="pt"))
 
 
-def collate(samples, processor):
+def padded(lists, value):
+    """Lists of numbers as a tensor on this rank's device, filled up with `value` on the right."""
+    width = max(1, max(map(len, lists)))
+    return torch.tensor([x + [value] * (width - len(x)) for x in lists], device=device())
+
+
+def collate(samples, processor, cache=None):
     """Samples to tensors on this rank's device; a row is prompt, completion, padding on the right.
 
     Masks come from lengths, never from token ids: padding and EOS may share one. Returns `inputs`
-    (the model's own arguments), `prompt_lengths` (B,), `completion_ids` (B, C) and `mask` (B, C),
-    where C is the longest completion.
+    (the model's own arguments), `images` (whose features `cache` has to supply), `completion_ids`,
+    `mask` and `predictors`, all three (B, C) with C the longest completion. A token's predictor is
+    the place of the token before it when the rows of `inputs` are laid end to end.
     """
     rows = [s.prompt_ids + s.completion_ids for s in samples]
     pad = processor.tokenizer.pad_token_id
-
-    def padded(lists, value):
-        width = max(1, max(map(len, lists)))
-        return torch.tensor([x + [value] * (width - len(x)) for x in lists], device=device())
-
     inputs = {"input_ids": padded(rows, pad)}
     inputs["attention_mask"] = padded([[1] * len(r) for r in rows], 0)
     if "mm_token_type_ids" in processor.model_input_names:  # 1 on an image's placeholders
         image = processor.image_token_id
         inputs["mm_token_type_ids"] = padded([[int(t == image) for t in r] for r in rows], 0)
-    parts = [image_inputs(processor.image_processor, i) for s in samples for i in s.images]
-    for name in parts[0] if parts else ():  # images in reading order, joined along the first axis
+    images = [i for s in samples for i in s.images]  # in reading order
+    look = cache.inputs if cache else functools.partial(image_inputs, processor.image_processor)
+    parts = [look(i) for i in images]
+    for name in parts[0] if parts else ():  # joined along the first axis
         inputs[name] = torch.cat([p[name] for p in parts]).to(device())
-    lengths = torch.tensor([len(s.prompt_ids) for s in samples], device=device())
-    return {"inputs": inputs, "prompt_lengths": lengths,
-            "completion_ids": padded([s.completion_ids for s in samples], pad),
-            "mask": padded([[True] * len(s.completion_ids) for s in samples], False)}
+    completions = [s.completion_ids for s in samples]
+    width = inputs["input_ids"].shape[1]
+    places = [[i * width + len(s.prompt_ids) + k - 1 for k in range(len(s.completion_ids))]
+              for i, s in enumerate(samples)]
+    return {"inputs": inputs, "images": images, "completion_ids": padded(completions, pad),
+            "mask": padded([[True] * len(c) for c in completions], False),
+            "predictors": padded(places, 0)}
+
+
+def split(samples, budget, shared):
+    """Lists of samples that one forward pass computes at most `budget` tokens for, alike in length.
+
+    In rows of their own (`collate`), each sample costs as much as the longest. With `shared` (see
+    `pack`), a prompt counts once and nothing is padded; a group is cut only if it is too large by
+    itself. A sample above the budget goes alone.
+    """
+    size = {id(s): len(s.prompt_ids) + len(s.completion_ids) for s in samples}
+    samples = sorted(samples, key=lambda s: size[id(s)])
+    parts, tokens, groups = [], 0, {}
+    for s in samples:
+        groups.setdefault(s.id, []).append(s)
+        if not shared and parts and (len(parts[-1]) + 1) * size[id(s)] <= budget:
+            parts[-1].append(s)
+        elif not shared:
+            parts.append([s])
+    if not shared:
+        return parts
+    for group in sorted(groups.values(), key=lambda group: size[id(group[-1])]):
+        prompt = len(group[0].prompt_ids)
+        if not parts or tokens + prompt + sum(len(s.completion_ids) for s in group) > budget:
+            parts.append([])
+            tokens = 0
+        tokens += prompt
+        for s in group:
+            tokens += len(s.completion_ids)
+            if tokens > budget and parts[-1]:
+                parts.append([])
+                tokens = size[id(s)]
+            parts[-1].append(s)
+    return parts
+
+
+def micro_batches(samples, budget, shared):
+    """`split`, and empty lists up to as many as any rank has: FSDP needs its passes. COLLECTIVE."""
+    parts = split(samples, budget, shared)
+    return parts + [[]] * (max(1, *gather([len(parts)])) - len(parts))
+
+
+# ---------------------------------------------------------------------------------------------
+# Shared prefix: a prompt once and all its completions after it, each blind to the others. What
+# comes out is what `collate` gives, to rounding; a prompt with G completions costs P + G C tokens
+# instead of G (P + C)
+
+
+@dataclass
+class Branches:
+    """Who sees whom in a packed row, which is all prompts, end to end, and then all completions.
+
+    On a CPU attention is computed on rectangles: prompts (P, L) and completions (P, n, C), with n
+    the most completions that a prompt has here. `slots` (T,) says where in the two, laid end to
+    end, each token of the row stands. `block_mask` is the same relation for flex attention.
+    """
+
+    shape: tuple[int, int, int, int]  # P, L, n, C
+    slots: torch.Tensor
+    bias: torch.Tensor | None  # (P, 1, 1, L), -inf on the padding of prompts; None: there is none
+    block_mask: BlockMask | None = None
+
+    def attend(self, module, query, key, value, scaling):
+        """Attention over the row: query (1, heads, T, D) to (1, T, heads, D)."""
+        key, value = (repeat_kv(x, module.num_key_value_groups) for x in (key, value))
+        if self.block_mask is not None:
+            flex = compiled_flex_attention() if query.is_cuda else flex_attention
+            out = flex(query, key, value, block_mask=self.block_mask, scale=scaling)
+            return out.transpose(1, 2)
+        (q, own_q), (k, own_k), (v, own_v) = map(self.rectangles, (query, key, value))
+        # a prompt is an ordinary row: causal, with its padding on the right, where nobody looks
+        first, _ = sdpa_attention_forward(module, q, k, v, None, scaling=scaling, is_causal=True)
+        bias = None if self.bias is None else self.bias.to(q.dtype)
+        rest = TwoPartAttention.apply(own_q, k, v, own_k, own_v, bias, scaling)
+        out = torch.cat([first.flatten(0, 1), rest.transpose(1, 2).flatten(0, 1)])
+        return out[self.slots][None]
+
+    def rectangles(self, x):
+        """(1, heads, T, D) to prompts (P, heads, L, D) and completions (P * n, heads, C, D)."""
+        P, L, n, C = self.shape
+        x = x[0].transpose(0, 1)  # (T, heads, D)
+        blank = x.new_zeros(P * (L + n * C), *x.shape[1:])
+        prompts, rest = blank.index_put((self.slots,), x).split([P * L, P * n * C])
+        return (prompts.unflatten(0, (P, L)).transpose(1, 2),
+                rest.unflatten(0, (P * n, C)).transpose(1, 2))
+
+
+class TwoPartAttention(torch.autograd.Function):
+    """Completions attend to their prompt and to themselves, without a copy of the prompt's keys.
+
+    Each part is a flash attention of its own; where they ask their prompt, n siblings are one long
+    row. The two outputs are weighed by their shares of the common normaliser. Backward, flash
+    attention's own is exact for each part once it is given the common output and normaliser
+    (FlashAttention, arXiv 2205.14135, appendix B.2; ring attention does the same).
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, own_k, own_v, bias, scale):
+        """q, own_k, own_v (P * n, h, C, D), k and v (P, h, L, D) to (P * n, h, C, D)."""
+        P, n = len(k), len(q) // len(k)
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        first, total = flash(siblings_together(q, P), k, v, attn_mask=bias, scale=scale)
+        rest, own_total = flash(q, own_k, own_v, is_causal=True, scale=scale)
+        first, total = siblings_apart(first, n), siblings_apart(total, n)  # totals are logarithms
+        common = torch.logaddexp(total, own_total)  # (P * n, h, C)
+        out = (first * (total - common).exp()[..., None].to(q.dtype)
+               + rest * (own_total - common).exp()[..., None].to(q.dtype))
+        ctx.save_for_backward(q, k, v, own_k, own_v, out, common)
+        ctx.bias, ctx.scale = bias, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, own_k, own_v, out, common = ctx.saved_tensors
+        P, n = len(k), len(q) // len(k)
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        grad_q, *grad_prompt = flash(
+            siblings_together(grad, P), siblings_together(q, P), k, v, siblings_together(out, P),
+            siblings_together(common, P), 0.0, False, attn_mask=ctx.bias, scale=ctx.scale)
+        own_grad_q, *grad_own = flash(
+            grad, q, own_k, own_v, out, common, 0.0, True, scale=ctx.scale)
+        return siblings_apart(grad_q, n) + own_grad_q, *grad_prompt, *grad_own, None, None
+
+
+def siblings_together(x, P):
+    """(P * n, h, C, ...) to (P, h, n * C, ...)."""
+    return x.unflatten(0, (P, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def siblings_apart(x, n):
+    """(P, h, n * C, ...) to (P * n, h, C, ...)."""
+    return x.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def branch_attention(module, query, key, value, attention_mask, branches=None, **kwargs):
+    """Attention as transformers calls it, where `branches` knows who sees whom.
+
+    A batch without is an ordinary one, and goes to SDPA.
+    """
+    if branches is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return branches.attend(module, query, key, value, kwargs["scaling"]), None
+
+
+@functools.cache
+def compiled_flex_attention():
+    """Flex attention as one kernel; uncompiled, it would hold every score at once."""
+    return torch.compile(flex_attention)
+
+
+AttentionInterface.register("branches", branch_attention)
+AttentionMaskInterface.register("branches", sdpa_mask)  # for ordinary batches
+
+
+def share_prefixes(model):
+    """Let `model` take packed rows; False where its family has no positions that can be asked for.
+
+    Only the language model's attention is replaced, the vision tower keeps its own.
+    """
+    if not hasattr(model.base_model, "get_rope_index"):
+        print0("This family's positions are not known outside its forward: every completion is "
+               "computed with its own copy of the prompt, as with --plain.")
+        return False
+    model.set_attn_implementation({"text_config": "branches"})
+    return True
+
+
+def pack(samples, processor, model, cache=None, flex=None):
+    """What `collate` returns, with `inputs` that hold each distinct prompt once, in a single row.
+
+    A completion's positions continue its prompt's, which an image makes fewer than its tokens
+    (M-RoPE). Needs `share_prefixes(model)`. `flex` attention is the default on CUDA alone.
+    """
+    assert model.config.get_text_config()._attn_implementation == "branches", "share_prefixes first"
+    groups, place = {}, []  # prompt id to the samples that answer it; where a sample is among them
+    for s in samples:
+        siblings = groups.setdefault(s.id, [])
+        place.append(len(siblings))
+        siblings.append(s)
+        assert s.prompt_ids == siblings[0].prompt_ids, f"two prompts have the id {s.id}"
+    firsts = [replace(siblings[0], completion_ids=[]) for siblings in groups.values()]
+    batch = collate(firsts, processor, cache)
+    inputs = batch["inputs"]
+    ids = inputs.pop("input_ids")  # (P, L)
+    held = inputs.pop("attention_mask")
+    positions, _ = model.base_model.get_rope_index(
+        ids, inputs.pop("mm_token_type_ids"), inputs.get("image_grid_thw"), attention_mask=held)
+    held = held.bool()  # (P, L), positions are (3, P, L)
+    completions = padded([s.completion_ids for s in samples], 0)
+    mask = padded([[True] * len(s.completion_ids) for s in samples], False)  # (N, C), as above
+
+    # the row holds prompts in the order of `groups`, completions in the order of `samples`
+    number = {name: i for i, name in enumerate(groups)}
+    group = torch.tensor([number[s.id] for s in samples], device=ids.device)  # (N,)
+    place = torch.tensor(place, device=ids.device)  # (N,)
+    (P, L), C, n = ids.shape, mask.shape[1], max(map(len, groups.values()))
+    step = torch.arange(C, device=ids.device)
+    inputs["input_ids"] = torch.cat([ids[held], completions[mask]])[None]  # (1, T)
+    after = positions.amax((0, 2))[group] + 1
+    after = (after[:, None] + step)[mask].expand(3, -1)
+    inputs["position_ids"] = torch.cat([positions[:, held], after], 1)[:, None]  # (3, 1, T)
+    corner = P * L + (group * n + place) * C
+    slots = torch.cat([held.flatten().nonzero().squeeze(1), (corner[:, None] + step)[mask]])
+    bias = None
+    if not held.all():
+        bias = torch.zeros(P, L, device=ids.device).masked_fill(~held, -math.inf)[:, None, None]
+    inputs["branches"] = Branches((P, L, n, C), slots, bias)
+    if ids.is_cuda if flex is None else flex:
+        owner = torch.arange(P, device=ids.device)[:, None].expand(P, L)[held]
+        inputs["branches"].block_mask = branch_block_mask(owner, group, mask)
+    lengths = mask.sum(1)
+    start = held.sum() + lengths.cumsum(0) - lengths  # (N,), of each completion in the row
+    predictors = start[:, None] + step - 1
+    predictors[:, 0] = held.sum(1).cumsum(0)[group] - 1  # the last token of the prompt
+    return {"inputs": inputs, "images": batch["images"], "completion_ids": completions,
+            "mask": mask, "predictors": predictors}
+
+
+def branch_block_mask(owner, group, mask):
+    """The relation of `Branches` token by token, for flex attention.
+
+    `owner` is the prompt of each prompt token, `group` (N,) of each completion, whose tokens `mask`
+    (N, C) has; in a packed row, whoever comes later in one prompt's family may see a prompt token,
+    and a completion's token also those of its own before it.
+    """
+    branch = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[mask]
+    branch = torch.cat([torch.full_like(owner, -1), branch])  # (T,), -1 in prompts
+    family = torch.cat([owner, group[:, None].expand_as(mask)[mask]])  # (T,)
+
+    def sees(_, head, q, k):
+        related = (branch[k] < 0) | (branch[q] == branch[k])
+        return (family[q] == family[k]) & related & (q >= k)
+
+    return create_block_mask(sees, None, None, len(branch), len(branch), device=mask.device)
+
+
+# ---------------------------------------------------------------------------------------------
+# Image features: computed once where vision is frozen
+
+
+class VisionCache:
+    """What a frozen vision tower and connector make of an image, for every later pass over it.
+
+    Each image is computed alone, so that its features depend on nothing else in the batch. At most
+    `megabytes` of host memory are held; the image that was asked for longest ago goes first.
+    """
+
+    def __init__(self, processor, megabytes):
+        self.image_processor = processor.image_processor
+        self.limit, self.held = megabytes * 2**20, 0  # bytes
+        self.kept = OrderedDict()  # image source to (grid, [features, those of deeper layers ...])
+        self.joined = False  # whether base.forward wants those of deeper layers for all images
+
+    def inputs(self, image):
+        """What `image_inputs` gives, without pixels: `features` looks for them where it must."""
+        known = self.kept.get(image)
+        grid = known[0] if known else image_inputs(self.image_processor, image)["image_grid_thw"]
+        return {"pixel_values": torch.empty(0), "image_grid_thw": grid}
+
+    def features(self, base, images):
+        """The features of `images`, in the form in which `base.forward` asks for them."""
+        found = [[f.to(device()) for f in self.look(base, image)[1]] for image in images]
+        first, *deeper = zip(*found)
+        if self.joined:
+            deeper = [torch.cat(layer) for layer in deeper]
+        return SimpleNamespace(pooler_output=first, deepstack_features=deeper)
+
+    @torch.inference_mode(False)  # a sampler asks within it, and what is kept is for training too
+    @torch.no_grad()
+    def look(self, base, image):
+        """(grid, features) of an image, computed if it is not known."""
+        if image not in self.kept:
+            pixels = image_inputs(self.image_processor, image)
+            grid = pixels["image_grid_thw"]
+            out = type(base).get_image_features(
+                base, pixels["pixel_values"].to(device()), grid.to(device()), return_dict=True)
+            deeper = getattr(out, "deepstack_features", ())
+            self.joined = any(torch.is_tensor(layer) for layer in deeper)  # transformers 5.17
+            deeper = deeper if self.joined else [layer[0] for layer in deeper]
+            self.kept[image] = grid, [f.cpu() for f in (out.pooler_output[0], *deeper)]
+            self.held += sum(f.nbytes for f in self.kept[image][1])
+        self.kept.move_to_end(image)
+        entry = self.kept[image]
+        while self.held > self.limit:
+            self.held -= sum(f.nbytes for f in self.kept.popitem(last=False)[1][1])
+        return entry
+
+
+def vision_cache(model, processor, megabytes=1024):
+    """A VisionCache where `model`'s vision is frozen and has images as Qwen's, else None."""
+    language = language_weights(model)
+    trains = any(p.requires_grad for p in model.parameters() if p not in language)
+    if trains or not megabytes or not hasattr(model.base_model, "get_rope_index"):
+        return None
+    return VisionCache(processor, megabytes)
+
+
+@contextmanager
+def remembered(base, images, cache):
+    """Within, `base.forward` takes the features of its images from `cache`, if there is one."""
+    if cache is None or not images:
+        yield
+        return
+    features = cache.features(base, images)
+    base.get_image_features = lambda *_, **__: features  # hides the class's method
+    try:
+        yield
+    finally:
+        del base.get_image_features
 
 
 # ---------------------------------------------------------------------------------------------

@@ -278,13 +278,13 @@ def test_choice_and_seeds(cuda, found, monkeypatch):
 @pytest.mark.parametrize("cap, strays", [(1.5, True), (0.0, True), (1.5, False)])
 def test_update_weighs_the_surrogate_by_trainer_over_sampler(qwen, one_rank, cap, strays):
     """By how much likelier it finds a token, at most `cap`; the divergence alone is not weighed."""
-    args = replace(parity.ARGS, tis_cap=cap, kl_coef=0.1, temperature=0.7, micro_batch_size=2)
+    args = replace(parity.ARGS, tis_cap=cap, kl_coef=0.1, temperature=0.7, micro_batch_tokens=100)
     model, processor, samples = qwen.model, qwen.processor, parity.mixed(qwen)
     policy, probe, total, gaps = Policy(model, processor), parity.Probe(model), 0.0, []
     old, ref, drawn = (parity.moved_logprobs(policy, samples, processor, i) for i in (1, 2, 3))
     for s in samples:
         s.sampler_logprobs = (drawn if strays else old)[id(s)]
-    sums, _, tail = train_grpo.update(policy, probe, samples, old, ref, processor, args)
+    sums, _, tail = train_grpo.update(policy, probe, samples, old, ref, args)
     for s in samples:
         logprobs, _ = parity.plain_logprobs(model, processor, s, 0.7)
         for new, was, first, said in zip(logprobs, old[id(s)], ref[id(s)], s.sampler_logprobs):

@@ -572,14 +572,39 @@ def test_epoch_batches(trainer):
     assert seen == set("abcdefghij")  # the one left out is not always the same
 
 
-@pytest.mark.parametrize("trainer", [train_sft, train_grpo])
-def test_micro_batches(trainer, qwen):
-    samples = [replace(qwen.samples[0], id=str(i), completion_ids=[9] * n)
+def lengths(parts):
+    return [[len(s.completion_ids) for s in part] for part in parts]
+
+
+def test_micro_batches_by_rows(qwen):
+    """Prompts of 10 tokens: rows are as wide as the longest, so that 3 rows of 13 are 39 tokens."""
+    samples = [replace(qwen.samples[0], id=str(i), prompt_ids=[9] * 10, completion_ids=[9] * n)
                for i, n in enumerate([5, 1, 4, 2, 3])]
-    parts = trainer.micro_batches(samples, 2, 4)  # another rank needs 4
-    assert [[len(s.completion_ids) for s in part] for part in parts] == [[1, 2], [3, 4], [5], []]
-    long_prompt = replace(samples[1], prompt_ids=samples[1].prompt_ids + [9] * 9)
-    assert trainer.micro_batches([long_prompt, samples[0]], 1, 2)[0] == [samples[0]]
+    assert lengths(utils.split(samples, 39, False)) == [[1, 2, 3], [4, 5]]
+    assert lengths(utils.split(samples, 38, False)) == [[1, 2], [3, 4], [5]]
+    assert lengths(utils.split(samples, 3, False)) == [[1], [2], [3], [4], [5]]  # more than allowed
+    assert utils.split([], 39, False) == []
+
+
+def test_micro_batches_with_shared_prompts(qwen):
+    """Prompts of 10 tokens count once for siblings: "b" with 1, 2 and 3 is 16 tokens, "c" 15, "a" 22."""
+    groups = {"a": [8, 4], "b": [1, 3, 2], "c": [5]}
+    samples = [replace(qwen.samples[0], id=name, prompt_ids=[9] * 10, completion_ids=[9] * n)
+               for name, sizes in groups.items() for n in sizes]
+    assert lengths(utils.split(samples, 31, True)) == [[1, 2, 3, 5], [4, 8]]
+    assert lengths(utils.split(samples, 30, True)) == [[1, 2, 3], [5], [4, 8]]  # no group is cut
+    assert lengths(utils.split(samples, 15, True)) == [[1, 2], [3], [5], [4], [8]]
+    assert lengths(utils.split(samples, 1, True)) == [[1], [2], [3], [5], [4], [8]]
+    assert lengths(utils.split(samples, 1000, True)) == [[1, 2, 3, 5, 4, 8]]
+    assert utils.split([], 1000, True) == []
+
+
+def test_ranks_make_equally_many_passes(qwen, one_rank, monkeypatch):
+    samples = [replace(qwen.samples[0], completion_ids=[9])]
+    assert utils.micro_batches(samples, 1000, True) == [samples]
+    assert utils.micro_batches([], 1000, True) == [[]]  # one pass, of nothing
+    monkeypatch.setattr(utils, "gather", lambda mine: [*mine, 3])  # another rank needs three
+    assert utils.micro_batches(samples, 1000, True) == [samples, [], []]
 
 
 def test_golden_responses_end_in_a_trained_eos(qwen):

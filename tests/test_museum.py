@@ -286,14 +286,14 @@ def test_the_mismatch_metric_screams(qwen, one_rank):
     """The same story: mean |dlogp| was 0.81 in the log and nobody looked. Ours logs `sampler_gap`:
     0 when the sampler is the policy, large when it has fallen behind."""
     engine = rollout.HFEngine(copy.deepcopy(qwen.model), qwen.processor, 64)
-    done = engine.generate(qwen.samples, 2, 1.0, 1.0, 6, 0)
+    done = [replace(s, advantage=1.0) for s in engine.generate(qwen.samples, 2, 1.0, 1.0, 6, 0)]
     policy, probe, gaps = Policy(qwen.model, qwen.processor), Probe(qwen.model), []
     for stale in (False, True):
         if stale:
             with torch.no_grad():
                 for p in qwen.model.parameters():
                     p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
-        sums, _, _ = train_grpo.update(policy, probe, done, None, None, qwen.processor, ARGS)
+        sums, _, _ = train_grpo.update(policy, probe, done, None, None, ARGS)
         gaps.append(sums["sampler_gap"] / sums["update_tokens"])
     assert gaps[0] < 1e-5 and gaps[1] > 0.3
 
@@ -366,7 +366,7 @@ def test_groups_that_are_all_alike(qwen, one_rank):
     samples = [replace(s, reward=0.1) for s in mixed(qwen)]
     train_grpo.set_advantages(samples, 5, "grpo")
     policy, probe = Policy(qwen.model, qwen.processor), Probe(qwen.model)
-    train_grpo.update(policy, probe, samples, None, None, qwen.processor, ARGS)
+    train_grpo.update(policy, probe, samples, None, None, ARGS)
     assert all(not g.any() for g in probe.gradients.values())
 
 
@@ -388,7 +388,7 @@ def test_all_completions_cut_off_and_masked(qwen, one_rank):
     mask = batch["mask"] & torch.tensor([[s.finish_reason == "stop"] for s in samples])
     logprobs, _ = policy(batch, 1.0)
     assert ((logprobs * mask).sum() / mask.sum()).isnan()  # the buggy form
-    sums, norm, _ = train_grpo.update(policy, probe, samples, None, None, qwen.processor,
+    sums, norm, _ = train_grpo.update(policy, probe, samples, None, None,
                                       replace(ARGS, mask_truncated=True))
     assert sums["loss"] == norm == 0 and sums["update_tokens"] == 0
 
@@ -434,8 +434,7 @@ def test_a_nan_stops_the_run_before_the_weights(qwen, one_rank):
     before = [p.detach().clone() for p in qwen.model.parameters()]
     optimizer = torch.optim.SGD(qwen.model.parameters(), lr=0.1)
     with pytest.raises(utils.RunError, match="the loss is nan on the prompts .*text"):
-        train_grpo.update(Policy(qwen.model, qwen.processor), optimizer, samples, None, None,
-                          qwen.processor, ARGS)
+        train_grpo.update(Policy(qwen.model, qwen.processor), optimizer, samples, None, None, ARGS)
     assert all(map(torch.equal, before, qwen.model.parameters()))
     # the buggy form: clip and step, whatever the gradient is
     logprobs, _ = Policy(qwen.model, qwen.processor)(collate(samples, qwen.processor), 1.0)
@@ -451,19 +450,19 @@ def test_the_mean_of_means(qwen, one_rank):
     samples = mixed(qwen)
     policy, probe = Policy(qwen.model, qwen.processor), Probe(qwen.model)
     results = {}
-    for size in (5, 2):
-        train_grpo.update(policy, probe, samples, None, None, qwen.processor,
-                          replace(ARGS, micro_batch_size=size))
-        parts = train_grpo.micro_batches(samples, size, math.ceil(5 / size))
+    for budget in (8192, 100):
+        train_grpo.update(policy, probe, samples, None, None, replace(ARGS, micro_batch_tokens=budget))
+        parts = utils.split(samples, budget, False)
         for part in parts:  # the buggy form
             batch = collate(part, qwen.processor)
             gain = policy(batch, 1.0)[0] * torch.tensor([[s.advantage] for s in part])
             (-gain.sum() / batch["mask"].sum() / len(parts)).backward()
-        results[size] = probe.gradients, gradients(qwen.model)
+        results[len(parts)] = probe.gradients, gradients(qwen.model)
         qwen.model.zero_grad()
-    assert_same_gradients(results[2][0], results[5][0])
+    (ours, theirs), (others, their_others) = results.values()  # of one part, and of some
+    assert_same_gradients(ours, others)
     with pytest.raises(AssertionError, match="gradients differ"):
-        assert_same_gradients(results[2][1], results[5][1])
+        assert_same_gradients(theirs, their_others)
 
 
 def test_a_rank_that_runs_out_of_micro_batches(qwen, one_rank, monkeypatch):
@@ -475,7 +474,7 @@ def test_a_rank_that_runs_out_of_micro_batches(qwen, one_rank, monkeypatch):
     for needed in (1, 7):
         monkeypatch.setattr(utils, "gather", lambda mine: [*mine, needed])
         passes.clear()
-        sums, _, _ = train_grpo.update(policy, probe, samples, None, None, qwen.processor, ARGS)
+        sums, _, _ = train_grpo.update(policy, probe, samples, None, None, ARGS)
         results.append((probe.gradients, sums["loss"]))
         assert len(passes) == needed
     assert_same_gradients(results[1][0], results[0][0])
@@ -494,7 +493,7 @@ def test_labels_masked_through_a_view(qwen):
     Policy(qwen.model, qwen.processor)(batch, 1.0)[0].sum().backward()
     assert batch["inputs"].keys() == copied["inputs"].keys()
     assert all(torch.equal(batch["inputs"][n], copied["inputs"][n]) for n in copied["inputs"])
-    assert all(torch.equal(batch[n], copied[n]) for n in copied if n != "inputs")
+    assert all(torch.equal(batch[n], copied[n]) for n in ("mask", "completion_ids", "predictors"))
 
 
 def test_the_entropy_of_the_sampled_token_alone(qwen):

@@ -23,7 +23,7 @@ import utils
 from conftest import answered, png
 from utils import Policy, UserError, collate
 
-ARGS = train_grpo.Args(micro_batch_size=16, max_grad_norm=math.inf, tis_cap=0.0)
+ARGS = train_grpo.Args(max_grad_norm=math.inf, tis_cap=0.0)
 
 
 def by_id(samples, *ids):
@@ -118,7 +118,7 @@ def test_chunks_of_the_head_change_nothing(qwen, monkeypatch):
     samples = mixed(qwen)
     results = []
     for chunk in (2048, 3):
-        monkeypatch.setattr(utils, "HEAD_CHUNK", chunk)
+        monkeypatch.setattr(utils, "HEAD_NUMBERS", chunk * len(qwen.processor.tokenizer))
         qwen.model.zero_grad()
         logprobs, _ = Policy(qwen.model, qwen.processor)(collate(samples, qwen.processor), 1.0)
         logprobs.sum().backward()
@@ -254,7 +254,7 @@ def test_the_sampler_reports_the_policys_logprobs(tiny, temperature):
         count = len(sample.completion_ids)
         assert len(sample.sampler_logprobs) == count
         reported = torch.tensor(sample.sampler_logprobs)
-        torch.testing.assert_close(reported, row[:count], rtol=0, atol=1e-5)
+        torch.testing.assert_close(reported, row[:count], rtol=0, atol=3e-5)
 
 
 def test_completions_do_not_depend_on_the_batch_layout(tiny):
@@ -360,7 +360,7 @@ def test_an_update_moves_what_trains_and_nothing_else(tiny, one_rank):
     before = {n: p.detach().clone() for n, p in tiny.model.named_parameters()}
     policy = Policy(tiny.model, tiny.processor)
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.1)
-    train_grpo.update(policy, optimizer, mixed(tiny), None, None, tiny.processor, ARGS)
+    train_grpo.update(policy, optimizer, mixed(tiny), None, None, ARGS)
     moved = {n for n, p in tiny.model.named_parameters() if not torch.equal(p, before[n])}
     assert moved and all("merger" in n for n in moved)
 
@@ -388,7 +388,7 @@ class Probe:
 def moved_logprobs(policy, samples, processor, shift):
     """Log-probabilities of an older or a reference policy: the present ones plus a little noise."""
     generator = torch.Generator().manual_seed(shift)
-    now = train_grpo.logprob_pass(policy, samples, processor, ARGS)
+    now = train_grpo.logprob_pass(policy, samples, ARGS)
     return {k: [x + 0.8 * torch.randn((), generator=generator).item() for x in row]
             for k, row in now.items()}
 
@@ -400,13 +400,13 @@ LOSSES = ("token", "sequence", "dr_grpo", "gspo", "cispo")
 @pytest.mark.parametrize("masked", [False, True])
 def test_update_equals_a_slow_loop_over_tokens(qwen, one_rank, kind, masked):
     """Surrogate plus KL, token by token, one row a forward pass, for every --loss."""
-    args = replace(ARGS, loss=kind, kl_coef=0.1, clip_high=0.28, temperature=0.7, micro_batch_size=2,
+    args = replace(ARGS, loss=kind, kl_coef=0.1, clip_high=0.28, temperature=0.7, micro_batch_tokens=100,
                    mask_truncated=masked, max_new_tokens=12, kl="k2" if masked else "k3")
     samples = mixed(qwen)
     policy, probe = Policy(qwen.model, qwen.processor), Probe(qwen.model)
     old = moved_logprobs(policy, samples, qwen.processor, 1)
     ref = moved_logprobs(policy, samples, qwen.processor, 2)
-    sums, _, _ = train_grpo.update(policy, probe, samples, old, ref, qwen.processor, args)
+    sums, _, _ = train_grpo.update(policy, probe, samples, old, ref, args)
 
     chosen = [s for s in samples if not masked or s.finish_reason == "stop"]
     assert 0 < len(chosen) < len(samples) or not masked
@@ -449,9 +449,9 @@ def test_a_divergence_in_the_reward_is_not_in_the_loss_too(qwen, one_rank):
     old = moved_logprobs(policy, samples, qwen.processor, 1)
     ref = moved_logprobs(policy, samples, qwen.processor, 2)
     args = replace(ARGS, kl="k1", kl_coef=0.5)
-    got, _, _ = train_grpo.update(policy, probe, samples, old, ref, qwen.processor, args)
+    got, _, _ = train_grpo.update(policy, probe, samples, old, ref, args)
     with_reference = probe.gradients
-    want, _, _ = train_grpo.update(policy, probe, samples, old, None, qwen.processor, args)
+    want, _, _ = train_grpo.update(policy, probe, samples, old, None, args)
     assert_same_gradients(with_reference, probe.gradients)
     assert got["loss"] == want["loss"] and got["kl"] != 0
 
@@ -462,7 +462,7 @@ def test_all_truncated_and_masked_is_no_gradient(qwen, one_rank):
     samples = [replace(s, finish_reason="length") for s in mixed(qwen)]
     policy, probe = Policy(qwen.model, qwen.processor), Probe(qwen.model)
     args = replace(ARGS, mask_truncated=True)
-    sums, norm, tail = train_grpo.update(policy, probe, samples, None, None, qwen.processor, args)
+    sums, norm, tail = train_grpo.update(policy, probe, samples, None, None, args)
     assert (sums["update_tokens"], sums["loss"], norm, tail) == (0, 0, 0, 0)
     assert all(g is None or not g.any() for g in probe.gradients.values())
 
@@ -474,8 +474,8 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(qwen, one_rank, size, k
     policy, probe = Policy(qwen.model, qwen.processor), Probe(qwen.model)
     results = []
     for micro_batch in (16, size):
-        args = replace(ARGS, micro_batch_size=micro_batch, loss=kind, mask_truncated=size == 2)
-        sums, norm, _ = train_grpo.update(policy, probe, samples, None, None, qwen.processor, args)
+        args = replace(ARGS, micro_batch_tokens=micro_batch, loss=kind, mask_truncated=size == 2)
+        sums, norm, _ = train_grpo.update(policy, probe, samples, None, None, args)
         results.append((probe.gradients, sums["loss"], norm))
     assert_same_gradients(results[1][0], results[0][0])
     assert results[1][1:] == pytest.approx(results[0][1:], rel=1e-5)
@@ -485,33 +485,41 @@ def test_old_logprobs_of_an_unmoved_policy_change_nothing(qwen, one_rank):
     """One on-policy update may skip the old pass: new.detach() is what that pass would give."""
     samples = mixed(qwen)
     policy, probe = Policy(qwen.model, qwen.processor), Probe(qwen.model)
-    train_grpo.update(policy, probe, samples, None, None, qwen.processor, ARGS)
+    train_grpo.update(policy, probe, samples, None, None, ARGS)
     skipped = probe.gradients
-    args = replace(ARGS, micro_batch_size=2)
-    old = train_grpo.logprob_pass(policy, samples, qwen.processor, args)
-    train_grpo.update(policy, probe, samples, old, None, qwen.processor, ARGS)
+    args = replace(ARGS, micro_batch_tokens=100)
+    old = train_grpo.logprob_pass(policy, samples, args)
+    train_grpo.update(policy, probe, samples, old, None, ARGS)
     assert_same_gradients(probe.gradients, skipped)
 
 
 # Two ranks. Rank 0 holds three samples and rank 1 two, so that they need unequal numbers of passes;
 # "text" is rank 1's, which then has a pass without an image where rank 0 has one.
-CASES = {"language": (False, False, True, 16, "token"),
-         "unequal counts": (False, False, True, 2, "sequence"),
-         "every part": (True, True, True, 1, "gspo")}
+CASES = {"language": (False, False, True, 8192, "token", False),
+         "unequal counts": (False, False, True, 100, "sequence", False),
+         "every part": (True, True, True, 1, "gspo", False),
+         "shared prefix": (False, False, True, 8192, "token", True),
+         "shared prefix, every part": (True, True, True, 1, "gspo", True)}
 
 
 def rank_gradients(path, data, case):
-    vision, connector, language, size, loss = CASES[case]
+    vision, connector, language, size, loss, shared = CASES[case]
     tiny = conftest.load_tiny(path, data)
     samples = mixed(tiny)
     utils.freeze(tiny.model, vision, connector, language)
-    policy = Policy(tiny.model, tiny.processor)
+    cache = utils.vision_cache(tiny.model, tiny.processor)
+    policy = Policy(tiny.model, tiny.processor, cache, shared)
+    if shared:
+        tiny.model.gradient_checkpointing_enable()
     if utils.world_size() > 1:
         policy = utils.shard(policy, torch.float32)
     probe = Probe(policy.model)
-    args = replace(ARGS, micro_batch_size=size, loss=loss, mask_truncated=loss == "gspo")
+    args = replace(ARGS, micro_batch_tokens=size, loss=loss, mask_truncated=loss == "gspo")
+    if shared:  # siblings, on each rank
+        samples += [replace(s, completion_ids=ids, sampler_logprobs=[-1.0] * len(ids), advantage=0.3)
+                    for ids in ([9], [10, 11, 12]) for s in mixed(tiny)]
     mine = samples[utils.rank() :: utils.world_size()]
-    sums, norm, _ = train_grpo.update(policy, probe, mine, None, None, tiny.processor, args)
+    sums, norm, _ = train_grpo.update(policy, probe, mine, None, None, args)
     return probe.gradients, utils.sum_over_ranks(sums)["loss"], norm
 
 

