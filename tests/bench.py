@@ -1,5 +1,8 @@
 """Benchmarks, side by side in one run: a table on stderr, then one JSON document on stdout.
 
+    python tests/bench.py                # a GRPO step by phase, on short and on long prompts
+    python tests/bench.py --peer trl     # beside TRL's; pip install trl, in any environment
+    python tests/bench.py growth         # seconds and memory against G, length and image tokens
     python tests/bench.py grader --peer math_verify     # pip install math-verify, in any environment
     python tests/bench.py grader --peer math_verify --cases rows.jsonl
     python tests/bench.py rollout        # the embedded engine and transformers' generate
@@ -11,8 +14,14 @@ what else the machine does meets both; what is printed is the median over the ro
 """
 
 import argparse
+import contextlib
+import copy
+import importlib.util
+import itertools
 import json
+import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -140,7 +149,351 @@ def rollout(rounds, prompts=32, group=8, max_new_tokens=96):
 
 
 # ---------------------------------------------------------------------------------------------
-# Training
+# A GRPO step, by phase, beside TRL's
+
+PHASES = ("rollout", "reward", "logprobs", "update", "sync")
+STEP_SHAPES = {  # prompts a step, answers a prompt, tokens an answer, side of the picture in pixels
+    "short": (32, 8, 36, 84),  # the toy as it is: 9 image tokens
+    "long": (8, 8, 64, 448),  # 256 image tokens
+}
+
+
+def matrix_peak(size=1024, rounds=20, **kind):
+    """Floating-point operations a second of a large matrix product (float32, CPU), the best of `rounds`."""
+    import torch
+
+    a = torch.randn(size, size, **kind)
+
+    def product():
+        torch.mm(a, a)[0, 0].item()  # waits for the device
+
+    return 2 * size**3 / (min(microseconds(product) for _ in range(rounds)) / 1e6)
+
+
+def useful_work(model, samples):
+    """Operations of one forward pass over each prompt once and its answers, the vision tower aside.
+
+    Two for each weight of a linear layer and token, the head on answers alone, and four a width and layer for
+    each pair of tokens of which one sees the other. Whoever computes a prompt G times does more, for the same.
+    """
+    import torch
+
+    text = model.config.get_text_config()
+    linear = sum(m.weight.numel() for m in model.get_decoder().layers.modules() if isinstance(m, torch.nn.Linear))
+    prompts = [len(p) for p in {s.id: s.prompt_ids for s in samples}.values()]
+    answers = [(len(s.prompt_ids), len(s.completion_ids)) for s in samples]
+    tokens = sum(prompts) + sum(c for _, c in answers)
+    pairs = sum(p * (p + 1) // 2 for p in prompts) + sum(c * p + c * (c + 1) // 2 for p, c in answers)
+    head = text.vocab_size * text.hidden_size * sum(c for _, c in answers)
+    return 2 * linear * tokens + 2 * head + 4 * text.num_hidden_layers * text.hidden_size * pairs
+
+
+def peak_bytes(function):
+    """The most that torch's allocations grew by at any moment while `function` ran."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        function()
+    return peak_of(seen)
+
+
+def peak_of(seen):
+    """The same of a profile that has ended."""
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(itertools.accumulate(changes))
+
+
+class Stepper:
+    """train_grpo.py's step on a saved toy, every answer exactly `length` tokens long, phases timed.
+
+    Rewards alternate, so that no group is dead, after the grader has done its work.
+    """
+
+    def __init__(self, path, group, length, **flags):
+        import torch
+
+        import train_grpo
+        import utils
+        from reward import load_rewards
+        from rollout import HFEngine
+
+        self.group, self.length = group, length
+        self.args = train_grpo.Args(tis_cap=0.0, group_size=group, max_new_tokens=length, lr=1e-6, **flags)
+        self.processor = utils.load_processor(path)
+        model = utils.load_model(path)
+        utils.freeze(model, False, False, True)
+        cache = utils.vision_cache(model, self.processor, self.args.vision_cache)
+        self.engine = HFEngine(copy.deepcopy(model), self.processor, self.args.rollout_batch_size, cache)
+        self.engine.eos = torch.tensor([-1])
+        policy = utils.Policy(model, self.processor, cache, not self.args.plain)
+        self.policy = utils.shard(policy, torch.float32).train()
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, self.args.lr, (0.9, 0.95), weight_decay=0.0)
+        self.rewards, self.steps = load_rewards("accuracy:1.0"), 0
+
+    def step(self, prompts):
+        """Seconds by phase."""
+        import train_grpo
+        from reward import score
+
+        self.steps += 1
+        seconds = dict.fromkeys(PHASES, 0.0)
+        with train_grpo.timed(seconds, "rollout"):
+            done = self.engine.generate(prompts, self.group, 1.0, 1.0, self.length, self.steps)
+        with train_grpo.timed(seconds, "reward"):
+            score(done, self.rewards)
+        for i, s in enumerate(done):
+            s.reward = float(i % 2)
+        train_grpo.set_advantages(done, self.group, "grpo")  # logprobs: one update, so no pass
+        with train_grpo.timed(seconds, "update"):
+            train_grpo.update(self.policy, self.optimizer, done, None, None, self.args)
+        with train_grpo.timed(seconds, "sync"):
+            self.engine.sync(self.policy.model)
+        self.done = done
+        return seconds
+
+
+def toy_with_pictures(folder, side, count):
+    """A toy checkpoint whose processor takes pictures of `side` pixels, and `count` prompts with such."""
+    import utils
+    from PIL import Image
+
+    import toy
+
+    processor = utils.load_processor(ROOT / "toy_model")
+    limits = {"shortest_edge": 28**2, "longest_edge": 28**2 * 1024}
+    processor.image_processor.size = type(processor.image_processor.size)(**limits)
+    path = folder / f"toy_{side}"
+    utils.load_model(ROOT / "toy_model").save_pretrained(path)
+    processor.save_pretrained(path)
+    rows = []
+    for key, _, colour, answer, image in itertools.islice(toy.make_split("train"), count):
+        image.resize((side, side), Image.Resampling.NEAREST).save(path / f"{key}.png")
+        rows.append({"id": key, "question": toy.question(colour), "answer": str(answer), "image": f"{key}.png"})
+    utils.write_jsonl(path / "data.jsonl", rows)
+    return path, utils.load_samples(path / "data.jsonl", processor, 4096)
+
+
+def step(peer, rounds):
+    """Samples/s of whole steps and of their phases, every step on other prompts.
+
+    "ours" has met their images before, as in every epoch but the first; "ours, new images" has not. The others
+    compute image features each time.
+    """
+    import torch
+
+    peak = matrix_peak()
+    print(f"matrix peak: {peak / 1e9:.0f} GFLOP/s in float32 on {torch.get_num_threads()} threads", file=sys.stderr)
+    print(f"{'shape':>6} {'':>16} {'samples/s':>10} {'tokens/s':>9} " + " ".join(f"{p:>9}" for p in PHASES)
+          + f" {'of peak':>8} {'peak MB':>8}", file=sys.stderr)
+    found = {"rounds": rounds, "threads": torch.get_num_threads(), "matrix_gflops": round(peak / 1e9)}
+    for name, (count, group, length, side) in STEP_SHAPES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            path, samples = toy_with_pictures(Path(folder), side, count * (rounds + 2))
+            batches = [samples[k : k + count] for k in range(0, len(samples), count)]
+            ours = {"ours": Stepper(path, group, length), "ours, new images": Stepper(path, group, length),
+                    "ours, --plain": Stepper(path, group, length, plain=True, vision_cache=0)}
+            engine = ours["ours"].engine
+            for s in samples:
+                engine.cache.features(engine.model.base_model, s.images)
+            seconds = {label: [] for label in ours}
+            upcoming = iter(batches)
+
+            def everyone():
+                prompts = next(upcoming)
+                for label, stepper in ours.items():
+                    seconds[label].append(stepper.step(prompts))
+
+            if peer == "trl":
+                theirs, their_bytes = trl_steps(path, batches, group, length, everyone)
+                seconds["TRL"] = [{"whole": s} for s in theirs]
+            else:
+                for _ in range(rounds + 1):
+                    everyone()
+            memory = {label: peak_bytes(lambda: s.step(batches[-1])) for label, s in ours.items()}
+            if peer == "trl":
+                memory["TRL"] = their_bytes
+            made = count * group
+            work = 4 * useful_work(ours["ours"].policy.model, ours["ours"].done)  # forward, and 3 for the update
+            found[name] = {"prompts": count, "group": group, "completion_tokens": length,
+                           "prompt_tokens": len(samples[0].prompt_ids), "contestants": {}}
+            for label, rows in seconds.items():
+                rows = rows[1:]  # the first one warms up
+                whole = median(sum(row.values()) for row in rows)
+                phases = {p: median(row[p] for row in rows) for p in PHASES if p in rows[0]}
+                entry = {"samples_per_second": round(made / whole, 1), "tokens_per_second": round(made * length / whole),
+                         "seconds_by_phase": {p: round(s, 4) for p, s in phases.items()},
+                         "share_of_matrix_peak": round(work / whole / peak, 3),
+                         "peak_megabytes": round(memory[label] / 1e6)}
+                if label != "ours":  # round by round, as the machine's speed drifts
+                    pairs = zip(seconds["ours"][1:], rows)
+                    entry["ours_times_faster"] = round(median(sum(b.values()) / sum(a.values()) for a, b in pairs), 2)
+                found[name]["contestants"][label] = entry
+                cells = [f"{made / phases[p]:>9.0f}" if phases.get(p) else f"{'-':>9}" for p in PHASES]
+                print(f"{name:>6} {label:>16} {made / whole:>10.1f} {made * length / whole:>9.0f} " + " ".join(cells)
+                      + f" {work / whole / peak:>8.1%} {memory[label] / 1e6:>8.0f}", file=sys.stderr)
+    return found
+
+
+def step_table(found):
+    """The README's rows of what `step` found."""
+    rows = ["| shape | | samples/s | completion tokens/s | rollout, s | update, s | of the peak | peak MB | ours is faster |",
+            "|---|---|---|---|---|---|---|---|---|"]
+    for name in STEP_SHAPES:
+        shape = found[name]
+        for who, entry in shape["contestants"].items():
+            seconds, faster = entry["seconds_by_phase"], entry.get("ours_times_faster")
+            cells = [f"{name}: {shape['prompts']} x {shape['group']}, {shape['prompt_tokens']} + "
+                     f"{shape['completion_tokens']} tokens" if who == "ours" else "", who,
+                     f"{entry['samples_per_second']:.0f}", f"{entry['tokens_per_second']:,}",
+                     *(f"{seconds[p]:.2f}" if seconds else "" for p in ("rollout", "update")),
+                     f"{entry['share_of_matrix_peak']:.0%}", str(entry["peak_megabytes"]),
+                     f"{faster:.1f} x" if faster else ""]
+            rows.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+    return "\n".join(rows)
+
+
+# ---------------------------------------------------------------------------------------------
+# TRL
+
+
+def trl_steps(path, batches, group, length, between):
+    """Seconds of a TRL step on each batch of prompts but the last, and the peak memory of that one.
+
+    `between()` runs between two steps, off the clock; all else that TRL does is on it. As ours: the language
+    model trains, alone, one AdamW step a batch, in float32, every completion `length` tokens long. Its other
+    settings are the fastest of those that were tried: 2 micro-batches (of 1, 2, 4, 8, 16), fused AdamW, SDPA,
+    no data workers, pictures decoded once rather than for each of the G answers. torch_compile is off on both
+    sides: after 80 seconds it made TRL 8 and 3 % faster.
+    """
+    from datasets import Dataset
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import AutoProcessor, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    import utils
+    from rollout import end_ids
+
+    class Clock(TrainerCallback):
+        seconds, memory = [], profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+
+        def on_train_begin(self, *_, **__):
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            self.seconds.append(time.perf_counter() - self.started)
+            if len(self.seconds) < len(batches):
+                between()
+            if len(self.seconds) == len(batches) - 1:
+                self.memory.start()
+            self.started = time.perf_counter()
+
+    samples = [s for batch in batches for s in batch]
+    opened = []
+    for s in samples:
+        content = []
+        for i, text in enumerate(s.question.split(utils.IMAGE_MARK)):
+            content += [{"type": "image"}] * (i > 0) + [{"type": "text", "text": text}]
+        content.append({"type": "text", "text": f"\n{utils.INSTRUCTION}"})
+        opened.append(([{"role": "user", "content": content}], [utils.open_image(i) for i in s.images]))
+
+    def look_up(rows):
+        prompts, images = zip(*(opened[i] for i in rows["row"]))
+        return {"prompt": list(prompts), "images": list(images)}
+
+    processor = AutoProcessor.from_pretrained(path, padding_side="left")
+    model = utils.load_model(path)
+    utils.freeze(model, False, False, True)
+    never = utils.banned_ids(processor) + end_ids(model.generation_config, processor)
+    clock, size = Clock(), len(batches[0]) * group
+    with tempfile.TemporaryDirectory() as folder:
+        config = GRPOConfig(
+            folder, max_steps=len(batches), use_cpu=True, bf16=False, gradient_checkpointing=False, beta=0.0,
+            per_device_train_batch_size=size // 2, gradient_accumulation_steps=2, num_generations=group,
+            max_completion_length=length, temperature=1.0, top_p=1.0, top_k=0, shuffle_dataset=False,
+            generation_kwargs={"suppress_tokens": never}, learning_rate=1e-6, lr_scheduler_type="constant",
+            logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True)
+        trainer = GRPOTrainer(
+            model, lambda completions, **_: [float(i % 2) for i in range(len(completions))], config,
+            Dataset.from_dict({"row": range(len(samples))}).with_transform(look_up), processing_class=processor,
+            callbacks=[clock])
+        with contextlib.redirect_stdout(sys.stderr):
+            trainer.train()
+    clock.memory.stop()
+    return clock.seconds[:-1], peak_of(clock.memory)
+
+
+# ---------------------------------------------------------------------------------------------
+# How cost grows
+
+GROWTH = {  # what is varied, the others staying as in GROWTH_BASE
+    "group size G": ("group", (2, 4, 8, 16, 32)),
+    "completion tokens C": ("length", (32, 64, 128, 256, 512, 1024)),
+    "image tokens": ("side", (112, 224, 448, 896)),  # pixels: a token is 28 x 28
+}
+GROWTH_BASE = {"group": 8, "length": 64, "side": 224}
+
+
+def growth(rounds, prompts=4):
+    """Seconds and peak memory of rollout and update on a few prompts, shared prefix against plain."""
+    table = {}
+    for title, (name, values) in GROWTH.items():
+        table[title] = []
+        for value in values:
+            point = GROWTH_BASE | {name: value}
+            row = {"value": (value // 28) ** 2 if name == "side" else value}
+            with tempfile.TemporaryDirectory() as folder:
+                path, samples = toy_with_pictures(Path(folder), point["side"], prompts * (rounds + 2))
+                batches = [samples[k : k + prompts] for k in range(0, len(samples), prompts)]
+                kinds = {"ours": {}, "plain": {"plain": True, "vision_cache": 0}}
+                kinds = {k: Stepper(path, point["group"], point["length"], **v) for k, v in kinds.items()}
+                steps = [{k: s.step(batch) for k, s in kinds.items()} for batch in batches[:-1]]
+                for kind, stepper in kinds.items():
+                    row[kind] = {p: round(median(s[kind][p] for s in steps[1:]), 4) for p in ("rollout", "update")}
+                    row[kind]["peak_megabytes"] = round(peak_bytes(lambda: stepper.step(batches[-1])) / 1e6, 1)
+            table[title].append(row)
+            ours, plain = row["ours"], row["plain"]
+            print(f"{title:>20} {row['value']:>5}  rollout {ours['rollout']:7.3f} {plain['rollout']:7.3f} s  update "
+                  f"{ours['update']:7.3f} {plain['update']:7.3f} s ({plain['update'] / ours['update']:4.1f} x)  peak "
+                  f"{ours['peak_megabytes']:7.1f} {plain['peak_megabytes']:7.1f} MB", file=sys.stderr)
+    return {"prompts": prompts, "rounds": rounds, "base": GROWTH_BASE, "table": table}
+
+
+def draw_growth(found, path):
+    """The table as six panels on logarithmic axes: seconds and memory of an update, by what is varied."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot, ticker
+
+    figure, axes = pyplot.subplots(2, 3, figsize=(10, 5.6), sharey="row", layout="constrained")
+    styles = {"plain": ("#D55E00", "s", "--", "a prompt for each completion (--plain)"),
+              "ours": ("#0072B2", "o", "-", "shared prefix, frozen features kept")}
+    rows = (("update", "seconds an update"), ("peak_megabytes", "peak memory of a step, MB"))
+    for column, (title, points) in zip(axes.T, found["table"].items()):
+        for panel, (metric, label) in zip(column, rows):
+            for kind, (colour, marker, line, name) in styles.items():
+                panel.plot([p["value"] for p in points], [p[kind][metric] for p in points], line, color=colour,
+                           marker=marker, label=name)
+            panel.set(xscale="log", yscale="log", xlabel=title)
+            panel.set_xticks([p["value"] for p in points], [str(p["value"]) for p in points])
+            panel.xaxis.set_minor_locator(ticker.NullLocator())
+            panel.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:g}"))
+            panel.grid(alpha=0.3)
+            if panel in axes[:, 0]:
+                panel.set_ylabel(label)
+    axes[0, 0].legend(fontsize=8)
+    base = found["base"]
+    figure.suptitle(f"{found['prompts']} prompts of the toy; where not varied G = {base['group']}, C = "
+                    f"{base['length']}, {(base['side'] // 28) ** 2} image tokens; two cores, float32, medians of "
+                    f"{found['rounds']} steps", fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+# ---------------------------------------------------------------------------------------------
+# Ranks and memory
 
 
 def ranks(rounds, steps=6):
@@ -182,7 +535,7 @@ def memory_a_rank(shape, world_size, tokens, completion_tokens, width=2, checkpo
     layer = trained / layers
     one_layer = 12 * hidden + 4 * mlp
     saved = layers * hidden + one_layer if checkpointing else layers * one_layer
-    from utils import HEAD_CHUNK
+    from utils import HEAD_NUMBERS
     return {
         "weights": 4 * total / world_size,
         "gradients": 4 * trained / world_size,
@@ -192,17 +545,17 @@ def memory_a_rank(shape, world_size, tokens, completion_tokens, width=2, checkpo
         "gathered": width * (2 * layer + total - trained + vocabulary * hidden),
         "activations": tokens * width * saved,
         # the chunk's logits, their softmax and its gradient
-        "head": 3 * 4 * min(HEAD_CHUNK, completion_tokens) * vocabulary,
+        "head": 3 * 4 * min(HEAD_NUMBERS, completion_tokens * vocabulary),
         "embedded sampler": 2 * total,
     }
 
 
 def memory():
-    """The README's table: 4 answers a micro-batch, 400 tokens of prompt, 2,048 of completion."""
+    """The README's table: micro-batches of 8,192 tokens, a prompt of 400 among them."""
     rows = {}
     for name, shape in SHAPES.items():
         for world_size in (1, 8):
-            parts = memory_a_rank(shape, world_size, 4 * 2448, 4 * 2048)
+            parts = memory_a_rank(shape, world_size, 8192, 7792)
             cells = [sum(parts[k] for k in ("weights", "gradients", "optimiser")), parts["gathered"],
                      parts["activations"] + parts["head"], parts["embedded sampler"], sum(parts.values())]
             rows[f"{name}, {world_size}"] = [round(x / 1e9, 1) for x in cells]
@@ -213,14 +566,30 @@ def memory():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["grader", "rollout", "ranks", "memory"])
-    parser.add_argument("--peer", choices=["math_verify"], help="measure this library beside ours")
+    parser.add_argument("what", nargs="?", choices=["step", "growth", "grader", "rollout", "ranks", "memory"])
+    parser.add_argument("--peer", choices=["trl", "math_verify"], help="measure this library beside ours")
     parser.add_argument("--cases", help="JSON lines of prediction and reference; default: built-in pairs")
     parser.add_argument("--rounds", type=int, default=7, help="repetitions of each measurement")
+    parser.add_argument("--plot", help="growth: draw the table here")
     args = parser.parse_args()
-    found = {"grader": lambda: grader(args.peer, args.cases, args.rounds), "rollout": lambda: rollout(args.rounds),
-             "ranks": lambda: ranks(args.rounds), "memory": memory}[args.what]()
-    print(json.dumps({args.what: found}))
+    what = args.what or ("grader" if args.peer == "math_verify" else "step")
+    if args.peer and what != {"trl": "step", "math_verify": "grader"}[args.peer]:
+        parser.error(f"--peer {args.peer} is not for {what}")
+    if args.peer and not importlib.util.find_spec(args.peer):
+        parser.error(f"--peer {args.peer} is not installed; pip install {args.peer.replace('_', '-')}")
+    if what in ("step", "growth"):
+        import torch
+
+        import utils
+
+        utils.start_ranks()
+        torch.set_num_threads(os.cpu_count())
+    found = {"step": lambda: step(args.peer, args.rounds), "growth": lambda: growth(args.rounds),
+             "grader": lambda: grader(args.peer, args.cases, args.rounds), "rollout": lambda: rollout(args.rounds),
+             "ranks": lambda: ranks(args.rounds), "memory": memory}[what]()
+    if args.plot:
+        draw_growth(found, args.plot)
+    print(json.dumps({what: found}))
 
 
 if __name__ == "__main__":

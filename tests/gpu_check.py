@@ -3,9 +3,10 @@
     python tests/gpu_check.py            # on a machine with one CUDA device of 80 GB
     python tests/gpu_check.py --tiny     # the same code on a CPU with a small shape, to keep it alive
 
-What it checks now: log-probabilities in bfloat16 against float32, a training step through FSDP2 on one
-rank, the embedded sampler, and memory and tokens/s of a GRPO step with the shape of Qwen2.5-VL-3B and
-random weights (speed does not depend on what the weights are).
+What it checks: log-probabilities, and a training step through FSDP2 on one rank, in bfloat16 against
+float32; flex attention against the plain path; the embedded sampler; and tokens/s, peak memory and share of the
+measured matrix peak of a GRPO step with the shape of Qwen2.5-VL-3B and random weights (speed does not depend
+on what the weights are), plain and with shared prefixes.
 """
 
 import copy
@@ -16,15 +17,18 @@ import time
 from pathlib import Path
 
 import torch
+import transformers
 from PIL import Image
+from torch.distributed.tensor import DTensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import toy
 import train_grpo
 import utils
+from bench import matrix_peak, useful_work
 from rollout import HFEngine
 
 SHAPES = {  # what differs between Qwen2.5-VL-3B and the stand-in for a CPU
@@ -32,12 +36,12 @@ SHAPES = {  # what differs between Qwen2.5-VL-3B and the stand-in for a CPU
                     "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936},
            "vision": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
                       "fullatt_block_indexes": [7, 15, 23, 31]},
-           "sections": [16, 24, 24], "side": 504, "tokens": 400, "group": 8},
+           "sections": [16, 24, 24], "side": 504, "tokens": 400, "group": 8, "prompts": 4},
     "tiny": {"text": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
                       "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 1000},
              "vision": {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2,
                         "fullatt_block_indexes": [1]},
-             "sections": [4, 6, 6], "side": 112, "tokens": 8, "group": 2},
+             "sections": [4, 6, 6], "side": 112, "tokens": 8, "group": 2, "prompts": 2},
 }
 
 
@@ -96,41 +100,123 @@ def big_model(shape):
     return model, processor
 
 
-def check_speed(shape, folder):
-    """One GRPO step on one prompt with its group: tokens/s by phase and peak memory."""
-    model, processor = big_model(shape)
-    picture = folder / "picture.png"
-    Image.effect_noise((shape["side"], shape["side"]), 80).convert("RGB").save(picture)
-    row = {"question": "<image>" + "How many? " * 10, "answer": "1", "images": [picture.name]}
-    prompts = [utils.make_sample(row, folder / "data.jsonl", "here", processor)]
-    dtype = utils.compute_dtype("auto")
-    engine = HFEngine(copy.deepcopy(model).to(dtype), processor, 64)
-    engine.eos = torch.tensor([-1], device=utils.device())  # every answer gets its full length
+def answered_toy(folder, group=4):
+    """The toy's model, frozen but for its language, and some answers of its own with advantages."""
+    processor, prompts = toy_prompts(folder)
+    model = utils.load_model(ROOT / "toy_model")
     utils.freeze(model, False, False, True)
+    done = HFEngine(copy.deepcopy(model), processor, 64).generate(prompts[:16], group, 1.0, 1.0, 96, 0)
+    for i, s in enumerate(done):
+        s.advantage = (-1.0) ** i
+    return processor, model, done
+
+
+def logprobs_and_gradient(policy, batch):
+    """Log-probabilities of a batch, and the gradient of their weighed sum as one float64 vector."""
+    logprobs, _ = policy(batch, 1.0)
+    weights = torch.linspace(-1, 1, logprobs.numel(), device=logprobs.device).view_as(logprobs)
+    (weights * logprobs).sum().backward()
+    gradient = torch.cat([p.grad.double().flatten() for p in policy.parameters() if p.grad is not None])
+    policy.zero_grad()
+    return logprobs.detach().double(), gradient
+
+
+def check_flex(folder):
+    """Errors against float64 of the plain path and of flex attention.
+
+    On a CPU of the rectangles too, and flex attention, which has no backward there, is held to its
+    log-probabilities alone.
+    """
+    processor, model, done = answered_toy(folder)
+    exact = utils.Policy(copy.deepcopy(model).double(), processor)
+    truth, true_gradient = logprobs_and_gradient(exact, utils.collate(done, processor))
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        policy = utils.Policy(copy.deepcopy(model).to(dtype), processor, shared=True)
+        batches = {"plain": utils.collate(done, processor)}
+        batches["flex"] = utils.pack(done, processor, policy.model, flex=True)
+        if not torch.cuda.is_available():
+            batches["rectangles"] = utils.pack(done, processor, policy.model)
+        for name, batch in batches.items():
+            row = found.setdefault(str(dtype).removeprefix("torch."), {}).setdefault(name, {})
+            if name == "flex" and not torch.cuda.is_available():
+                with torch.no_grad():
+                    logprobs = policy(batch, 1.0)[0].double()
+            else:
+                logprobs, gradient = logprobs_and_gradient(policy, batch)
+                row["gradient_error"] = ((gradient - true_gradient).norm() / true_gradient.norm()).item()
+            row["logprob_error"] = (logprobs - truth).abs().max().item()
+    return found
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def check_step(folder):
+    """One update on the same batch, in float32, and in bfloat16 through FSDP2 on this rank."""
+    processor, model, done = answered_toy(folder)
+    found, gradients = {}, []
+    for dtype in (torch.float32, torch.bfloat16):
+        policy = utils.shard(utils.Policy(copy.deepcopy(model), processor, shared=True), dtype).train()
+        optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], 1e-6, fused=True)
+        step = optimizer.step
+        optimizer.step = lambda: (gradients.append(torch.cat(
+            [whole(p.grad).flatten() for p in policy.parameters() if p.grad is not None])), step())
+        sums, norm, _ = train_grpo.update(policy, optimizer, done, None, None, train_grpo.Args(tis_cap=0.0))
+        found[str(dtype).removeprefix("torch.")] = {
+            "loss": sums["loss"] / sums["divisor"], "entropy": sums["entropy"] / sums["update_tokens"],
+            "grad_norm": norm}
+    found["gradient_cosine"] = torch.nn.functional.cosine_similarity(*gradients, dim=0).item()
+    return found
+
+
+def check_speed(shape, folder):
+    """A GRPO step: seconds and tokens/s by phase, peak memory, the update plain and with shared prefixes."""
+    model, processor = big_model(shape)
+    prompts = []
+    for i in range(shape["prompts"]):
+        Image.effect_noise((shape["side"],) * 2, 80).convert("RGB").save(folder / f"{i}.png")
+        row = {"id": str(i), "question": "<image>" + "How many? " * 10, "answer": "1", "images": [f"{i}.png"]}
+        prompts.append(utils.make_sample(row, folder / "data.jsonl", "here", processor))
+    dtype = utils.compute_dtype("auto")
+    utils.freeze(model, False, False, True)
+    cache = utils.vision_cache(model, processor)
+    engine = HFEngine(copy.deepcopy(model).to(dtype), processor, 64, cache)
+    engine.eos = torch.tensor([-1], device=utils.device())  # every answer gets its full length
     model.gradient_checkpointing_enable()
-    policy = utils.shard(utils.Policy(model, processor), dtype).train()
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], 1e-6)
-    args = train_grpo.Args(micro_batch_size=4)
-    seconds = {}
-    for _ in range(2):  # the first round warms up
+    policy = utils.shard(utils.Policy(model, processor, cache, True), dtype).train()
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], 1e-6, fused=True)
+    args = train_grpo.Args(micro_batch_tokens=8192)
+    made = shape["prompts"] * shape["group"] * shape["tokens"]
+    peak = matrix_peak(8192 if torch.cuda.is_available() else 512, dtype=dtype, device=utils.device())
+    found = {"parameters": sum(p.numel() for p in policy.parameters()), "matrix_teraflops": peak / 1e12,
+             "prompt_tokens": len(prompts[0].prompt_ids), "completion_tokens": shape["tokens"],
+             "prompts": shape["prompts"], "group": shape["group"]}
+    for name in ("plain", "shared", "plain", "shared"):  # the first round compiles and warms up
+        policy.shared, policy.cache = name == "shared", cache if name == "shared" else None
         start = clock()
         samples = engine.generate(prompts, shape["group"], 1.0, 1.0, shape["tokens"], 0)
         middle = clock()
         for i, s in enumerate(samples):
             s.advantage = (-1.0) ** i
-        sums, norm, _ = train_grpo.update(policy, optimizer, samples, None, None, processor, args)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        sums, norm, _ = train_grpo.update(policy, optimizer, samples, None, None, args)
         end = clock()
+        peak_memory = peak_gigabytes()
         engine.sync(policy.model)
         seconds = {"rollout": middle - start, "update": end - middle, "sync": clock() - end}
-    made = shape["group"] * shape["tokens"]
-    total = made + shape["group"] * len(prompts[0].prompt_ids)
-    return {"parameters": sum(p.numel() for p in policy.parameters()),
-            "prompt_tokens": len(prompts[0].prompt_ids), "completion_tokens": shape["tokens"],
-            "group": shape["group"], "grad_norm": norm,
-            "sampler_gap": sums["sampler_gap"] / sums["update_tokens"],
+        work = useful_work(model, samples)
+        found[name] = {
+            "seconds": seconds, "grad_norm": norm, "sampler_gap": sums["sampler_gap"] / sums["update_tokens"],
             "rollout_tokens_per_second": made / seconds["rollout"],
-            "update_tokens_per_second": total / seconds["update"], "seconds": seconds,
-            "peak_gigabytes": peak_gigabytes()}
+            "update_tokens_per_second": made / seconds["update"],
+            "step_tokens_per_second": made / sum(seconds.values()),
+            "update_share_of_matrix_peak": 3 * work / seconds["update"] / peak,
+            "rollout_share_of_matrix_peak": work / seconds["rollout"] / peak, "update_peak_gigabytes": peak_memory}
+    found["update_times_faster"] = found["plain"]["seconds"]["update"] / found["shared"]["seconds"]["update"]
+    return found
 
 
 def main():
@@ -138,12 +224,21 @@ def main():
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     started = clock()
     utils.start_ranks()
+    result = {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
     with tempfile.TemporaryDirectory() as folder:
-        result = {"device": name, "torch": torch.__version__, "numbers": check_numbers(Path(folder)),
-                  "speed": check_speed(shape, Path(folder))}
+        folder = Path(folder)
+        checks = {"numbers": lambda: check_numbers(folder), "flex": lambda: check_flex(folder),
+                  "step": lambda: check_step(folder), "speed": lambda: check_speed(shape, folder)}
+        for name, check in checks.items():
+            try:
+                result[name] = check()
+            except Exception as error:  # one check that fails must not cost what the others found
+                result[name] = {"failed": f"{type(error).__name__}: {error}"}
+            print(f"{name}: {clock() - started:.0f} s", file=sys.stderr)
     result["seconds"] = clock() - started
     torch.distributed.destroy_process_group()
     print(json.dumps(result, indent=1))
+    sys.exit(any("failed" in value for value in result.values() if isinstance(value, dict)))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import train_grpo
 import utils
 
 ROOT = Path(__file__).parents[1]
-TINY = ("--batch_size 4 --mini_batch_size 4 --group_size 2 --micro_batch_size 4 --save_every 1 "
+TINY = ("--batch_size 4 --mini_batch_size 4 --group_size 2 --micro_batch_tokens 200 --save_every 1 "
         "--max_new_tokens 60 --warmup_steps 0").split()
 
 
@@ -197,7 +197,7 @@ def test_mixed_precision_with_unequal_work_on_two_ranks(data, tmp_path):
     utils.write_jsonl(data / "mixed.jsonl", rows)
     out = tmp_path / "run"
     run("train_grpo.py", *TINY, "--train_data", data / "mixed.jsonl", "--validation_data", "", "--test_data",
-        "", "--epochs", 1, "--max_steps", 3, "--micro_batch_size", 3, "--train_vision", "--train_connector",
+        "", "--epochs", 1, "--max_steps", 3, "--micro_batch_tokens", 150, "--train_vision", "--train_connector",
         "--dtype", "bfloat16", "--gradient_checkpointing", "--out", out, ranks=2)
     metrics = utils.read_jsonl(out / "metrics.jsonl")
     assert len(metrics) == 3 and all(math.isfinite(v) for row in metrics for v in row.values())
@@ -304,4 +304,10 @@ def test_the_gpu_check_runs_on_a_cpu_too():
     done = subprocess.run(command("tests/gpu_check.py", "--tiny"), cwd=ROOT, capture_output=True, text=True)
     result = json.loads(done.stdout)
     assert result["numbers"]["greedy_equal_to_float32"] > 0.9
-    assert result["speed"]["sampler_gap"] < 1e-2
+    for kind in ("plain", "shared"):
+        assert result["speed"][kind]["sampler_gap"] < 1e-2
+    assert result["speed"]["shared"]["grad_norm"] == pytest.approx(result["speed"]["plain"]["grad_norm"], rel=1e-2)
+    for errors in result["flex"].values():
+        assert errors["flex"]["logprob_error"] < 1.5 * errors["plain"]["logprob_error"]
+        assert errors["rectangles"]["gradient_error"] < 1.5 * errors["plain"]["gradient_error"]
+    assert result["step"]["gradient_cosine"] > 0.99
