@@ -2,6 +2,7 @@
 
     python tests/bench.py                # a GRPO step by phase, on short and on long prompts
     python tests/bench.py --peer trl     # beside TRL's; pip install trl, in any environment
+    python tests/bench.py profile        # where a step's time goes, by operation
     python tests/bench.py growth         # seconds and memory against G, length and image tokens
     python tests/bench.py grader --peer math_verify     # pip install math-verify, in any environment
     python tests/bench.py grader --peer math_verify --cases rows.jsonl
@@ -230,7 +231,7 @@ class Stepper:
         policy = utils.Policy(model, self.processor, cache, not self.args.plain)
         self.policy = utils.shard(policy, torch.float32).train()
         trained = [p for p in self.policy.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, self.args.lr, (0.9, 0.95), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(trained, self.args.lr, (0.9, 0.95), weight_decay=0.0, fused=True)
         self.rewards, self.steps = load_rewards("accuracy:1.0"), 0
 
     def step(self, prompts):
@@ -334,6 +335,37 @@ def step(peer, rounds):
                 cells = [f"{made / phases[p]:>9.0f}" if phases.get(p) else f"{'-':>9}" for p in PHASES]
                 print(f"{name:>6} {label:>16} {made / whole:>10.1f} {made * length / whole:>9.0f} " + " ".join(cells)
                       + f" {work / whole / peak:>8.1%} {memory[label] / 1e6:>8.0f}", file=sys.stderr)
+    return found
+
+
+def where_time_goes():
+    """Print, for a short step's rollout and update, the operations that take most; return their milliseconds."""
+    from torch.profiler import ProfilerActivity, profile
+
+    import train_grpo
+
+    count, group, length, side = STEP_SHAPES["short"]
+    with tempfile.TemporaryDirectory() as folder:
+        path, samples = toy_with_pictures(Path(folder), side, count)
+        stepper = Stepper(path, group, length)
+        for _ in range(3):
+            stepper.step(samples)
+        phases = {
+            "rollout": lambda: stepper.engine.generate(samples, group, 1.0, 1.0, length, 0),
+            "update": lambda: train_grpo.update(stepper.policy, stepper.optimizer, stepper.done, None, None,
+                                                stepper.args)}
+        found = {}
+        for name, phase in phases.items():
+            with profile(activities=[ProfilerActivity.CPU]) as seen:
+                phase()
+            rows = sorted(seen.key_averages(), key=lambda row: -row.self_cpu_time_total)
+            total = sum(row.self_cpu_time_total for row in rows)
+            print(f"{name}: {total / 1e3:.0f} ms in {sum(row.count for row in rows):,} operations", file=sys.stderr)
+            found[name] = {}
+            for row in rows[:16]:
+                found[name][row.key] = round(row.self_cpu_time_total / 1e3, 1)
+                print(f"{row.self_cpu_time_total / 1e3:>10.1f} ms {row.self_cpu_time_total / total:>5.0%} "
+                      f"{row.count:>7,} x {row.key}", file=sys.stderr)
     return found
 
 
@@ -566,7 +598,7 @@ def memory():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["step", "growth", "grader", "rollout", "ranks", "memory"])
+    parser.add_argument("what", nargs="?", choices=["step", "profile", "growth", "grader", "rollout", "ranks", "memory"])
     parser.add_argument("--peer", choices=["trl", "math_verify"], help="measure this library beside ours")
     parser.add_argument("--cases", help="JSON lines of prediction and reference; default: built-in pairs")
     parser.add_argument("--rounds", type=int, default=7, help="repetitions of each measurement")
@@ -577,7 +609,7 @@ def main():
         parser.error(f"--peer {args.peer} is not for {what}")
     if args.peer and not importlib.util.find_spec(args.peer):
         parser.error(f"--peer {args.peer} is not installed; pip install {args.peer.replace('_', '-')}")
-    if what in ("step", "growth"):
+    if what in ("step", "profile", "growth"):
         import torch
 
         import utils
@@ -586,7 +618,7 @@ def main():
         torch.set_num_threads(os.cpu_count())
     found = {"step": lambda: step(args.peer, args.rounds), "growth": lambda: growth(args.rounds),
              "grader": lambda: grader(args.peer, args.cases, args.rounds), "rollout": lambda: rollout(args.rounds),
-             "ranks": lambda: ranks(args.rounds), "memory": memory}[what]()
+             "ranks": lambda: ranks(args.rounds), "memory": memory, "profile": where_time_goes}[what]()
     if args.plot:
         draw_growth(found, args.plot)
     print(json.dumps({what: found}))
