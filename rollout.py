@@ -154,10 +154,11 @@ class Siblings:
         P, rows = len(self.prompts[0][1]), torch.arange(len(prompt), device=prompt.device)
         counts = prompt.bincount(minlength=P)
         place = rows - (counts.cumsum(0) - counts)[prompt]
-        self.prompt, self.place, self.m = prompt, place, int(counts.max())
+        self.prompt, self.m = prompt, int(counts.max())
         self.full = P * self.m == len(prompt)  # then the rows are the table
-        self.table = prompt.new_zeros(P, self.m)
-        self.table[prompt, place] = rows
+        self.slot = prompt * self.m + place  # of each row in the table, laid end to end
+        self.table = prompt.new_zeros(P * self.m)
+        self.table[self.slot] = rows
 
     def batch_select_indices(self, rows):
         """Forget all rows but these."""
@@ -166,13 +167,13 @@ class Siblings:
 
     def by_prompt(self, x):
         """(R, h, g, ...) as the table has it, (P, h, m * g, ...)."""
-        x = x.unflatten(0, (-1, self.m)) if self.full else x[self.table]
-        return x.transpose(1, 2).flatten(2, 3)
+        x = x if self.full else x[self.table]
+        return utils.siblings_together(x, len(x) // self.m)
 
     def by_row(self, x):
         """And back."""
-        x = x.unflatten(2, (self.m, -1)).transpose(1, 2)
-        return x.flatten(0, 1) if self.full else x[self.prompt, self.place]
+        x = utils.siblings_apart(x, self.m)
+        return x if self.full else x[self.slot]
 
     def attend(self, module, query, key, value, scaling):
         """One token a row: query (R, heads, 1, D) to (R, 1, heads, D)."""

@@ -354,8 +354,16 @@ def checked_image(image, folder, place):
         raise UserError(f"{place}: {name} cannot be read ({error}); replace it.")
 
 
+def conversation(question):
+    """The messages of a prompt, for the chat template: the only place where a prompt is written."""
+    content = []
+    for i, text in enumerate(question.split(IMAGE_MARK)):
+        content += [{"type": "image"}] * (i > 0) + [{"type": "text", "text": text}]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": f"\n{INSTRUCTION}"}]}]
+
+
 def make_sample(row, path, place, processor):
-    """Check one row and write its prompt: the only place where a prompt is written."""
+    """Check one row and make a sample of it."""
     for name in ("question", "answer"):
         text = row.get(name)
         number = type(text) in (int, float) and math.isfinite(text)
@@ -375,12 +383,8 @@ def make_sample(row, path, place, processor):
     if marks != len(images):
         raise UserError(f"{place}: {marks} {IMAGE_MARK} marks in the question for {len(images)} "
                         "images; give one mark an image.")
-    content = []
-    for i, text in enumerate(question.split(IMAGE_MARK)):
-        content += [{"type": "image"}] * (i > 0) + [{"type": "text", "text": text}]
-    content.append({"type": "text", "text": f"\n{INSTRUCTION}"})
-    messages = [{"role": "user", "content": content}]
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    prompt = processor.apply_chat_template(
+        conversation(question), add_generation_prompt=True, tokenize=False)
     try:
         inputs = processor(text=[prompt], images=[picture for _, picture in pictures] or None)
     except ValueError as error:  # such as a picture 200 times as wide as high
@@ -609,14 +613,15 @@ def split(samples, budget, shared):
     size = {id(s): len(s.prompt_ids) + len(s.completion_ids) for s in samples}
     samples = sorted(samples, key=lambda s: size[id(s)])
     parts, tokens, groups = [], 0, {}
+    if not shared:
+        for s in samples:
+            if parts and (len(parts[-1]) + 1) * size[id(s)] <= budget:
+                parts[-1].append(s)
+            else:
+                parts.append([s])
+        return parts
     for s in samples:
         groups.setdefault(s.id, []).append(s)
-        if not shared and parts and (len(parts[-1]) + 1) * size[id(s)] <= budget:
-            parts[-1].append(s)
-        elif not shared:
-            parts.append([s])
-    if not shared:
-        return parts
     for group in sorted(groups.values(), key=lambda group: size[id(group[-1])]):
         prompt = len(group[0].prompt_ids)
         if not parts or tokens + prompt + sum(len(s.completion_ids) for s in group) > budget:

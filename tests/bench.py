@@ -423,13 +423,7 @@ def trl_steps(path, batches, group, length, between):
             self.started = time.perf_counter()
 
     samples = [s for batch in batches for s in batch]
-    opened = []
-    for s in samples:
-        content = []
-        for i, text in enumerate(s.question.split(utils.IMAGE_MARK)):
-            content += [{"type": "image"}] * (i > 0) + [{"type": "text", "text": text}]
-        content.append({"type": "text", "text": f"\n{utils.INSTRUCTION}"})
-        opened.append(([{"role": "user", "content": content}], [utils.open_image(i) for i in s.images]))
+    opened = [(utils.conversation(s.question), [utils.open_image(i) for i in s.images]) for s in samples]
 
     def look_up(rows):
         prompts, images = zip(*(opened[i] for i in rows["row"]))

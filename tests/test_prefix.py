@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import bench
 import rollout
 import train_grpo
 import utils
@@ -273,8 +274,6 @@ def test_no_cache_where_vision_or_connector_train(tiny, parts):
 @pytest.mark.parametrize("tokens", [256, 1024])
 def test_the_head_never_holds_all_logits(qwen, monkeypatch, tokens):
     """With a vocabulary of 150,000, the peak is that of one chunk, however many tokens there are."""
-    from torch.profiler import ProfilerActivity, profile
-
     monkeypatch.setattr(utils, "HEAD_NUMBERS", 32 * 150_000)
     head = torch.nn.Linear(64, 150_000, bias=False)
     monkeypatch.setattr(qwen.model, "get_output_embeddings", lambda: head)
@@ -282,13 +281,7 @@ def test_the_head_never_holds_all_logits(qwen, monkeypatch, tokens):
     samples = [replace(qwen.samples[-1], completion_ids=[9] * 64) for _ in range(tokens // 64)]
     batch = policy.batch(samples)
     policy(batch, 1.0)[0].sum().backward()  # the gradient of the head, which stays, is there now
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        policy(batch, 1.0)[0].sum().backward()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held, peak = 0, 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+    peak = bench.peak_bytes(lambda: policy(batch, 1.0)[0].sum().backward())
     chunk = 4 * 32 * 150_000
     assert 2 * chunk < peak < 7 * chunk + 4 * head.weight.numel()  # logits, softmax, its gradient; the head's
 

@@ -5,7 +5,6 @@ or later, and everything after it. In float64 it does not within ten steps, and 
 shared out has nothing to hide behind.
 """
 
-import itertools
 import os
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 import bench
 import train_grpo
@@ -119,11 +117,7 @@ def test_the_memory_formula(rows, length, checkpointing, one_rank, data):  # noq
         train_grpo.update(policy, optimizer, samples, None, None, args)
 
     step()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        step()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    peak = max(itertools.accumulate(changes))
+    peak = bench.peak_bytes(step)
     text = model.config.text_config
     shape = (sum(p.numel() for p in policy.parameters()), trained, text.hidden_size,
              text.intermediate_size, text.num_hidden_layers, text.vocab_size)
