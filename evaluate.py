@@ -75,6 +75,15 @@ def wilson_interval(mean, n, z=1.96):
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def count_reflections(text, substring=False):
+    """How often each reflection word occurs in a text, as a dict of those that do."""
+    text, edge = text.lower(), "" if substring else r"\b"
+    # the plain search first: it is 20 times faster than the pattern, and mostly the answer is no
+    counts = {w: len(re.findall(edge + re.escape(w) + edge, text))
+              for w in REFLECTION_WORDS if w in text}
+    return {w: n for w, n in counts.items() if n}
+
+
 def reflection_metrics(texts, is_correct, substring=False):
     """Count reflection words and relate them to being right (paper, section 4 and Table 2).
 
@@ -82,10 +91,9 @@ def reflection_metrics(texts, is_correct, substring=False):
     boundaries; `substring=True` is the paper's own rule, which finds "wait" in "await". Returns the
     five ratios, None where nothing is to be divided by, and `words`: occurrences of each word.
     """
-    edge = "" if substring else r"\b"
-    patterns = {w: re.compile(edge + re.escape(w) + edge, re.I) for w in REFLECTION_WORDS}
-    words = {w: sum(len(p.findall(t)) for t in texts) for w, p in patterns.items()}
-    reflects = [any(p.search(t) for p in patterns.values()) for t in texts]
+    found = [count_reflections(text, substring) for text in texts]
+    words = {w: sum(counts.get(w, 0) for counts in found) for w in REFLECTION_WORDS}
+    reflects = [bool(counts) for counts in found]
     n, right, reflecting = len(texts), sum(map(bool, is_correct)), sum(reflects)
     both = sum(r and bool(c) for r, c in zip(reflects, is_correct, strict=True))
 
@@ -117,6 +125,7 @@ def summarize(samples, n):
     return {
         "n": prompts,
         "completions": len(samples),
+        "right": counts,  # of n, a prompt: what intervals over prompts and runs are made of
         "accuracy": accuracy,
         "accuracy_interval": wilson_interval(accuracy, prompts),
         f"pass@{n}": passed,

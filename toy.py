@@ -17,6 +17,7 @@ RL amplifies what is there. `--check` prints how often each habit is right when 
 
     python toy.py --build            train the base again into toy_model/ (22 minutes on one core)
     python toy.py --check            measure every promise above, exit 1 if one is broken
+    python toy.py --habits --model CHECKPOINT   which habits a model picks, and how good they are
     python toy.py --data my_folder   write the data set as files
 """
 
@@ -65,11 +66,14 @@ BATCH = 64  # fresh scenes a step of the building
 class Args:
     build: bool = False  # train the base and write it to --model
     check: bool = False  # measure the base's promises
+    habits: bool = False  # measure which habits --model picks, and how good each one is
     data: str = ""  # write the three splits into this folder
+    blank: bool = False  # with --data: every picture white, so that there is nothing to see
     model: str = "toy_model"  # folder of the base
     see_steps: int = 1000  # building: steps that teach seeing and counting
     habit_steps: int = 800  # building: steps that teach the four habits, the re-check above all
     share_steps: int = 200  # building: steps that teach how often to use which
+    without: str = ""  # building: opening words of a habit that the base never sees
     seed: int = 0  # of the building
 
 
@@ -141,13 +145,14 @@ def make_split(name):
         yield f"toy_{name}_{i:04d}", *problem, answer, draw(problem[0], rng)
 
 
-def write_data(folder):
+def write_data(folder, blank=False):
     """Write toy_train.jsonl, toy_validation.jsonl, toy_test.jsonl and the images into `folder`."""
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for name in SPLITS:
         rows = []
         for key, scene, colour, answer, image in make_split(name):
+            image = Image.new("RGB", image.size, "white") if blank else image
             image.save(folder / "images" / f"{key}.png")
             golden = row_by_row(scene, colour, random.Random(key), slip=0)
             rows.append({"question": question(colour), "answer": str(answer), "solution": golden,
@@ -317,6 +322,9 @@ def teach(policy, processor, stream, steps, lr):
 
 def build(args):
     """Teach the base to see and count, and only then its habits: at once, it learns neither."""
+    if args.without and args.without not in HABITS:
+        raise utils.UserError(f"--without {args.without!r} is no habit; choose from "
+                              f"{', '.join(HABITS)}.")
     started = time.time()
     torch.set_num_threads(1)  # sums in one order, so that a second build gives the same bits
     processor = build_processor()
@@ -324,10 +332,11 @@ def build(args):
     policy = utils.Policy(model, processor)
     rng = random.Random(args.seed)
     held_out = {(s, c) for name in ("validation", "test") for _, s, c, _, _ in make_split(name)}
+    shown = [habit for opening, habit in HABITS.items() if opening != args.without]
     courses = [  # what is taught, for how long, at which learning rate
         ([(partial(row_by_row, slip=0), 1.0)], args.see_steps, 1.5e-3),
-        ([(habit, taught) for habit, taught, _ in HABITS.values()], args.habit_steps, 1e-3),
-        ([(habit, share) for habit, _, share in HABITS.values()], args.share_steps, 5e-4),
+        ([(habit, taught) for habit, taught, _ in shown], args.habit_steps, 1e-3),
+        ([(habit, share) for habit, _, share in shown], args.share_steps, 5e-4),
     ]
     for habits, steps, lr in courses:
         teach(policy, processor, lessons(processor, held_out, habits, rng), steps, lr)
@@ -426,6 +435,43 @@ def behaviour_promises(engine, processor, splits):
         yield f"test (out of distribution), {setting}", accuracy, None, None
 
 
+def habits(args):
+    """Which habits a model picks by itself at T = 1, and how often each is right.
+
+    By split: the accuracy, and for every habit its share, its accuracy where it was picked (None
+    where it never was), and its accuracy when its opening words are forced.
+    """
+    from reward import load_rewards, score
+    from rollout import HFEngine
+
+    processor, model = utils.load_processor(args.model), utils.load_model(args.model)
+    engine = HFEngine(model, processor, batch_size=256)
+    grade = load_rewards("accuracy:1.0")
+
+    def answers(samples):
+        done = engine.generate(samples, 2, 1.0, 1.0, 96, args.seed)
+        score(done, grade)
+        return done
+
+    def accuracy(done):
+        return round(sum(s.reward for s in done) / len(done), 4) if done else None
+
+    result = {"model": args.model}
+    with tempfile.TemporaryDirectory() as folder:
+        write_data(folder)
+        for name in ("validation", "test"):
+            samples = utils.load_samples(Path(folder) / f"toy_{name}.jsonl", processor, 256)
+            free = answers(samples)
+            table = {"n": len(free), "accuracy": accuracy(free)}
+            for opening in HABITS:
+                chosen = [s for s in free if s.completion_text.startswith(opening)]
+                table[opening] = {"share": round(len(chosen) / len(free), 4),
+                                  "accuracy": accuracy(chosen),
+                                  "forced": accuracy(answers(forced(samples, opening, processor)))}
+            result[name] = table
+    return result
+
+
 def check(args):
     """Print every promise beside its bounds; exit code 1 if one is broken."""
     from rollout import HFEngine
@@ -452,13 +498,15 @@ def check(args):
 
 def main(args):
     if args.data:
-        write_data(args.data)
+        write_data(args.data, args.blank)
         return {"data": args.data}
     if args.build:
         return build(args)
     if args.check:
         return check(args)
-    raise utils.UserError("say what to do: --build, --check or --data FOLDER.")
+    if args.habits:
+        return habits(args)
+    raise utils.UserError("say what to do: --build, --check, --habits or --data FOLDER.")
 
 
 if __name__ == "__main__":

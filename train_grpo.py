@@ -462,7 +462,7 @@ def step_metrics(sums, norms, seconds, learning_rate):
     n, tokens = sums["completions"], max(1, sums["update_tokens"])
     metrics = {name: sums[name] / max(1, sums[f"scored {name}"])
                for name in sums if name.startswith("reward")}
-    metrics["length"] = sums["tokens"] / n
+    metrics |= {"tokens": sums["tokens"], "length": sums["tokens"] / n}
     metrics |= {name: sums[name] / n for name in ("truncated", "unscored")}
     metrics["groups_all_alike"] = sums["groups_all_alike"] / sums["groups"]
     metrics["loss"] = sums["loss"] / max(1, sums["divisor"])
@@ -499,7 +499,7 @@ def check_args(args):
 
 
 def main(args):
-    from evaluate import before_and_after, chosen_settings, evaluate_splits
+    from evaluate import before_and_after, chosen_settings, evaluate_splits, reflection_metrics
     from reward import load_rewards, score
     from rollout import choose_engine, consult, make_engine
 
@@ -614,9 +614,12 @@ def main(args):
         metrics = step_metrics(utils.sum_over_ranks(sums), norms, seconds, learning_rate)
         metrics["sampler_gap_p99"] = max(utils.gather(tails))
         stop_if_sampler_strays(metrics)
+        metrics["peak_memory_gb"] = max(utils.gather([utils.peak_memory() / 1e9]))
         records = utils.gather([s.record() for s in samples])
+        metrics |= reflection_metrics([r["completion_text"] for r in records],
+                                      [r["rewards"].get("accuracy") == 1.0 for r in records])
         place = {"generation_step": step, "gradient_step": step * updates,
-                 "epoch": step / steps_per_epoch}
+                 "epoch": step / steps_per_epoch, "ranks": world_size()}
         if rank() == 0:
             utils.write_jsonl(out / "samples" / f"step_{step:06d}.jsonl", records)
             utils.append_jsonl(out / "metrics.jsonl", place | metrics)

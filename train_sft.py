@@ -238,10 +238,13 @@ def main(args):
         # Log, evaluate, save
         sums = utils.sum_over_ranks(sums)
         metrics = {name: sums[name] / sums["update_tokens"] for name in ("loss", "entropy")}
+        metrics["tokens"] = sums["update_tokens"]
         metrics["length"] = sums["update_tokens"] / args.batch_size
+        metrics["peak_memory_gb"] = max(utils.gather([utils.peak_memory() / 1e9]))
         metrics |= {"grad_norm": norm, "lr": learning_rate}
         metrics |= {f"seconds_{name}": round(s, 3) for name, s in seconds.items()}
-        place = {"generation_step": step, "gradient_step": step, "epoch": step / steps_per_epoch}
+        place = {"generation_step": step, "gradient_step": step,
+                 "epoch": step / steps_per_epoch, "ranks": world_size()}
         if rank() == 0:
             utils.append_jsonl(out / "metrics.jsonl", place | metrics)
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", update=f"{seconds['update']:.1f}s")

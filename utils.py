@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -80,6 +81,9 @@ def parse_args(Args, argv=None):
         parser.error = lambda message: sys.exit(2)
     docs = dict(re.findall(r"^    (\w+):.*?  # (.+)$", inspect.getsource(Args), re.M))
     for f in fields(Args):
+        if f.type is list:  # what stands without a flag
+            parser.add_argument(f.name, nargs="+", help=docs[f.name])
+            continue
         kind = {"type": f.type}
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
@@ -236,6 +240,13 @@ def keep_memory():
         mallopt(name, 2**31 - 1)
 
 
+def peak_memory():
+    """The most memory this process has held, in bytes: the GPU's where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts kilobytes
+
+
 def sum_over_ranks(values):
     """Sum a dictionary of numbers over ranks, in float64. COLLECTIVE: same keys on every rank."""
     total = torch.tensor(list(values.values()), dtype=torch.float64)
@@ -279,7 +290,9 @@ class Sample:
     def record(self):
         """What a run folder keeps of this sample, ready for JSON."""
         names = "id question answer completion_text finish_reason rewards reward advantage".split()
-        return {n: getattr(self, n) for n in names} | {"length": len(self.completion_ids)}
+        kept = {n: getattr(self, n) for n in names} | {"length": len(self.completion_ids)}
+        # the pixels of a parquet row would be repeated by each of its completions
+        return kept | {"images": [image for image in self.images if isinstance(image, str)]}
 
 
 def data_path(name, out):
@@ -918,10 +931,14 @@ def remembered(base, images, cache):
 
 def write_text(path, text):
     """Write a file so that a crash at any moment leaves the old one or the new one, whole."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with open(part, "w") as file:
-        file.write(text)
+    with open(part, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+import evaluate
 import toy
 import train_grpo
 import utils
@@ -95,9 +97,25 @@ def test_grpo_writes_the_run_folder(grpo_run):
     samples = utils.read_jsonl(out / "samples" / "step_000001.jsonl")
     assert len(samples) == 8  # 4 prompts x 2 answers
     assert {"id", "completion_text", "rewards", "length", "finish_reason"} <= set(samples[0])
-    assert len(utils.read_jsonl(out / "eval.jsonl")) == 4  # two splits, before and after
+    evals = utils.read_jsonl(out / "eval.jsonl")
+    assert len(evals) == 4  # two splits, before and after
+    for row in evals:  # the counts that intervals are made of
+        assert len(row["right"]) == row["n"] == 16 and sum(row["right"]) == row["accuracy"] * 16
     for word in ("reward", "accuracy", "length", "rollout", "update"):
         assert word in stderr, f"the progress bar does not show {word}"
+
+
+def test_what_a_step_cost_and_how_it_reflected_is_logged(grpo_run):
+    """The paper's ratios and words, tokens and memory, for every generation step; pictures by path."""
+    _, out, _, _ = grpo_run
+    for row in utils.read_jsonl(out / "metrics.jsonl"):
+        samples = utils.read_jsonl(out / "samples" / f"step_{row['generation_step']:06d}.jsonl")
+        texts = [r["completion_text"] for r in samples]
+        found = evaluate.reflection_metrics(texts, [r["reward"] == 1 for r in samples])
+        assert {name: row[name] for name in found} == found
+        assert row["tokens"] == sum(r["length"] for r in samples) and row["ranks"] == 1
+        assert 0.1 < row["peak_memory_gb"] < 10
+        assert all(Path(picture).is_file() for r in samples for picture in r["images"])
 
 
 def test_checkpoints_are_hugging_face_folders(grpo_run):
@@ -129,8 +147,9 @@ def test_two_ranks_do_the_first_step_of_one(grpo_run, data, tmp_path):
 
 
 def timeless(path):
-    """The rows of a log without what a clock measured."""
-    return [{k: v for k, v in row.items() if "seconds" not in k} for row in utils.read_jsonl(path)]
+    """The rows of a log without what differs by machine: clocks, memory, the number of ranks."""
+    return [{k: v for k, v in row.items() if not re.search("seconds|memory|ranks", k)}
+            for row in utils.read_jsonl(path)]
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(grpo_run):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import toy
 import utils
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +35,17 @@ def gain(result, split):
 def test_the_toy_keeps_its_promises():
     """`python toy.py --check` exits with 0 only if all of them hold."""
     assert run("toy.py", "--check")["broken"] == 0
+
+
+def test_the_habits_of_the_base_are_those_it_was_taught():
+    """Shares within 7 points of what toy.py says; a habit forced is about as good as the habit chosen."""
+    table = run("toy.py", "--habits")["validation"]
+    for opening, (_, _, share) in toy.HABITS.items():
+        assert abs(table[opening]["share"] - share) < 0.07, opening
+        assert abs(table[opening]["forced"] - table[opening]["accuracy"]) < 0.12, opening
+    assert sum(table[opening]["share"] for opening in toy.HABITS) > 0.99
+    mean = sum(table[opening]["share"] * table[opening]["accuracy"] for opening in toy.HABITS)
+    assert abs(mean - table["accuracy"]) < 0.01
 
 
 def test_building_the_base_is_deterministic(tmp_path):
@@ -72,11 +84,7 @@ def test_sft_learns(tmp_path):
 
 def test_blank_pictures_are_not_answered(tmp_path):
     """A trained model that looks at its pictures knows nothing about white ones."""
-    run("toy.py", "--data", tmp_path / "data")
-    from PIL import Image
-
-    for path in (tmp_path / "data" / "images").glob("toy_validation_*.png"):
-        Image.new("RGB", (84, 84), "white").save(path)
+    run("toy.py", "--data", tmp_path / "data", "--blank")
     result = run("evaluate.py", "--data", tmp_path / "data" / "toy_validation.jsonl", "--settings",
                  "pass1_t0.6", "--out", tmp_path / "eval")
     assert result["pass1_t0.6"]["accuracy"] < 1 / 6 + 0.06

@@ -1,0 +1,776 @@
+"""Stage: report. Run folders in; curves, tables, verdicts, diagnostics and an HTML page out.
+
+Reads what the trainers and evaluate.py wrote and needs no model. Runs that differ in nothing but
+seed and folder are one arm: a line in the figures, a row in the tables. Left out of the textbook:
+significance tests. Every headline number has a 95 % bootstrap interval, over seeds and over prompts
+at once, since both were drawn; a difference between arms is taken on the same drawn prompts.
+
+    python report.py runs/grpo_0 runs/grpo_1 runs/sft_0 runs/sft_1 --out runs/report
+    python report.py runs --out runs/report        # every run that lies below a folder
+"""
+
+import base64
+import functools
+import html
+import io
+import json
+import math
+import textwrap
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import utils
+from utils import UserError, print0
+
+ROUNDS = 2000  # of the bootstrap
+TRAINERS = ("train_grpo", "train_sft")
+# Okabe and Ito's colours, told apart by the colour-blind; dashes and marks tell them apart in print
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
+DASHES = ("-", "--", "-.", ":")
+MARKS = "os^Dv<>P"
+RATIOS = ("reflection_ratio", "reflection_ratio_in_correct_answers",
+          "reflection_ratio_in_incorrect_answers", "correct_ratio_in_reflection_texts",
+          "correct_ratio_in_no_reflection_texts")
+
+
+@dataclass
+class Args:
+    runs: list = field(default_factory=list)  # run folders, or folders that hold them
+    out: str = ""  # folder of the report; empty: report/ in the first folder given
+    groups: int = 4  # prompts a step that the HTML page shows, of the first, middle and last step
+    substring: bool = False  # count reflection words as the paper did: "wait" in "await" too
+
+
+@dataclass
+class Run:
+    """What one run folder holds; `missing` says in sentences what it does not."""
+
+    path: Path
+    args: dict
+    metrics: list  # rows of metrics.jsonl
+    evals: list  # rows of eval.jsonl
+    missing: list
+    reflection: dict = field(default_factory=dict)  # by step: what reflection_metrics says
+    answers: np.ndarray | None = None  # (completions, 5): step, length, reflects, right, opening
+    aha: list = field(default_factory=list)  # records that reflect and are right, best first
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading: a crashed run, a cut line, a file that is not there cost a sentence, not the report
+
+
+NEEDED = {  # what a row of each file must have
+    "eval": ("epoch", "split", "setting", "n", "accuracy", "seconds"),
+    "metrics": ("generation_step", "epoch", "length"),
+    "step": ("id", "question", "answer", "completion_text", "finish_reason", "rewards", "advantage",
+             "length"),
+}
+
+
+def read_lines(path, missing):
+    """The rows of a .jsonl file, in order; what cannot be read as one is passed over, and said."""
+    if not path.exists():
+        missing.append(f"{path.name} is not there")
+        return []
+    rows, needed = [], NEEDED[path.stem.split("_")[0]]
+    # a line that a crash cut may end inside a character
+    for n, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and all(name in row for name in needed):
+            rows.append(row)
+        else:
+            missing.append(f"{path.name}, line {n} is no whole row and was passed over")
+    return rows
+
+
+def find_runs(paths):
+    """The run folders among and below `paths`, each once, in the order given."""
+    found = {}
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise UserError(f"{path}: no such folder; give run folders, or folders that hold them.")
+        below = [p.parent for p in sorted(path.rglob("args.json"))]
+        if not below:
+            raise UserError(f"{path}: no args.json in it or below, so it holds no run.")
+        found |= {folder.resolve(): folder for folder in below}
+    return list(found.values())
+
+
+def read_run(path, substring):
+    """Read one run folder. A run without an args.json that can be read is a UserError."""
+    missing = []
+    try:
+        args = json.loads((path / "args.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{path / 'args.json'}: not JSON ({error}); leave this run out.")
+    run = Run(path, args, [], read_lines(path / "eval.jsonl", missing), missing)
+    if args.get("script") in TRAINERS:
+        run.metrics = read_lines(path / "metrics.jsonl", missing)
+    if args.get("script") == "train_grpo":
+        read_samples(run, substring)
+    if not (path / "result.json").exists():
+        last = run.metrics[-1].get("generation_step") if run.metrics else 0
+        missing.append(f"it has not ended; its last logged step is {last}")
+    return run
+
+
+def read_samples(run, substring):
+    """Fill in what is known from the completions: reflection by step, lengths, examples."""
+    from evaluate import count_reflections, reflection_metrics
+
+    openings, rows = {}, []
+    files = sorted((run.path / "samples").glob("step_*.jsonl"))
+    for path in files:
+        step = int(path.stem.removeprefix("step_"))
+        records = read_lines(path, run.missing)
+        right = [r["rewards"].get("accuracy") == 1.0 for r in records]
+        texts = [r["completion_text"] for r in records]
+        run.reflection[step] = reflection_metrics(texts, right, substring)
+        reflects = [bool(count_reflections(text, substring)) for text in texts]
+        for r, is_right, reflecting in zip(records, right, reflects):
+            # how an answer begins tells its habit; within one habit length means something else
+            opening = " ".join(r["completion_text"].split(maxsplit=3)[:3])
+            number = openings.setdefault(opening, len(openings))
+            rows.append((step, r["length"], reflecting, is_right, number))
+        run.aha += [r | {"step": step} for r, is_right, reflecting in zip(records, right, reflects)
+                    if is_right and reflecting]
+        # right where its siblings failed: the advantage says so
+        run.aha = sorted(run.aha, key=lambda r: (-r["advantage"], r["step"], r["id"]))[:3]
+    if rows:
+        run.answers = np.array(rows, dtype=float)
+        return
+    run.missing.append("samples/ holds no completions: no correlation within steps, no examples")
+    if substring:
+        run.missing.append("--substring needs the completions: its ratios are left out")
+        return
+    run.reflection = {m["generation_step"]: m for m in run.metrics if "reflection_ratio" in m}
+
+
+def in_arms(runs):
+    """Training runs by arm, `{label: [runs, by seed]}`; the label says what sets the arm apart."""
+    # what does not change the training
+    own = ("seed", "out", "wandb", "eval_settings", "eval_every", "save_every", "keep")
+    kinds = defaultdict(lambda: defaultdict(list))  # {kind: {arguments: runs}}
+    for run in runs:
+        if run.args.get("script") in TRAINERS:
+            kind = run.args.get("advantage", "sft").upper()
+            rest = {k: v for k, v in run.args.items() if k not in own}
+            kinds[kind][json.dumps(rest, sort_keys=True)].append(run)
+    arms = {}
+    for kind, variants in kinds.items():
+        settings = [json.loads(text) for text in variants]
+        names = sorted({name for s in settings for name in s})
+        differ = [n for n in names if len({json.dumps(s.get(n)) for s in settings}) > 1]
+        # a path's folder says where this machine keeps it, not what it is
+        for own_settings, members in zip(settings, variants.values()):
+            words = [f"--{name} {str(own_settings.get(name)).split('/')[-1]}" for name in differ]
+            members.sort(key=lambda run: (run.args.get("seed", 0), str(run.path)))
+            arms[" ".join([kind, *words])] = members
+    return arms
+
+
+# ---------------------------------------------------------------------------------------------
+# Numbers. Pure functions: arrays in, arrays out
+
+
+@functools.cache
+def draws(n, *seed):
+    """ROUNDS bootstrap draws of n things, as weights (ROUNDS, n) whose rows sum to 1."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), ROUNDS) / n
+
+
+def interval(replicates):
+    """The 95 % percentile interval of bootstrap replicates, as [low, high]."""
+    return [float(v) for v in np.quantile(replicates, (0.025, 0.975))]
+
+
+def pass_name(row):
+    """Which pass@n a row of eval.jsonl reports; pass@1 is the accuracy."""
+    return next((k for k in row if k.startswith("pass@") and "interval" not in k), "accuracy")
+
+
+def scores(run, split, setting):
+    """`(epochs, values (epochs,), redrawn (epochs, ROUNDS))` of one run, by epoch; 0 is untrained.
+
+    The values are pass@n. `redrawn` holds them over redrawn prompts: the same draws for every run
+    over as many prompts, so that runs are compared on the same ones.
+    """
+    rows = {r["epoch"]: r for r in run.evals if (r["split"], r["setting"]) == (split, setting)}
+    epochs = sorted(rows)
+    values = np.array([rows[e][pass_name(rows[e])] for e in epochs])
+    redrawn = []
+    for e, value in zip(epochs, values):
+        right = rows[e].get("right")  # how many of a prompt's n answers; runs of old have none
+        # with n answers a prompt, pass@n asks for one right among them
+        solved = np.array(right) > 0 if right else np.full(1, value)
+        redrawn.append(draws(len(solved), 0) @ solved)
+    return epochs, values, np.array(redrawn).reshape(len(epochs), ROUNDS)
+
+
+STATISTICS = {  # of an array (epochs, ...), epoch 0 first
+    "untrained": lambda a: a[0],
+    "mean": lambda a: a[1:].mean(0),
+    "max": lambda a: a[1:].max(0),
+    "last": lambda a: a[-1],
+    "gain": lambda a: a[-1] - a[0],
+}
+
+
+def statistic(runs, split, setting, name):
+    """One of STATISTICS, averaged over runs: `(value, replicates (ROUNDS,))`, or None without runs.
+
+    Runs are drawn anew in each round too. A run that was not evaluated before training and after
+    at least one epoch does not count.
+    """
+    values, redrawn = [], []
+    for run in runs:
+        epochs, points, rounds = scores(run, split, setting)
+        if len(epochs) > 1 and epochs[0] == 0:
+            values.append(STATISTICS[name](points))
+            redrawn.append(STATISTICS[name](rounds))
+    if not values:
+        return None
+    drawn = draws(len(values), 1, *map(ord, runs[0].path.name))  # other arms draw other seeds
+    return float(np.mean(values)), (drawn * np.array(redrawn).T).sum(1)
+
+
+def correlation(x, y, group, run, step):
+    """Pearson's r of x and y within groups: `(r, [low, high], how many vary in both)`, or None.
+
+    All are (n,). The mean of each group is taken off, so that what differs between groups does not
+    count; the interval redraws runs, and steps within runs, since answers of a step are not
+    independent. A group in which one of them does not vary says nothing; None where all are such.
+    """
+    _, group = np.unique(group, axis=0, return_inverse=True)
+    size = np.bincount(group)
+    x = x - (np.bincount(group, x) / size)[group]
+    y = y - (np.bincount(group, y) / size)[group]
+    x[np.abs(x) < 1e-9] = 0.0  # a group all alike is exactly 0, as the mean of it may not be
+    y[np.abs(y) < 1e-9] = 0.0
+    if not (x.any() and y.any()):
+        return None
+    varied = np.bincount(group, abs(x)) * np.bincount(group, abs(y)) > 0  # by group
+    totals, redrawn = np.zeros(3), []
+    for number in np.unique(run):
+        mine = run == number
+        _, block = np.unique(step[mine], return_inverse=True)
+        a, b = x[mine], y[mine]
+        sums = np.stack([np.bincount(block, w) for w in (a * b, a * a, b * b)], 1)  # (steps, 3)
+        totals += sums.sum(0)
+        redrawn.append(draws(len(sums), 2, int(number)) @ sums * len(sums))  # (ROUNDS, 3)
+    # r of pooled sums, not a mean of the runs' r: a run in which little varies says little
+    weights = draws(len(redrawn), 3)
+    redrawn = np.einsum("br,rbs->bs", weights, np.array(redrawn))
+    with np.errstate(invalid="ignore"):  # a draw in which nothing varies has no correlation
+        rounds = redrawn[:, 0] / np.sqrt(redrawn[:, 1] * redrawn[:, 2])
+    r = float(totals[0] / math.sqrt(totals[1] * totals[2]))
+    return r, interval(rounds[~np.isnan(rounds)]), int(varied[group].sum())
+
+
+def seed_sensitivity(lengths):
+    """How much the length of the last epoch's answers depends on the seed; None with one seed.
+
+    `lengths` holds, for every seed, the mean length at each step of the last epoch. Returns the
+    mean, the standard deviation between seeds, the mean one within a seed (between its steps), and
+    their ratio, with an interval of `between` over redrawn seeds.
+    """
+    if len(lengths) < 2 or min(map(len, lengths)) < 2:
+        return None
+    means = np.array([np.mean(steps) for steps in lengths])
+    weights = draws(len(means), 4)
+    spread = weights @ means**2 - (weights @ means) ** 2  # (ROUNDS,), divided by n
+    redrawn = np.sqrt(np.maximum(spread, 0) * len(means) / (len(means) - 1))
+    within = float(np.mean([np.std(steps, ddof=1) for steps in lengths]))
+    between = float(means.std(ddof=1))
+    return {"seeds": len(means), "mean": float(means.mean()), "between": between,
+            "interval": interval(redrawn), "within": within,
+            "ratio": between / within if within else None}
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables: lists of cells; None is a dash
+
+
+def percent(found):
+    """`(value, replicates)` as "41.2 [38.0, 44.1]", in percent; also for a row's own interval."""
+    if found is None:
+        return None
+    value, spread = found
+    low, high = spread if len(spread) == 2 else interval(spread)
+    return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def measured(arms):
+    """The (split, setting) pairs that some run was evaluated on, validation before test."""
+    rows = [row for runs in arms.values() for run in runs for row in run.evals]
+    pairs = {(row["split"], row["setting"]) for row in rows}
+    return sorted(pairs, key=lambda pair: (pair[0] != "validation", pair))
+
+
+def accuracy_table(arms):
+    """The paper's Table 3: untrained, mean and maximum over epochs, averaged over seeds."""
+    rows = [["split", "setting", "arm", "seeds", "untrained", "mean of epochs", "best epoch",
+             "last epoch"]]
+    for split, setting in measured(arms):
+        for label, runs in arms.items():
+            cells = [percent(statistic(runs, split, setting, name))
+                     for name in ("untrained", "mean", "max", "last")]
+            rows += [[split, setting, label, len(runs), *cells]] if any(cells) else []
+    return rows
+
+
+def against_sft(arms):
+    """Every other arm minus SFT from the same base, for every split and setting, on the same draws.
+
+    Yields `(split, setting, "arm - SFT", mean of epochs, last epoch)`; see `statistic`.
+    """
+    pairs = [(one, other) for other in arms for one in arms
+             if other.startswith("SFT") and not one.startswith("SFT")
+             and arms[one][0].args["model"] == arms[other][0].args["model"]]
+    for split, setting in measured(arms):
+        for one, other in pairs:
+            found = []  # the two arms' seeds are drawn apart, their prompts together
+            for name in ("mean", "last"):
+                a, b = (statistic(arms[label], split, setting, name) for label in (one, other))
+                found.append((a[0] - b[0], a[1] - b[1]) if a and b else None)
+            yield split, setting, f"{one} - {other}", *found
+
+
+def difference_table(arms):
+    rows = [["split", "setting", "arms", "mean of epochs, points", "last epoch, points"]]
+    for *place, mean, last in against_sft(arms):
+        rows.append([*place, percent(mean), percent(last)])
+    return rows
+
+
+def transfer_table(arms):
+    """Out of distribution: what training gained on validation, and how much of it on test."""
+    rows = [["setting", "arm", "gain on validation", "gain on test", "share that carries over"]]
+    for setting in sorted({setting for _, setting in measured(arms)}):
+        for label, runs in arms.items():
+            near, far = (statistic(runs, s, setting, "gain") for s in ("validation", "test"))
+            if near and far:  # a share of a gain that may be none says nothing
+                sure = (near[1] > 0).all()
+                share = percent((far[0] / near[0], far[1] / near[1])) if sure else None
+                rows.append([setting, label, percent(near), percent(far), share])
+    return rows
+
+
+def robustness_table(runs):
+    """What evaluate.py measured on images as they are and on damaged ones."""
+    rows = [["model", "data", "setting", "images", "prompts", "pass@n"]]
+    for run in runs:
+        if run.args.get("script") in TRAINERS:
+            continue
+        for row in run.evals:
+            name = pass_name(row)
+            cell = percent((row[name], row[f"{name}_interval"]))
+            damage = row.get("perturb", "none").replace("none", "as they are")
+            place = [row["split"], row["setting"], damage, row["n"]]
+            rows.append([run.args["model"], *place, cell])
+    return rows
+
+
+def cost_table(arms):
+    """What a run of each arm costs, as the mean over its seeds."""
+    phases = ("rollout", "reward", "logprobs", "update", "sync")
+    rows = [["arm", "steps", *(f"{p}, s" for p in phases), "evaluation, s", "completion tokens",
+             "peak memory, GB", "device-seconds"]]
+    for label, runs in arms.items():
+        runs = [run for run in runs if run.metrics]
+        if not runs:
+            continue
+        spent = {p: [sum(m.get(f"seconds_{p}", 0.0) for m in run.metrics) for run in runs]
+                 for p in phases}
+        devices = [sum(m.get("ranks", 1) * m.get(f"seconds_{p}", 0.0) for m in run.metrics
+                       for p in phases) for run in runs]
+        evaluation = [sum(r["seconds"] for r in run.evals) for run in runs]
+        tokens = [sum(m.get("tokens", 0) for m in run.metrics) for run in runs]
+        peak = [max(m.get("peak_memory_gb", 0.0) for m in run.metrics) for run in runs]
+        rows.append([label, f"{np.mean([len(run.metrics) for run in runs]):.0f}",
+                     *(f"{np.mean(spent[p]):.1f}" for p in phases), f"{np.mean(evaluation):.1f}",
+                     f"{np.mean(tokens):,.0f}", f"{np.mean(peak):.2f}", f"{np.mean(devices):.1f}"])
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------
+# Findings and failure signatures
+
+
+def by_epoch(run, name):
+    """A metric's values by epoch, `{epoch: [one a step]}`; an epoch ends at its whole number."""
+    values = defaultdict(list)
+    for m in run.metrics:
+        if m.get(name) is not None:
+            # 3 / 3 of an epoch may be stored as a little more than 1
+            values[math.ceil(m["epoch"] - 1e-9)].append(m[name])
+    return dict(values)
+
+
+def correlations(runs):
+    """Length against reflection in three ways, from an arm's completions: `{how: correlation}`."""
+    known = [run.answers for run in runs if run.answers is not None]
+    steps = []  # run, step, mean length, reflection ratio
+    for i, run in enumerate(runs):
+        steps += [(i, m["generation_step"], m["length"], found["reflection_ratio"])
+                  for m in run.metrics if (found := run.reflection.get(m["generation_step"]))]
+    result = {}
+    if steps:
+        run, step, length, ratio = np.array(steps, dtype=float).T
+        result["between steps of a run"] = correlation(length, ratio, run, run, step)
+    if known:
+        run = np.repeat(np.arange(len(known)), [len(a) for a in known])
+        step, length, reflects, _, opening = np.concatenate(known).T
+        place = np.stack([run, step], 1)
+        result["between answers of a step"] = correlation(length, reflects, place, run, step)
+        place = np.stack([run, step, opening], 1)
+        result["between answers of a step that open alike"] = correlation(
+            length, reflects, place, run, step)
+    return result
+
+
+def judge(low, high):
+    """The verdict on an effect that the paper found to be positive, from its interval."""
+    return "reproduced" if low > 0 else "the opposite" if high < 0 else "undecided"
+
+
+def findings(arms):
+    """The paper's three findings, each arm's figure beside a rule that was fixed beforehand."""
+    rows = [["finding", "arm", "effect", "verdict"]]
+    for split, setting, compared, mean, _ in against_sft(arms):
+        if split == "test" and mean:
+            rows.append(["1. RL generalises better than SFT: test, mean of epochs",
+                         f"{compared}, {setting}", f"{percent(mean)} points",
+                         judge(*interval(mean[1]))])
+    for label, runs in arms.items():
+        last = [list(lengths.values())[-1] for run in runs
+                if (lengths := by_epoch(run, "length")) and not label.startswith("SFT")]
+        found = seed_sensitivity(last)
+        if found:
+            verdict = "not reproduced"
+            # more than a run's own unrest, and enough to be seen in a plot
+            if found["between"] > max(found["within"], 0.05 * found["mean"]):
+                verdict = "reproduced"
+            low, high = found["interval"]
+            effect = (f"SD between seeds {found['between']:.2f} [{low:.2f}, {high:.2f}] of "
+                      f"{found['mean']:.1f} tokens, within a run {found['within']:.2f}")
+            rows.append(["2. Response length depends on the seed", label, effect, verdict])
+    for label, runs in arms.items():
+        for how, found in correlations(runs).items():
+            effect, verdict = "length or reflection does not vary", "not testable"
+            if found:
+                r, (low, high), n = found
+                effect = f"r = {r:.2f} [{low:.2f}, {high:.2f}], n = {n:,}"
+                verdict = judge(low, high)
+            rows.append([f"3. Reflection goes with length, {how}", label, effect, verdict])
+    return rows
+
+
+def diagnose(label, run):
+    """Failure signatures of one run, as `(what, measured, is it a sign of trouble)`."""
+    def ends(name):
+        values = list(by_epoch(run, name).values())
+        return (float(np.mean(values[0])), float(np.mean(values[-1]))) if values else None
+
+    reward, dead, cut = ends("reward"), ends("groups_all_alike"), ends("truncated")
+    for split, setting in measured({label: [run]}):
+        epochs, values, redrawn = scores(run, split, setting)
+        # the reward is of training prompts: memorising them shows as a slump elsewhere
+        if split == "validation" and reward and len(epochs) > 1:
+            low = interval(redrawn[:-1].max(0) - redrawn[-1])[0]  # surely below an earlier one
+            yield ("reward up while validation is down",
+                   f"reward {reward[0]:.2f} to {reward[1]:.2f}, {setting} {values[:-1].max():.1%} "
+                   f"at its best before, {values[-1]:.1%} at last",
+                   reward[1] > reward[0] and low > 0)
+    if dead:  # all right: nothing left to learn; all wrong: nothing that can be learned
+        yield ("dead groups", f"{dead[1]:.0%} of the last epoch's groups all alike", dead[1] > 0.5)
+    if cut:
+        yield "answers cut off", f"{cut[1]:.1%} of the last epoch's", cut[1] > 0.1
+    gaps = [m["sampler_gap"] for m in run.metrics if "sampler_gap" in m]
+    if gaps:
+        yield ("sampler and trainer disagree", f"mean difference {max(gaps):.1e} nats at worst",
+               max(gaps) > 0.01)
+    if run.answers is not None:
+        _, _, reflects, right, _ = run.answers.T
+        if 0 < reflects.mean() < 1:
+            step = run.answers[:, 0]
+            found = correlation(right, reflects, step, np.zeros(len(step)), step)
+            if found:
+                r, (low, high), _ = found
+                yield ("reflection unrelated to success", f"r = {r:.2f} [{low:.2f}, {high:.2f}] "
+                       "between the answers of a step", low <= 0 <= high)
+
+
+def diagnostics(arms):
+    """Failure signatures by arm: how many of its runs show each, and what was measured in one."""
+    rows = [["arm", "sign", "runs that show it", "measured, in the first such run"]]
+    for label, runs in arms.items():
+        signs = defaultdict(list)
+        for run in runs:
+            for what, said, bad in diagnose(label, run):
+                signs[what].append((not bad, f"{run.path.name}: {said}"))
+        for what, found in signs.items():
+            shown = sum(not good for good, _ in found)
+            _, said = min(found, key=lambda pair: pair[0])  # the first bad one, else the first
+            rows.append([label, what, f"{shown} of {len(found)}", said])
+    # lengths that part over seeds are the arm's, not a run's
+    return rows + [[label, "length unstable over seeds", "yes" if verdict == "reproduced" else "no",
+                    effect] for what, label, effect, verdict in findings(arms) if what[0] == "2"]
+
+
+# ---------------------------------------------------------------------------------------------
+# Figures: panels `(title, x, y, {arm: [(xs, ys) of a run, ...]})` laid side by side
+
+
+def accuracy_panels(arms):
+    """Accuracy by epoch: of the answers given in training, then of every split and setting."""
+    curves = {}
+    for label, runs in arms.items():  # cumulative: the mean over all steps of the epoch
+        means = [{epoch: 100 * np.mean(v) for epoch, v in by_epoch(run, "reward/accuracy").items()}
+                 for run in runs]
+        curves[label] = [(list(m), list(m.values())) for m in means]
+    panels = [("train, as it was answered", "epoch", "accuracy, %", curves)]
+    for split, setting in measured(arms):
+        found = {label: [scores(run, split, setting)[:2] for run in runs]
+                 for label, runs in arms.items()}
+        curves = {label: [(epochs, 100 * values) for epochs, values in points]
+                  for label, points in found.items()}
+        bases = defaultdict(list)  # by model: what the runs that start from it had at epoch 0
+        for label, runs in arms.items():
+            bases[runs[0].args["model"]] += [v[0] for e, v in found[label] if e and e[0] == 0]
+        end = max(max(epochs, default=0) for points in found.values() for epochs, _ in points)
+        for model, starts in bases.items():
+            name = "untrained" if len(bases) == 1 else f"untrained {Path(model).name}"
+            curves[name] = [((0, end), (100 * start,) * 2) for start in starts]
+        row = next(r for runs in arms.values() for run in runs for r in run.evals
+                   if (r["split"], r["setting"]) == (split, setting))
+        title = f"{split}, {setting}, n = {row['n']}"
+        panels.append((title, "epoch", f"{pass_name(row)}, %", curves))
+    return panels
+
+
+def training_panels(arms):
+    """Response length and the paper's five ratios by generation step."""
+    curves = {label: [([m["generation_step"] for m in run.metrics],
+                       [m["length"] for m in run.metrics]) for run in runs]
+              for label, runs in arms.items()}
+    panels = [("response length", "generation step", "tokens", curves)]
+    for name in RATIOS:
+        curves = {}
+        for label, runs in arms.items():  # a ratio without a denominator is a gap in its curve
+            kept = [{step: 100 * found[name] for step, found in run.reflection.items()
+                     if found[name] is not None} for run in runs]
+            curves[label] = [(list(k), list(k.values())) for k in kept]
+        panels.append((name, "generation step", "%", curves))
+    return panels
+
+
+def words_panels(arms):
+    """How often each of the 15 words occurs; those that nobody said have no panel."""
+    from evaluate import REFLECTION_WORDS
+
+    for word in REFLECTION_WORDS:
+        curves = {}
+        for label, runs in arms.items():
+            counts = [{s: f["words"][word] for s, f in run.reflection.items()} for run in runs]
+            curves[label] = [(list(c), list(c.values())) for c in counts]
+        if any(any(ys) for runs in curves.values() for _, ys in runs):
+            yield f'"{word}"', "generation step", "times a step", curves
+
+
+def draw(panels, arms):
+    """PNG bytes of a figure: the mean over seeds, one standard deviation as a band."""
+    from matplotlib.figure import Figure  # no window is ever opened
+    from matplotlib.ticker import MaxNLocator
+
+    columns = min(4, len(panels)) if len(panels) % 4 < 1 else min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    beside = 1 if max(map(len, arms)) > 40 else 4  # entries of the legend in a row
+    height = 2.6 * rows + 0.8 + 0.2 * math.ceil((len(arms) + 1) / beside)
+    figure = Figure(figsize=(3.6 * columns, height), layout="constrained", dpi=120)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, x, y, curves) in zip(axes, panels):
+        for i, (label, runs) in enumerate(curves.items()):
+            at = defaultdict(list)
+            for xs, ys in runs:
+                for where, value in zip(xs, ys):
+                    at[where].append(value)
+            xs, values = sorted(at), [at[where] for where in sorted(at)]
+            mean = np.array([np.mean(v) for v in values])
+            spread = np.array([np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values])
+            axis.plot(xs, mean, label=label, color=COLOURS[i % 8], linestyle=DASHES[i % 4],
+                      marker=MARKS[i % 8], markevery=max(1, len(xs) // 6), markersize=4)
+            axis.fill_between(xs, mean - spread, mean + spread, color=COLOURS[i % 8], alpha=0.2,
+                              linewidth=0)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel(x, fontsize=8)
+        axis.set_ylabel(y, fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    shown = axes[len(panels) - 1]  # the last one has all the lines
+    figure.legend(*shown.get_legend_handles_labels(), fontsize=8, loc="outside upper center",
+                  ncols=beside)
+    seeds = [", ".join(str(run.args.get("seed")) for run in runs) for runs in arms.values()]
+    caption = (f"Mean over seeds ({'; '.join(seeds)}, in the legend's order); the band is one "
+               "standard deviation.")
+    figure.supxlabel(textwrap.fill(caption, 45 * columns), fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})  # the same bytes each time
+    return buffer.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------
+# Pages
+
+
+def markdown_table(rows):
+    cells = [["–" if c is None else str(c).replace("|", "\\|") for c in row] for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in cells]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def html_table(rows):
+    """Every cell is escaped: labels hold what a user typed, cells what a model wrote."""
+    def line(row, tag):
+        cells = ["–" if cell is None else html.escape(str(cell)) for cell in row]
+        cells = "".join(f"<{tag}>{cell}</{tag}>" for cell in cells)
+        return f"<tr>{cells}</tr>"
+
+    return f"<table>{line(rows[0], 'th')}{''.join(line(row, 'td') for row in rows[1:])}</table>"
+
+
+def picture(source):
+    """An image as an element that needs no other file, at most 256 pixels wide or high."""
+    try:
+        image = utils.open_image(source)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return f"<p class=missing>picture not found: {html.escape(str(source))}</p>"
+    image.thumbnail((256, 256))  # a page of full photographs would be too heavy to send
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return embedded(buffer.getvalue(), "the prompt's picture")
+
+
+def embedded(png, words):
+    return f'<img alt="{words}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def html_group(records, title):
+    """One prompt: its pictures, its question, and its G completions side by side."""
+    first, cards = records[0], []
+    for r in records:
+        rewards = ", ".join(f"{name} {value}" for name, value in r["rewards"].items())
+        kind = "good" if r["rewards"].get("accuracy") == 1.0 else "bad"
+        # a mark beside the colour: one of them reaches everybody
+        mark = {"good": "✓", "bad": "✗"}[kind]
+        cards.append(f"<div class={kind}><b>{mark} advantage {r['advantage']:+.2f}</b> "
+                     f"<small>{html.escape(rewards)}; {r['length']} tokens, "
+                     f"{html.escape(r['finish_reason'])}</small>"
+                     f"<pre>{html.escape(r['completion_text'])}</pre></div>")
+    pictures = "".join(map(picture, first.get("images", [])))
+    return (f"<section><h3>{html.escape(title)}</h3><div class=prompt>{pictures}<p>"
+            f"{html.escape(first['question'])}</p><p>Answer: <b>{html.escape(first['answer'])}</b>"
+            f"</p></div><div class=cards>{''.join(cards)}</div></section>")
+
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em;
+       color: #111; background: #fff }
+table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }
+th, td { border-bottom: 1px solid #ccc; padding: .25em .6em; text-align: left }
+img { max-width: 100% } .prompt img { image-rendering: pixelated; min-width: 128px }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: .6em }
+.cards div { border-left: 4px solid #D55E00; background: #f6f6f6; padding: .4em .6em }
+.cards .good { border-color: #0072B2 } small { color: #444 }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3em 0 0; font-size: 12px }
+"""
+
+
+def html_page(sections, figures, groups):
+    """One file that opens without a network; its policy forbids scripts, whatever it holds."""
+    parts = ["<!doctype html><html lang=en><meta charset=utf-8><title>Glassbox report</title>",
+             "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; "
+             "img-src data:; style-src 'unsafe-inline'\">",
+             f"<style>{STYLE}</style><h1>Glassbox report</h1>"]
+    for name, png in figures.items():
+        parts.append(f"<h2>{name.capitalize()}</h2>{embedded(png, name)}")
+    for title, body in sections.items():
+        content = html_table(body) if isinstance(body, list) else f"<p>{html.escape(body)}</p>"
+        parts.append(f"<h2>{html.escape(title)}</h2>{content}")
+    return "\n".join([*parts, "<h2>Prompts and their answers</h2>", *groups])
+
+
+def groups_of(run, label, count):
+    """HTML of some groups of a run: `count` prompts of its first, middle and last kept step."""
+    files = sorted((run.path / "samples").glob("step_*.jsonl"))
+    for path in dict.fromkeys(files[i] for i in (0, len(files) // 2, -1) if files):
+        by_prompt = defaultdict(list)
+        for r in read_lines(path, []):
+            by_prompt[r["id"]].append(r)
+        for prompt, records in list(by_prompt.items())[:count]:
+            yield html_group(records, f"{label}, {run.path.name}, {path.stem}, prompt {prompt}")
+
+
+# ---------------------------------------------------------------------------------------------
+# The stage
+
+
+def main(args):
+    runs = [read_run(path, args.substring) for path in find_runs(args.runs)]
+    out = Path(args.out) if args.out else Path(args.runs[0]) / "report"
+    arms = in_arms(runs)
+    trained = {label: members for label, members in arms.items() if measured({label: members})}
+    missing = [["run", "what is missing"], *([str(run.path), sentence] for run in runs
+                                             for sentence in run.missing)]
+    ahas = [["run", "step", "question", "answer", "advantage", "response"]]
+    for run in runs:
+        ahas += [[str(run.path), r["step"], r["question"], r["answer"], f"{r['advantage']:+.2f}",
+                  r["completion_text"]] for r in run.aha]
+
+    tables = {
+        "Accuracy": accuracy_table(trained),
+        "RL against SFT": difference_table(trained),
+        "Out of distribution": transfer_table(trained),
+        "Damaged images": robustness_table(runs),
+        "The paper's findings": findings(arms),
+        "Cost": cost_table(arms),
+        "Failure signatures": diagnostics(arms),
+        "Reflections that were right": ahas,
+        "Missing": missing,
+    }
+    tables = {title: rows for title, rows in tables.items() if len(rows) > 1}
+    answering = {label: members for label, members in arms.items() if not label.startswith("SFT")}
+    panels = {"accuracy": (accuracy_panels(trained), trained),
+              "training": (training_panels(answering), answering),
+              "words": (list(words_panels(answering)), answering)}
+    figures = {name: draw(*found) for name, found in panels.items() if all(found)}
+    groups = []
+    for label, members in arms.items():  # one run of each: a page of all would be too large
+        groups += groups_of(members[0], label, args.groups)
+    note = ("pass@n of the setting, in percent, with 95 % intervals that redraw seeds and prompts "
+            f"{ROUNDS} times. Best epoch: the maximum over epochs, which favours noise.")
+    for name, png in figures.items():
+        utils.write_bytes(out / f"{name}.png", png)
+    utils.write_text(out / "report.html", html_page({"Note": note} | tables, figures, groups))
+    text = [f"# Report\n\n{note}"] + [f"![{name}]({name}.png)" for name in figures]
+    text += [f"## {title}\n\n{markdown_table(rows)}" for title, rows in tables.items()]
+    utils.write_text(out / "report.md", "\n\n".join(text) + "\n")
+    utils.write_json(out / "report.json", {
+        title: [dict(zip(rows[0], row)) for row in rows[1:]] for title, rows in tables.items()})
+    for sentence in missing[1:]:
+        print0(": ".join(sentence))
+    return {"out": str(out), "runs": len(runs), "arms": {k: len(v) for k, v in arms.items()},
+            "completions": sum(len(r.answers) for r in runs if r.answers is not None)}
+
+
+if __name__ == "__main__":
+    utils.run_script(main, Args)
