@@ -166,11 +166,15 @@ def in_arms(runs):
     arms = {}
     for kind, variants in kinds.items():
         settings = [json.loads(text) for text in variants]
-        names = sorted({name for s in settings for name in s})
-        differ = [n for n in names if len({json.dumps(s.get(n)) for s in settings}) > 1]
-        # a path's folder says where this machine keeps it, not what it is
-        for own_settings, members in zip(settings, variants.values()):
-            words = [f"--{name} {str(own_settings.get(name)).split('/')[-1]}" for name in differ]
+        unlike = {}  # flags in which the variants differ, with the value that goes without saying
+        for name in sorted({name for s in settings for name in s}):
+            values = [s.get(name) for s in settings]
+            usual = max(values, key=values.count)
+            if values.count(usual) < len(values):
+                unlike[name] = usual if values.count(usual) > 1 else None
+        for flags, members in zip(settings, variants.values()):
+            words = [f"--{name} {flags.get(name)}" for name, usual in unlike.items()
+                     if flags.get(name) != usual]
             members.sort(key=lambda run: (run.args.get("seed", 0), str(run.path)))
             arms[" ".join([kind, *words])] = members
     return arms

@@ -89,3 +89,24 @@ for seed in 0 1 2; do
     alter blank --train_data $R/blank/toy_train.jsonl
     alter reinforce_8 --advantage reinforce++
 done
+
+# 5. Damaged pictures: does a model look at them? The base and three seeds of each arm, on validation
+for model in toy_model $R/main/*_[012]/checkpoints/step_*; do
+    name=$(echo $model | sed "s|$R/main/||; s|/checkpoints.*||")
+    for how in none blank noise rotate swap; do
+        [ -e $R/damaged/${name}_$how/result.json ] || python evaluate.py --model $model --perturb $how \
+            --data $R/data/toy_validation.jsonl --settings pass1_t0.6 --out $R/damaged/${name}_$how
+    done
+done
+
+# 6. Reports; and what results/ keeps of each run: everything but completions and weights
+python report.py $R/main $R/damaged --out $R/report/main
+python report.py $R/without --out $R/report/without
+python report.py $R/ablation $R/main/grpo_[012] --out $R/report/ablation
+python report.py $R/sweep --out $R/report/sweep
+rm -rf results/experiment
+for file in $R/*/*/{args,result}.json $R/*/*/{eval,metrics}.jsonl $R/habits/*.json $R/report/*/report.{md,json} \
+    $R/report/*/*.png $R/report/main/report.html; do
+    mkdir -p "results/experiment/$(dirname "${file#$R/}")"
+    cp "$file" "results/experiment/${file#$R/}"
+done

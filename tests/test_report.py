@@ -201,6 +201,13 @@ def test_arms_are_told_apart_by_what_changes_training(tmp_path):
         "GRPO --kl_coef 0.0": ["1", "0"], "GRPO --kl_coef 0.1": ["2"], "SFT": ["3"]}
 
 
+def test_a_label_leaves_out_what_most_arms_share(tmp_path):
+    """Three arms: the one with the usual values has a bare label."""
+    given = [dict(group_size=8, lr=1e-3), dict(group_size=2, lr=1e-3), dict(group_size=8, lr=1e-4)]
+    runs = [read(write_run(tmp_path / str(i), **args)) for i, args in enumerate(given)]
+    assert list(report.in_arms(runs)) == ["GRPO", "GRPO --group_size 2", "GRPO --lr 0.0001"]
+
+
 def full_run(folder, seed, lengths, right_last, **args):
     """Two epochs of two steps; in each step a long answer that reflects and a short one that does not."""
     samples = [[completion("p1", "wait, it is 2 and not 3", True, 1.0), completion("p1", "3", False, -1.0)],
