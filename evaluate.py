@@ -221,7 +221,7 @@ def evaluate_splits(engine, data, settings, args, step, epoch, out):
                    f"[{low:.1%}, {high:.1%}]  length {metrics['length']:.1f}")
             if rank() == 0:
                 row = {"generation_step": step, "epoch": epoch, "split": split, **metrics}
-                utils.append_jsonl(out / "eval.jsonl", row)
+                utils.log_row(out / "eval.jsonl", row, f"eval/{split}/{setting}/")
 
 
 def before_and_after(out):
