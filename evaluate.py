@@ -9,12 +9,16 @@ to bring. Every headline number has a 95 % interval. The trainers call `evaluate
     torchrun --standalone --nproc_per_node 8 evaluate.py --model CHECKPOINT --data data.jsonl
 """
 
+import io
 import math
+import random
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+from PIL import Image
 
 import utils
 from utils import print0, rank, world_size
@@ -43,6 +47,7 @@ class Args:
     max_new_tokens: int = 96  # completions are cut off here
     max_prompt_tokens: int = 2048  # longer prompts, images included, are dropped
     limit: int = 0  # use only the first this many prompts; 0: all
+    perturb: Literal["none", "blank", "noise", "rotate", "swap"] = "none"  # damage the images first
     engine: Literal["auto", "hf", "vllm"] = "auto"  # sampler; auto: vllm on CUDA, else embedded
     rollout_batch_size: int = 256  # completions sampled at one time on a rank
     vllm_memory: float = 0.85  # share of a GPU's memory for vLLM
@@ -50,6 +55,67 @@ class Args:
     engine_timeout: int = 3600  # seconds that one call of vLLM may take
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, else float32
     seed: int = 0  # same seed, same completions
+
+
+# ---------------------------------------------------------------------------------------------
+# Damaged images: does the model look at them? Where accuracy stays as it was, it does not
+
+
+def perturbed(samples, how, seed):
+    """The samples over damaged images, as PNG bytes; the given ones stay as they are.
+
+    `how`: "blank" is white, "noise" draws every pixel at random, "rotate" turns the picture by a
+    quarter, "swap" shows another sample's, "none" changes nothing. An image keeps its width and
+    height, so that the prompt's placeholders still fit. Every rank gets the same.
+    """
+    if how == "none":
+        return samples
+    circle = list(dict.fromkeys(image for s in samples for image in s.images))
+    random.Random(seed).shuffle(circle)
+    place = {image: i for i, image in enumerate(circle)}
+    damaged = []
+    for s in samples:
+        shown = others(s.images, circle, place) if how == "swap" else s.images
+        images = []
+        for i, (image, other) in enumerate(zip(s.images, shown, strict=True)):
+            size = utils.open_image(image).size
+            # by id, not by turn: one sample's noise depends on nobody else
+            rng = random.Random(f"{seed} {s.id} {i}")
+            images.append(as_png(damaged_image(utils.open_image(other), size, how, rng)))
+        damaged.append(replace(s, images=images))
+    return damaged
+
+
+def damaged_image(image, size, how, rng):
+    """One image as `perturbed` wants it, of the given (width, height) in pixels."""
+    if how == "blank":
+        return Image.new("RGB", size, "white")
+    if how == "noise":
+        return Image.frombytes("RGB", size, rng.randbytes(3 * size[0] * size[1]))
+    if how == "rotate":  # anticlockwise
+        image = image.transpose(Image.Transpose.ROTATE_90)
+    return image.resize(size)
+
+
+def others(images, circle, place):
+    """For each of a sample's images the next one on the circle of all, not the sample's own.
+
+    A sample shows none twice either. Where there are too few for that, at least each image is
+    another one; the only image that there is stays. `place` is that of each image on the circle.
+    """
+    shown = []
+    for image in images:
+        steps = range(1, min(len(circle), 2 * len(images)))  # passes its own and those shown
+        near = [circle[(place[image] + step) % len(circle)] for step in steps]
+        best = min(near, key=lambda other: (other in images, other in shown), default=image)
+        shown.append(best)
+    return shown
+
+
+def as_png(image):
+    file = io.BytesIO()
+    image.save(file, "png")
+    return file.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -164,7 +230,7 @@ def evaluate_splits(engine, data, settings, args, step, epoch, out):
                    f"[{low:.1%}, {high:.1%}]  length {metrics['length']:.1f}")
             if rank() == 0:
                 row = {"generation_step": step, "epoch": epoch, "split": split, **metrics}
-                utils.append_jsonl(out / "eval.jsonl", row)
+                utils.log_row(out / "eval.jsonl", row, f"eval/{split}/{setting}/")
 
 
 def before_and_after(out):
@@ -199,12 +265,13 @@ def main(args):
     settings = chosen_settings(args.settings)
     processor = utils.load_processor(args.model)
     samples = utils.load_samples(utils.data_path(args.data, out), processor, args.max_prompt_tokens)
-    samples = samples[: args.limit or None]
+    samples = perturbed(samples[: args.limit or None], args.perturb, args.seed)
     engine = make_engine(args.engine, None, processor, args)
     utils.begin_run(out, args)
     utils.cut_logs(out, 0)  # an evaluation that was stopped starts anew
 
-    result = {"model": args.model, "data": args.data, "out": str(out)}
+    damage = {"perturb": args.perturb}
+    result = {"model": args.model, "data": args.data, **damage, "out": str(out)}
     for setting in settings:
         metrics, done = evaluate(engine, samples, setting, args.max_new_tokens, args.seed)
         n = SETTINGS[setting][0]
@@ -215,7 +282,7 @@ def main(args):
         headline = (f"pass@{n}", f"pass@{n}_interval", "accuracy", "length", "truncated", "n")
         result[setting] = {name: metrics[name] for name in headline}
         if rank() == 0:
-            row = {"generation_step": 0, "epoch": 0, "split": args.data, **metrics}
+            row = {"generation_step": 0, "epoch": 0, "split": args.data, **damage, **metrics}
             utils.append_jsonl(out / "eval.jsonl", row)
             utils.write_jsonl(out / "samples" / f"{setting}.jsonl", [s.record() for s in done])
     if rank() == 0:

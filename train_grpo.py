@@ -90,6 +90,7 @@ class Args:
     eval_every: int = 0  # epochs between evaluations; 0: before and after only
     save_every: int = 0  # generation steps between checkpoints; 0: only the last
     keep: int = 0  # newest checkpoints that are kept, older ones are deleted; 0: all
+    wandb: str = ""  # mirror metrics.jsonl to this Weights & Biases project; empty: nowhere
 
 
 # ---------------------------------------------------------------------------------------------
@@ -504,6 +505,7 @@ def main(args):
     from rollout import choose_engine, consult, make_engine
 
     check_args(args)
+    utils.check_wandb(args.wandb)
     args.engine = choose_engine(args.engine)  # args.json says what ran
     if args.engine == "hf":
         args.tis_cap = 0.0  # sampler and trainer are one
@@ -550,6 +552,7 @@ def main(args):
            f"{args.batch_size} prompts x {args.group_size} answers, on {world_size()} x "
            f"{utils.device().type}. {out}")
     utils.begin_run(out, args)
+    utils.start_mirror(out, args)
 
     # A run that was stopped goes on after its last whole checkpoint: data order and sampling depend
     # on the seed and the step alone, so nothing else has to be restored
@@ -622,7 +625,7 @@ def main(args):
                  "epoch": step / steps_per_epoch, "ranks": world_size()}
         if rank() == 0:
             utils.write_jsonl(out / "samples" / f"step_{step:06d}.jsonl", records)
-            utils.append_jsonl(out / "metrics.jsonl", place | metrics)
+            utils.log_row(out / "metrics.jsonl", place | metrics)
         shown = {name.removeprefix("reward/"): f"{metrics[name]:.2f}"
                  for name in metrics if name.startswith("reward")}
         shown["length"] = f"{metrics['length']:.0f}"

@@ -70,6 +70,7 @@ class Args:
     eval_every: int = 0  # epochs between evaluations; 0: before and after only
     save_every: int = 0  # gradient steps between checkpoints; 0: only the last
     keep: int = 0  # newest checkpoints that are kept, older ones are deleted; 0: all
+    wandb: str = ""  # mirror metrics.jsonl to this Weights & Biases project; empty: nowhere
 
 
 # ---------------------------------------------------------------------------------------------
@@ -175,6 +176,7 @@ def main(args):
     from rollout import make_engine
 
     check_args(args)
+    utils.check_wandb(args.wandb)
     settings = chosen_settings(args.eval_settings)
     started = time.time()
     out, continues = utils.choose_run(args)
@@ -209,6 +211,7 @@ def main(args):
     print0(f"Training {count:,} weights on {len(train)} prompts: {total} steps of "
            f"{args.batch_size} golden responses, on {world_size()} x {utils.device().type}. {out}")
     utils.begin_run(out, args)
+    utils.start_mirror(out, args)
 
     start = 0
     if continues and (newest := utils.whole_checkpoint(out)):
@@ -246,7 +249,7 @@ def main(args):
         place = {"generation_step": step, "gradient_step": step,
                  "epoch": step / steps_per_epoch, "ranks": world_size()}
         if rank() == 0:
-            utils.append_jsonl(out / "metrics.jsonl", place | metrics)
+            utils.log_row(out / "metrics.jsonl", place | metrics)
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", update=f"{seconds['update']:.1f}s")
         last = step == total
         # COLLECTIVE, both. Saved last: what stands before a checkpoint in the logs is complete

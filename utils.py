@@ -8,6 +8,7 @@ import argparse
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import inspect
 import io
 import json
@@ -50,6 +51,7 @@ INSTRUCTION = "Think step by step and put the final answer in \\boxed{}."
 IMAGE_MARK = "<image>"
 HEAD_NUMBERS = 2**27  # of [completion tokens, vocabulary], that exist at one time
 run_folder = []  # of this process, once `begin_run` has written it: what an error message names
+mirror = []  # the Weights & Biases run of this process, once `start_mirror` has begun it
 
 
 # ---------------------------------------------------------------------------------------------
@@ -958,6 +960,42 @@ def append_jsonl(path, row):
         file.write((json.dumps(row) + "\n").encode())
         file.flush()
         os.fsync(file.fileno())
+
+
+def check_wandb(project):
+    """UserError, on every rank, where rank 0 lacks the package that --wandb needs. COLLECTIVE."""
+    spec = importlib.util.find_spec("wandb") if project else None
+    if project and not gather([spec and spec.origin])[0]:  # a mere folder has no origin
+        raise UserError("--wandb needs the package wandb; run `pip install wandb`, or leave the "
+                        "flag out.")
+
+
+def start_mirror(out, args):
+    """On rank 0 begin, or go on with, the Weights & Biases run that --wandb asks for."""
+    if args.wandb and rank() == 0:
+        import wandb
+
+        key = out / "wandb_id.txt"  # a run that goes on does so there too
+        if not key.exists():
+            write_text(key, os.urandom(8).hex())
+        try:
+            mirror.append(wandb.init(project=args.wandb, id=key.read_text(), name=out.name,
+                                     resume="allow", dir=str(out), config=run_arguments(args, out)))
+        except Exception as error:  # nobody is logged in, no network, ...
+            raise RunError(f"--wandb {args.wandb}: it cannot begin ({error}); run `wandb login` or "
+                           "set WANDB_MODE=offline.") from error
+
+
+def log_row(path, row, prefix=""):
+    """Append a row to a log; then send its numbers to the mirror, whose failure is only said."""
+    append_jsonl(path, row)
+    numbers = {prefix + k: v for k, v in row.items() if isinstance(v, (int, float, dict))}
+    try:
+        for run in mirror:
+            run.log(numbers, step=row["generation_step"])
+    except Exception as error:  # whatever it is, training goes on
+        mirror.clear()
+        print0(f"Weights & Biases failed ({error}); the run goes on without it.")
 
 
 def read_jsonl(path):
