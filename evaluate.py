@@ -143,11 +143,11 @@ def wilson_interval(mean, n, z=1.96):
 
 def count_reflections(text, substring=False):
     """How often each reflection word occurs in a text, as a dict of those that do."""
-    text, edge = text.lower(), "" if substring else r"\b"
-    # the plain search first: it is 20 times faster than the pattern, and mostly the answer is no
-    counts = {w: len(re.findall(edge + re.escape(w) + edge, text))
-              for w in REFLECTION_WORDS if w in text}
-    return {w: n for w, n in counts.items() if n}
+    text = text.lower()
+    # the left edge is looked for last: a pattern that begins with \b is ten times slower
+    counts = {word: len(re.findall(word if substring else rf"{word}\b(?<=\b{word})", text))
+              for word in REFLECTION_WORDS}
+    return {word: n for word, n in counts.items() if n}
 
 
 def reflection_metrics(texts, is_correct, substring=False):
@@ -157,11 +157,13 @@ def reflection_metrics(texts, is_correct, substring=False):
     boundaries; `substring=True` is the paper's own rule, which finds "wait" in "await". Returns the
     five ratios, None where nothing is to be divided by, and `words`: occurrences of each word.
     """
-    found = [count_reflections(text, substring) for text in texts]
-    words = {w: sum(counts.get(w, 0) for counts in found) for w in REFLECTION_WORDS}
-    reflects = [bool(counts) for counts in found]
-    n, right, reflecting = len(texts), sum(map(bool, is_correct)), sum(reflects)
-    both = sum(r and bool(c) for r, c in zip(reflects, is_correct, strict=True))
+    return reflection_ratios([count_reflections(text, substring) for text in texts], is_correct)
+
+
+def reflection_ratios(found, is_correct):
+    """The same from what `count_reflections` found in each response."""
+    n, right, reflecting = len(found), sum(map(bool, is_correct)), sum(map(bool, found))
+    both = sum(bool(r) and bool(c) for r, c in zip(found, is_correct, strict=True))
 
     def ratio(part, whole):
         return part / whole if whole else None
@@ -172,7 +174,7 @@ def reflection_metrics(texts, is_correct, substring=False):
         "reflection_ratio_in_incorrect_answers": ratio(reflecting - both, n - right),
         "correct_ratio_in_reflection_texts": ratio(both, reflecting),
         "correct_ratio_in_no_reflection_texts": ratio(right - both, n - reflecting),
-        "words": words,
+        "words": {w: sum(counts.get(w, 0) for counts in found) for w in REFLECTION_WORDS},
     }
 
 

@@ -123,7 +123,7 @@ def read_run(path, substring):
 
 def read_samples(run, substring):
     """Fill in what is known from the completions: reflection by step, lengths, examples."""
-    from evaluate import count_reflections, reflection_metrics
+    from evaluate import count_reflections, reflection_ratios
 
     openings, rows = {}, []
     files = sorted((run.path / "samples").glob("step_*.jsonl"))
@@ -131,16 +131,15 @@ def read_samples(run, substring):
         step = int(path.stem.removeprefix("step_"))
         records = read_lines(path, run.missing)
         right = [r["rewards"].get("accuracy") == 1.0 for r in records]
-        texts = [r["completion_text"] for r in records]
-        run.reflection[step] = reflection_metrics(texts, right, substring)
-        reflects = [bool(count_reflections(text, substring)) for text in texts]
-        for r, is_right, reflecting in zip(records, right, reflects):
+        found = [count_reflections(r["completion_text"], substring) for r in records]
+        run.reflection[step] = reflection_ratios(found, right)
+        for r, is_right, words in zip(records, right, found):
             # how an answer begins tells its habit; within one habit length means something else
             opening = " ".join(r["completion_text"].split(maxsplit=3)[:3])
             number = openings.setdefault(opening, len(openings))
-            rows.append((step, r["length"], reflecting, is_right, number))
-        run.aha += [r | {"step": step} for r, is_right, reflecting in zip(records, right, reflects)
-                    if is_right and reflecting]
+            rows.append((step, r["length"], bool(words), is_right, number))
+        run.aha += [r | {"step": step} for r, is_right, words in zip(records, right, found)
+                    if is_right and words]
         # right where its siblings failed: the advantage says so
         run.aha = sorted(run.aha, key=lambda r: (-r["advantage"], r["step"], r["id"]))[:3]
     if rows:

@@ -8,6 +8,7 @@
     python tests/bench.py grader --peer math_verify --cases rows.jsonl
     python tests/bench.py rollout        # the embedded engine and transformers' generate
     python tests/bench.py ranks          # samples/s of the quick start on one rank and on two
+    python tests/bench.py report         # seconds that a report on 102,400 completions takes
     python tests/bench.py memory         # bytes a rank by formula, for 3B and 7B on 1 and 8 GPUs
 
 Speeds of two programs are compared by alternating them, round by round, in the same process, so that
@@ -544,6 +545,32 @@ def ranks(rounds, steps=6):
     return {"rounds": rounds, "steps": steps, "samples_per_second": result}
 
 
+def report(rounds):
+    """Seconds and peak memory of a report on one made run, 400 steps of 256 answers of 200 words each."""
+    import report
+    import utils
+
+    words = "row 1 : red - blue makes wait, re-check verify yeti 2".split()
+    with tempfile.TemporaryDirectory() as folder:
+        run, seconds = Path(folder) / "run", []
+        utils.write_json(run / "args.json", {"script": "train_grpo", "model": "toy_model", "advantage": "grpo"})
+        for step in range(1, 401):
+            texts = [" ".join(words[(i * j + step) % len(words)] for j in range(200)) for i in range(256)]
+            utils.write_jsonl(run / "samples" / f"step_{step:06d}.jsonl", [
+                {"id": f"p{i // 8}", "question": "?", "answer": "2", "completion_text": text, "finish_reason": "stop",
+                 "rewards": {"accuracy": i % 2}, "advantage": i % 2 - 0.5, "length": 200 + i % 7}
+                for i, text in enumerate(texts)])
+            utils.append_jsonl(run / "metrics.jsonl", {"generation_step": step, "epoch": step / 100, "length": 203.0})
+        for _ in range(rounds):
+            started = time.perf_counter()
+            found = report.main(report.Args(runs=[str(run)], out=f"{folder}/out"))
+            seconds.append(time.perf_counter() - started)
+    result = {"completions": found["completions"], "seconds": round(median(seconds), 1),
+              "peak_memory_gb": round(utils.peak_memory() / 1e9, 2)}
+    print(result, file=sys.stderr)
+    return result
+
+
 # total and trained weights, the language model's width, MLP width, layers and vocabulary
 SHAPES = {"Qwen2.5-VL-3B": (3.75e9, 3.09e9, 2048, 11008, 36, 151936),
           "Qwen2.5-VL-7B": (8.29e9, 7.62e9, 3584, 18944, 28, 152064)}
@@ -592,7 +619,8 @@ def memory():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["step", "profile", "growth", "grader", "rollout", "ranks", "memory"])
+    parser.add_argument("what", nargs="?", choices=["step", "profile", "growth", "grader", "rollout", "ranks",
+                                                       "report", "memory"])
     parser.add_argument("--peer", choices=["trl", "math_verify"], help="measure this library beside ours")
     parser.add_argument("--cases", help="JSON lines of prediction and reference; default: built-in pairs")
     parser.add_argument("--rounds", type=int, default=7, help="repetitions of each measurement")
@@ -612,7 +640,8 @@ def main():
         torch.set_num_threads(os.cpu_count())
     found = {"step": lambda: step(args.peer, args.rounds), "growth": lambda: growth(args.rounds),
              "grader": lambda: grader(args.peer, args.cases, args.rounds), "rollout": lambda: rollout(args.rounds),
-             "ranks": lambda: ranks(args.rounds), "memory": memory, "profile": where_time_goes}[what]()
+             "ranks": lambda: ranks(args.rounds), "memory": memory,
+             "report": lambda: report(args.rounds), "profile": where_time_goes}[what]()
     if args.plot:
         draw_growth(found, args.plot)
     print(json.dumps({what: found}))
