@@ -311,10 +311,13 @@ def percent(found):
 
 
 def measured(arms):
-    """The (split, setting) pairs that some run was evaluated on, validation before test."""
+    """The (split, setting) pairs that some run was evaluated on, in the paper's order."""
+    from evaluate import SETTINGS
+
     rows = [row for runs in arms.values() for run in runs for row in run.evals]
-    pairs = {(row["split"], row["setting"]) for row in rows}
-    return sorted(pairs, key=lambda pair: (pair[0] != "validation", pair))
+    order = ["validation", "test", *SETTINGS]  # what is in neither stands last
+    return sorted({(row["split"], row["setting"]) for row in rows}, key=lambda pair: [
+        (order.index(name) if name in order else len(order), name) for name in pair])
 
 
 def accuracy_table(arms):
@@ -356,12 +359,12 @@ def difference_table(arms):
 def transfer_table(arms):
     """Out of distribution: what training gained on validation, and how much of it on test."""
     rows = [["setting", "arm", "gain on validation", "gain on test", "share that carries over"]]
-    for setting in sorted({setting for _, setting in measured(arms)}):
+    for setting in dict.fromkeys(setting for _, setting in measured(arms)):
         for label, runs in arms.items():
             near, far = (statistic(runs, s, setting, "gain") for s in ("validation", "test"))
-            if near and far:  # a share of a gain that may be none says nothing
-                sure = (near[1] > 0).all()
-                share = percent((far[0] / near[0], far[1] / near[1])) if sure else None
+            if near and far:  # a share of next to nothing says nothing
+                much = near[1].min() > 0.02
+                share = percent((far[0] / near[0], far[1] / near[1])) if much else None
                 rows.append([setting, label, percent(near), percent(far), share])
     return rows
 
@@ -593,7 +596,7 @@ def draw(panels, arms):
     from matplotlib.figure import Figure  # no window is ever opened
     from matplotlib.ticker import MaxNLocator
 
-    columns = min(4, len(panels)) if len(panels) % 4 < 1 else min(3, len(panels))
+    columns = 4 if len(panels) in (4, 7, 8) or len(panels) > 9 else min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     beside = 1 if max(map(len, arms)) > 40 else 4  # entries of the legend in a row
     height = 2.6 * rows + 0.8 + 0.2 * math.ceil((len(arms) + 1) / beside)

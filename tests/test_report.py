@@ -226,9 +226,11 @@ def test_findings_of_made_runs(tmp_path):
     make(tmp_path / "out", tmp_path)
     found = {row["finding"]: row for row in table(tmp_path / "out", "The paper's findings")}
     assert len(found) == 5
-    assert found["1. RL generalises better than SFT: test, mean of epochs"]["effect"].startswith("50.0 [")
-    assert found["2. Response length depends on the seed"]["effect"] == (
-        "SD between seeds 20.00 [0.00, 23.09] of 40.5 tokens, within a run 0.71")
+    better = found["1. RL generalises better than SFT: test, mean of epochs"]
+    assert better["effect"].startswith("50.0 [") and better["verdict"] == "reproduced"
+    parted = found["2. Response length depends on the seed"]
+    assert parted["effect"] == "SD between seeds 20.00 [0.00, 23.09] of 40.5 tokens, within a run 0.71"
+    assert parted["verdict"] == "reproduced"
     r = found["3. Reflection goes with length, between answers of a step"]
     # deviations of length 3 and 1 beside deviations of a half: 4 / sqrt(20)
     assert r["effect"].startswith("r = 0.89 [") and r["verdict"] == "reproduced"

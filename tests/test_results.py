@@ -1,0 +1,163 @@
+"""The README's tables of the experiments, made again from the raw logs in results/experiment.
+
+`python tests/test_results.py` prints them, for the README to hold.
+"""
+
+import json
+import sys
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import report
+import toy
+
+FOLDER = ROOT / "results" / "experiment"
+README = (ROOT / "README.md").read_text()
+SHORT = "pass1_t0.6"
+
+
+def arms_of(*parts):
+    """The arms of the runs below results/experiment, in the report's own order."""
+    runs = [report.read_run(path, False) for path in report.find_runs([FOLDER / part for part in parts])]
+    return report.in_arms(runs)
+
+
+def published(name, title):
+    """A table of the report that was published with the runs."""
+    return json.loads((FOLDER / "report" / name / "report.json").read_text())[title]
+
+
+def cell(runs, split, name):
+    return report.percent(report.statistic(runs, split, SHORT, name))
+
+
+def accuracy_table():
+    """Every split and setting of the comparison, as the report has it."""
+    return report.accuracy_table(arms_of("main"))
+
+
+def sweep_table():
+    """Validation after the last epoch by learning rate, mean of the two tuning seeds."""
+    rows = []
+    for arm, runs in arms_of("sweep").items():
+        kind, _, rate = arm.partition(" --lr ")
+        assert [run.args["seed"] for run in runs] == [10, 11]
+        last = mean(report.scores(run, "validation", SHORT)[1][-1] for run in runs)
+        rows.append((kind, float(rate), f"{100 * last:.1f}"))
+    kinds = sorted({kind for kind, _, _ in rows})
+    return [["arm", *(f"{i} rate" for i in ("lowest", "second", "third", "highest"))]] + [
+        [kind, *(f"{accuracy} at {rate:.0e}".replace("e-0", "e-") for _, rate, accuracy in sorted(
+            row for row in rows if row[0] == kind))] for kind in kinds]
+
+
+def without_table():
+    """The same arms from a base that was never shown a reflection."""
+    rows = [["arm", "validation, untrained", "last epoch", "test, untrained", "last epoch"]]
+    for label, runs in arms_of("without").items():
+        rows.append([label, *(cell(runs, split, name) for split in ("validation", "test")
+                              for name in ("untrained", "last"))])
+    return rows
+
+
+def ablation_table():
+    """One thing changed at a time; accuracy after the last epoch, and where length and reflection ended."""
+    rows = [["GRPO, but", "validation", "test", "tokens an answer", "reflect, %", "seconds of training"]]
+    for label, runs in arms_of("ablation", *(f"main/grpo_{seed}" for seed in (0, 1, 2))).items():
+        assert [run.args["seed"] for run in runs] == [0, 1, 2]
+        last = [[r for r in run.evals if (r["split"], r["setting"]) == ("validation", SHORT)][-1] for run in runs]
+        spent = mean(sum(v for m in run.metrics for k, v in m.items() if k.startswith("seconds_")) for run in runs)
+        rows.append([label, cell(runs, "validation", "last"), cell(runs, "test", "last"),
+                     f"{mean(r['length'] for r in last):.1f}",
+                     f"{100 * mean(r['reflection_ratio'] for r in last):.1f}", f"{spent:.0f}"])
+    return rows
+
+
+def damage_table():
+    """Accuracy on validation pictures as they are and damaged, in %, mean of three seeds (the base: one)."""
+    kinds = ("none", "blank", "noise", "rotate", "swap")
+    rows = [["model", *(kind.replace("none", "as they are") for kind in kinds)]]
+    for name in ("toy_model", "sft", "grpo", "reinforce"):
+        found = {kind: [json.loads(p.read_text())[SHORT]["accuracy"]
+                        for p in sorted(FOLDER.glob(f"damaged/{name}*_{kind}/result.json"))] for kind in kinds}
+        assert {len(values) for values in found.values()} == {1 if name == "toy_model" else 3}
+        rows.append([name, *(f"{100 * mean(values):.1f}" for values in found.values())])
+    return rows
+
+
+def habits(name, split):
+    """Mean over seeds of what `toy.py --habits` measured: `{opening: (share, forced accuracy)}`, accuracy."""
+    tables = [json.loads(p.read_text())[split] for p in sorted(FOLDER.glob(f"habits/{name}*.json"))]
+    assert len(tables) == (1 if name == "toy_model" else 5)
+    each = {opening: tuple(mean(t[opening][key] for t in tables) for key in ("share", "forced"))
+            for opening in toy.HABITS}
+    return each, mean(t["accuracy"] for t in tables)
+
+
+def habits_table():
+    """Share of each habit at T = 1 on validation, and accuracy when it is forced, in %; then the gain's parts."""
+    rows = [["model", *toy.HABITS, "accuracy", "gain", "by choosing"]]
+    base, start = habits("toy_model", "validation")
+    for name in ("toy_model", "sft", "grpo", "reinforce"):
+        each, accuracy = habits(name, "validation")
+        # had each habit stayed as good as it was in the base
+        chosen = sum((share - base[opening][0]) * base[opening][1] for opening, (share, _) in each.items())
+        gains = [f"{100 * gain:.1f}" for gain in (accuracy - start, chosen)] if name != "toy_model" else [None] * 2
+        rows.append([name, *(f"{100 * share:.0f}, {100 * forced:.0f}" for share, forced in each.values()),
+                     f"{100 * accuracy:.1f}", *gains])
+    return rows
+
+
+def cost_table():
+    found = published("main", "Cost")
+    return [list(found[0]), *(list(row.values()) for row in found)]
+
+
+def findings_table(name):
+    found = published(name, "The paper's findings")
+    return [list(found[0]), *(list(row.values()) for row in found)]
+
+
+TABLES = [accuracy_table, sweep_table, without_table, ablation_table, damage_table, habits_table, cost_table,
+          lambda: findings_table("main")]
+
+
+@pytest.mark.parametrize("made", TABLES, ids=lambda made: made.__name__)
+def test_a_table_of_the_readme_is_made_of_the_raw_files(made):
+    assert report.markdown_table(made()) in README
+
+
+@pytest.mark.parametrize("name, parts", [("main", ["main"]), ("without", ["without"]), ("sweep", ["sweep"]),
+                                         ("ablation", ["ablation", "main/grpo_0", "main/grpo_1", "main/grpo_2"])])
+def test_the_published_reports_are_made_of_the_raw_files(name, parts):
+    """All of their accuracies, differences and lengths; what needs the completions is not kept here."""
+    arms = arms_of(*parts)
+    for title, make in (("Accuracy", report.accuracy_table), ("RL against SFT", report.difference_table),
+                        ("Out of distribution", report.transfer_table), ("Cost", report.cost_table)):
+        rows = make(arms)
+        if len(rows) > 1:
+            assert [list(row.values()) for row in published(name, title)] == rows[1:], title
+    lengths = [row for row in report.findings(arms)[1:] if row[0][0] in "12"]
+    assert [list(r.values()) for r in published(name, "The paper's findings") if r["finding"][0] in "12"] == lengths
+
+
+def test_the_comparison_is_what_the_readme_says():
+    """Five seeds an arm, the same prompts, as many epochs, every setting after each."""
+    arms = arms_of("main")
+    assert sorted(arms) == ["GRPO", "REINFORCE++", "SFT"]
+    for runs in arms.values():
+        assert [run.args["seed"] for run in runs] == [0, 1, 2, 3, 4]
+        for run in runs:
+            assert run.args["epochs"] == 3 and run.args["train_data"].endswith("data/toy_train.jsonl")
+            points = {(r["epoch"], r["split"], r["setting"]) for r in run.evals}
+            assert len(points) == len(run.evals) == 4 * 2 * 3
+            assert json.loads((run.path / "result.json").read_text())["minutes"] <= 4
+
+
+if __name__ == "__main__":
+    for made in TABLES:
+        print(f"{made.__doc__ or made.__name__}\n\n{report.markdown_table(made())}\n")
