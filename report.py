@@ -41,7 +41,7 @@ RATIOS = ("reflection_ratio", "reflection_ratio_in_correct_answers",
 class Args:
     runs: list = field(default_factory=list)  # run folders, or folders that hold them
     out: str = ""  # folder of the report; empty: report/ in the first folder given
-    groups: int = 4  # prompts a step that the HTML page shows, of the first, middle and last step
+    groups: int = 4  # prompts a step in the page, of the first, middle and last step; 0: none
     substring: bool = False  # count reflection words as the paper did: "wait" in "await" too
 
 
@@ -615,8 +615,9 @@ def draw(panels, arms):
             spread = np.array([np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values])
             axis.plot(xs, mean, label=label, color=COLOURS[i % 8], linestyle=DASHES[i % 4],
                       marker=MARKS[i % 8], markevery=max(1, len(xs) // 6), markersize=4)
-            axis.fill_between(xs, mean - spread, mean + spread, color=COLOURS[i % 8], alpha=0.2,
-                              linewidth=0)
+            most = 100 if "%" in y else math.inf  # no share lies outside 0 and 100 %
+            axis.fill_between(xs, np.maximum(mean - spread, 0), np.minimum(mean + spread, most),
+                              color=COLOURS[i % 8], alpha=0.2, linewidth=0)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel(x, fontsize=8)
         axis.set_ylabel(y, fontsize=8)

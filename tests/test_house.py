@@ -232,6 +232,11 @@ def test_readme_growth_figures_stand_in_results():
         assert f"{times[1]:.1f} with {last['value']:,}" in words
 
 
+def test_readme_report_figures_stand_in_results():
+    found = json.loads((ROOT / "results" / "report.json").read_text())["report"]
+    assert f"{found['completions']:,} completions take {found['seconds']} seconds" in README.replace("\n", " ")
+
+
 def test_readme_memory_table_is_the_formulas():
     for name, cells in bench.memory().items():
         assert f"| {name.replace(', ', ' | ')} | {' | '.join(map(str, cells))} |\n" in README

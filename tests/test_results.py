@@ -122,6 +122,47 @@ def findings_table(name):
     return [list(found[0]), *(list(row.values()) for row in found)]
 
 
+def sentences():
+    """What the README says beside its tables, with the numbers in it, by the place where it says it."""
+    arms, built_in = arms_of("main"), habits_table()
+    found = {(row["finding"], row["arm"]): row["effect"] for row in published("main", "The paper's findings")}
+    gap = {label: found["1. RL generalises better than SFT: test, mean of epochs", f"{label} - SFT, {SHORT}"]
+           for label in ("GRPO", "REINFORCE++")}
+    r = {how: found[f"3. Reflection goes with length, between {how}", "GRPO"]
+         for how in ("steps of a run", "answers of a step", "answers of a step that open alike")}
+    lengths = {label: [mean(report.by_epoch(run, "length")[3]) for run in runs] for label, runs in arms.items()}
+    second = sorted((mean(report.by_epoch(run, "length")[2]), 100 * mean(report.by_epoch(run, "reflection_ratio")[2]))
+                    for run in arms["REINFORCE++"])
+    others = [share for _, share in second[:-1]]
+    reach = [row for row in accuracy_table() if row[:3] == ["test", "pass8_t1", "GRPO"]][0]
+    gained = {row[0]: (row[-2], row[-1]) for row in built_in[1:]}
+    without = {row[0]: row for row in without_table()[1:]}
+    apart = {(row[0], row[2]): row[3] for row in report.difference_table(arms_of("without"))[1:] if row[1] == SHORT}
+    quick = [json.loads((ROOT / "results" / "quickstart" / f"seed_{s}" / "result.json").read_text())
+             ["test_pass1_t0.6"]["after"]["accuracy"] for s in (0, 1, 2)]
+    drops = [100 * (report.statistic(arms[label], "test", SHORT, "last")[0]
+                    - report.statistic(arms_of("without")[label], "test", SHORT, "last")[0])
+             for label in ("GRPO", "REINFORCE++", "SFT")]
+    return {
+        "rl": f"GRPO minus SFT out of distribution is {gap['GRPO']}, REINFORCE++ minus SFT {gap['REINFORCE++']} "
+              f"(T = 0.6, mean of epochs)",
+        "reach": f"GRPO's pass@8 out of distribution falls from {reach[4]} untrained to {reach[7]}",
+        "quick": f"the quick start's half as large learning rate ends at {100 * mean(quick):.1f} on test",
+        "length": f"{min(lengths['GRPO']):.1f} to {max(lengths['GRPO']):.1f} tokens over the five seeds of GRPO, "
+                  f"{min(lengths['REINFORCE++']):.1f} to {max(lengths['REINFORCE++']):.1f} of REINFORCE++",
+        "route": f"in epoch 2 one of them wrote {second[-1][0]:.1f} tokens and reflected in {second[-1][1]:.0f} % of its "
+                 f"answers, where the other four wrote {second[0][0]:.1f} to {second[-2][0]:.1f} and reflected in "
+                 f"{min(others):.0f} to {max(others):.0f} %",
+        "within": f"Between the answers of one step {r['answers of a step']}; among those that open alike "
+                  f"{r['answers of a step that open alike']}; from step to step of a run {r['steps of a run']}",
+        "choosing": f"{gained['grpo'][1]} of GRPO's {gained['grpo'][0]} points, {gained['reinforce'][1]} of "
+                    f"REINFORCE++'s {gained['reinforce'][0]} and {gained['sft'][1]} of SFT's {gained['sft'][0]}",
+        "without": f"it ends at {without['GRPO'][4]} on test with GRPO and {without['SFT'][4]} with SFT; GRPO minus "
+                   f"SFT, mean of epochs, is {apart['test', 'GRPO - SFT']}",
+        "bases": "by {:.1f}, {:.1f} and {:.1f} points".format(*drops),
+    }
+
+
 TABLES = [accuracy_table, sweep_table, without_table, ablation_table, damage_table, habits_table, cost_table,
           lambda: findings_table("main")]
 
@@ -129,6 +170,12 @@ TABLES = [accuracy_table, sweep_table, without_table, ablation_table, damage_tab
 @pytest.mark.parametrize("made", TABLES, ids=lambda made: made.__name__)
 def test_a_table_of_the_readme_is_made_of_the_raw_files(made):
     assert report.markdown_table(made()) in README
+
+
+def test_the_sentences_of_the_readme_are_made_of_the_raw_files():
+    words = " ".join(README.split())
+    for place, sentence in sentences().items():
+        assert sentence in words, place
 
 
 @pytest.mark.parametrize("name, parts", [("main", ["main"]), ("without", ["without"]), ("sweep", ["sweep"]),
