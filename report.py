@@ -613,8 +613,9 @@ def draw(panels, arms):
             xs, values = sorted(at), [at[where] for where in sorted(at)]
             mean = np.array([np.mean(v) for v in values])
             spread = np.array([np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values])
-            axis.plot(xs, mean, label=label, color=COLOURS[i % 8], linestyle=DASHES[i % 4],
-                      marker=MARKS[i % 8], markevery=max(1, len(xs) // 6), markersize=4)
+            j = i + i // 8  # from the ninth on, a colour meets another dash and mark
+            axis.plot(xs, mean, label=label, color=COLOURS[i % 8], linestyle=DASHES[j % 4],
+                      marker=MARKS[j % 8], markevery=max(1, len(xs) // 6), markersize=4)
             most = 100 if "%" in y else math.inf  # no share lies outside 0 and 100 %
             axis.fill_between(xs, np.maximum(mean - spread, 0), np.minimum(mean + spread, most),
                               color=COLOURS[i % 8], alpha=0.2, linewidth=0)

@@ -157,8 +157,8 @@ def sentences():
                   f"{r['answers of a step that open alike']}; from step to step of a run {r['steps of a run']}",
         "choosing": f"{gained['grpo'][1]} of GRPO's {gained['grpo'][0]} points, {gained['reinforce'][1]} of "
                     f"REINFORCE++'s {gained['reinforce'][0]} and {gained['sft'][1]} of SFT's {gained['sft'][0]}",
-        "without": f"it ends at {without['GRPO'][4]} on test with GRPO and {without['SFT'][4]} with SFT; GRPO minus "
-                   f"SFT, mean of epochs, is {apart['test', 'GRPO - SFT']}",
+        "without": f"GRPO ends at {without['GRPO'][4]} on test and SFT at {without['SFT'][4]}; the difference, mean of "
+                   f"epochs, is {apart['test', 'GRPO - SFT']}",
         "bases": "by {:.1f}, {:.1f} and {:.1f} points".format(*drops),
     }
 
