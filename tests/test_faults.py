@@ -25,7 +25,7 @@ import pytest
 import torch
 import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401  # which a run would load late
 from safetensors.torch import load_file
-from test_commands import TINY, data, group_of, splits, timeless  # noqa: F401
+from test_commands import TINY, all_finite, data, group_of, splits, timeless  # noqa: F401
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -450,7 +450,7 @@ def test_nothing_but_dead_groups(whole, tmp_path, flags):
     assert code == 0, said
     rows = utils.read_jsonl(out / "metrics.jsonl")
     assert [(row["truncated"], row["groups_all_alike"], row["reward"]) for row in rows] == [(1, 1, 0)] * 2
-    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert all_finite(rows)
     old, new = (load_file(folder / "model.safetensors")
                 for folder in (ROOT / "toy_model", utils.latest_checkpoint(out)))
     assert all(torch.equal(old[name], new[name]) for name in new)
