@@ -9,7 +9,6 @@ to bring. Every headline number has a 95 % interval. The trainers call `evaluate
     torchrun --standalone --nproc_per_node 8 evaluate.py --model CHECKPOINT --data data.jsonl
 """
 
-import io
 import math
 import random
 import re
@@ -81,7 +80,7 @@ def perturbed(samples, how, seed):
             size = utils.open_image(image).size
             # by id, not by turn: one sample's noise depends on nobody else
             rng = random.Random(f"{seed} {s.id} {i}")
-            images.append(as_png(damaged_image(utils.open_image(other), size, how, rng)))
+            images.append(utils.as_png(damaged_image(utils.open_image(other), size, how, rng)))
         damaged.append(replace(s, images=images))
     return damaged
 
@@ -110,12 +109,6 @@ def others(images, circle, place):
         best = min(near, key=lambda other: (other in images, other in shown), default=image)
         shown.append(best)
     return shown
-
-
-def as_png(image):
-    file = io.BytesIO()
-    image.save(file, "png")
-    return file.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------

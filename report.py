@@ -514,21 +514,24 @@ def diagnose(label, run):
                        "between the answers of a step", low <= 0 <= high)
 
 
-def diagnostics(arms):
-    """Failure signatures by arm: how many of its runs show each, and what was measured in one."""
+def diagnostics(arms, found):
+    """Failure signatures by arm: how many of its runs show each, and what was measured in one.
+
+    `found` are the rows of `findings`.
+    """
     rows = [["arm", "sign", "runs that show it", "measured, in the first such run"]]
     for label, runs in arms.items():
         signs = defaultdict(list)
         for run in runs:
             for what, said, bad in diagnose(label, run):
                 signs[what].append((not bad, f"{run.path.name}: {said}"))
-        for what, found in signs.items():
-            shown = sum(not good for good, _ in found)
-            _, said = min(found, key=lambda pair: pair[0])  # the first bad one, else the first
-            rows.append([label, what, f"{shown} of {len(found)}", said])
+        for what, seen in signs.items():
+            shown = sum(not good for good, _ in seen)
+            _, said = min(seen, key=lambda pair: pair[0])  # the first bad one, else the first
+            rows.append([label, what, f"{shown} of {len(seen)}", said])
     # lengths that part over seeds are the arm's, not a run's
     return rows + [[label, "length unstable over seeds", "yes" if verdict == "reproduced" else "no",
-                    effect] for what, label, effect, verdict in findings(arms) if what[0] == "2"]
+                    effect] for what, label, effect, verdict in found if what[0] == "2"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -663,9 +666,7 @@ def picture(source):
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return f"<p class=missing>picture not found: {html.escape(str(source))}</p>"
     image.thumbnail((256, 256))  # a page of full photographs would be too heavy to send
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return embedded(buffer.getvalue(), "the prompt's picture")
+    return embedded(utils.as_png(image), "the prompt's picture")
 
 
 def embedded(png, words):
@@ -744,14 +745,15 @@ def main(args):
         ahas += [[str(run.path), r["step"], r["question"], r["answer"], f"{r['advantage']:+.2f}",
                   r["completion_text"]] for r in run.aha]
 
+    found = findings(arms)
     tables = {
         "Accuracy": accuracy_table(trained),
         "RL against SFT": difference_table(trained),
         "Out of distribution": transfer_table(trained),
         "Damaged images": robustness_table(runs),
-        "The paper's findings": findings(arms),
+        "The paper's findings": found,
         "Cost": cost_table(arms),
-        "Failure signatures": diagnostics(arms),
+        "Failure signatures": diagnostics(arms, found),
         "Reflections that were right": ahas,
         "Missing": missing,
     }
@@ -760,7 +762,7 @@ def main(args):
     panels = {"accuracy": (accuracy_panels(trained), trained),
               "training": (training_panels(answering), answering),
               "words": (list(words_panels(answering)), answering)}
-    figures = {name: draw(*found) for name, found in panels.items() if all(found)}
+    figures = {name: draw(*shown) for name, shown in panels.items() if all(shown)}
     groups = []
     for label, members in arms.items():  # one run of each: a page of all would be too large
         groups += groups_of(members[0], label, args.groups)

@@ -29,7 +29,6 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -119,13 +118,6 @@ def draw(scene, rng):
         else:
             pen.polygon(((x, y - size), (x - size, y + size), (x + size, y + size)), fill=colour)
     return image
-
-
-def as_png(image):
-    """The bytes of an image as a data set's file would hold them."""
-    file = BytesIO()
-    image.save(file, "png")
-    return file.getvalue()
 
 
 def question(colour):
@@ -288,7 +280,7 @@ def build_model(processor, seed):
 def lessons(processor, held_out, habits, rng):
     """Endless samples of fresh scenes, none held out, answered by habits drawn by their shares."""
     eos = [processor.tokenizer.eos_token_id]
-    blank = as_png(draw([None] * GRID**2, rng))
+    blank = utils.as_png(draw([None] * GRID**2, rng))
     prompts = {}  # made once: a prompt depends on its colour alone, every picture has 9 tokens
     for colour in COLOURS:
         row = {"question": question(colour), "answer": "0", "images": [blank]}
@@ -297,7 +289,7 @@ def lessons(processor, held_out, habits, rng):
         scene, colour = make_problem(rng, rng.randrange(ANSWERS), unusual=False)
         if (scene, colour) in held_out:
             continue  # validation and test stay unseen by the base too
-        picture = as_png(draw(scene, rng))
+        picture = utils.as_png(draw(scene, rng))
         habit = rng.choices([h for h, _ in habits], [share for _, share in habits])[0]
         ids = processor.tokenizer(habit(scene, colour, rng))["input_ids"]
         yield replace(prompts[colour], images=[picture], completion_ids=ids + eos)
@@ -364,7 +356,7 @@ def forced(samples, opening, processor):
 
 def blanked(samples):
     """The same prompts over white pictures."""
-    blank = as_png(draw([None] * GRID**2, random.Random(0)))
+    blank = utils.as_png(draw([None] * GRID**2, random.Random(0)))
     return [replace(s, images=[blank]) for s in samples]
 
 

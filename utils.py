@@ -352,6 +352,13 @@ def open_image(source):
     return image.convert("RGB")
 
 
+def as_png(image):
+    """The bytes of an image as a data set's file would hold them."""
+    file = io.BytesIO()
+    image.save(file, "png")
+    return file.getvalue()
+
+
 def checked_image(image, folder, place):
     """A row's image, checked: its absolute path in the folder, or its bytes; and the picture."""
     name = "image bytes"

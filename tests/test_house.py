@@ -28,7 +28,7 @@ STAGES = ["reward", "rollout", "train_sft", "train_grpo", "evaluate", "report", 
 # toy (300: the check of what the base was promised to be; which habits a trained model picks), report (400:
 # nine tables, three figures and a page, on folders that may be broken; intervals over seeds and prompts at once).
 BUDGETS = {"reward": 510, "rollout": 720, "train_sft": 280, "train_grpo": 650, "evaluate": 350,
-           "report": 785, "utils": 1155, "toy": 520}
+           "report": 790, "utils": 1160, "toy": 520}
 README = (ROOT / "README.md").read_text()
 
 

@@ -28,7 +28,7 @@ def pixels(source):
 
 def picture(rows):
     """The bytes of a picture with these rows of colours."""
-    return evaluate.as_png(Image.fromarray(np.array(rows, np.uint8)))
+    return utils.as_png(Image.fromarray(np.array(rows, np.uint8)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def test_grids_and_prompts_still_fit(tiny, tmp_path, how):
     sizes = [(rng.randint(1, 300), rng.randint(2, 300)) for _ in range(12)]
     sizes = [size for size in sizes if max(size) < 100 * min(size)] + [(29, 57), (200, 27), (1, 90)]
     rows = [{"id": str(size), "question": "<image>What?", "answer": "1",
-             "images": [evaluate.as_png(Image.new("RGB", size, "green"))]} for size in sizes]
+             "images": [utils.as_png(Image.new("RGB", size, "green"))]} for size in sizes]
     samples = tiny.samples + [utils.make_sample(row, tmp_path, row["id"], tiny.processor) for row in rows]
     grids = set()
     for old, new in zip(samples, evaluate.perturbed(samples, how, 0), strict=True):
