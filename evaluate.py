@@ -14,7 +14,6 @@ import random
 import re
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 from PIL import Image
@@ -281,7 +280,7 @@ def main(args):
             utils.append_jsonl(out / "eval.jsonl", row)
             utils.write_jsonl(out / "samples" / f"{setting}.jsonl", [s.record() for s in done])
     if rank() == 0:
-        utils.write_json(Path(out) / "result.json", result)
+        utils.write_json(out / "result.json", result)
     return result
 
 

@@ -152,6 +152,11 @@ def read_samples(run, substring):
     run.reflection = {m["generation_step"]: m for m in run.metrics if "reflection_ratio" in m}
 
 
+def is_sft(label):
+    """Whether an arm is supervised: its answers are given, and others are held against it."""
+    return label.startswith("SFT")
+
+
 def in_arms(runs):
     """Training runs by arm, `{label: [runs, by seed]}`; the label says what sets the arm apart."""
     # what does not change the training
@@ -338,7 +343,7 @@ def against_sft(arms):
     Yields `(split, setting, "arm - SFT", mean of epochs, last epoch)`; see `statistic`.
     """
     pairs = [(one, other) for other in arms for one in arms
-             if other.startswith("SFT") and not one.startswith("SFT")
+             if is_sft(other) and not is_sft(one)
              and arms[one][0].args["model"] == arms[other][0].args["model"]]
     for split, setting in measured(arms):
         for one, other in pairs:
@@ -457,7 +462,7 @@ def findings(arms):
                          judge(*interval(mean[1]))])
     for label, runs in arms.items():
         last = [list(lengths.values())[-1] for run in runs
-                if (lengths := by_epoch(run, "length")) and not label.startswith("SFT")]
+                if (lengths := by_epoch(run, "length")) and not is_sft(label)]
         found = seed_sensitivity(last)
         if found:
             verdict = "not reproduced"
@@ -535,29 +540,26 @@ def diagnostics(arms, found):
 
 
 # ---------------------------------------------------------------------------------------------
-# Figures: panels `(title, x, y, {arm: [(xs, ys) of a run, ...]})` laid side by side
+# Figures: panels `(title, x, y, {arm: [{x: y} of a run, ...]})` laid side by side
 
 
 def accuracy_panels(arms):
     """Accuracy by epoch: of the answers given in training, then of every split and setting."""
     curves = {}
     for label, runs in arms.items():  # cumulative: the mean over all steps of the epoch
-        means = [{epoch: 100 * np.mean(v) for epoch, v in by_epoch(run, "reward/accuracy").items()}
-                 for run in runs]
-        curves[label] = [(list(m), list(m.values())) for m in means]
+        curves[label] = [{epoch: 100 * np.mean(values) for epoch, values in
+                          by_epoch(run, "reward/accuracy").items()} for run in runs]
     panels = [("train, as it was answered", "epoch", "accuracy, %", curves)]
     for split, setting in measured(arms):
-        found = {label: [scores(run, split, setting)[:2] for run in runs]
-                 for label, runs in arms.items()}
-        curves = {label: [(epochs, 100 * values) for epochs, values in points]
-                  for label, points in found.items()}
-        bases = defaultdict(list)  # by model: what the runs that start from it had at epoch 0
+        curves, bases = {}, defaultdict(list)  # by model: what its runs had at epoch 0
         for label, runs in arms.items():
-            bases[runs[0].args["model"]] += [v[0] for e, v in found[label] if e and e[0] == 0]
-        end = max(max(epochs, default=0) for points in found.values() for epochs, _ in points)
+            found = [scores(run, split, setting)[:2] for run in runs]
+            curves[label] = [dict(zip(epochs, 100 * values)) for epochs, values in found]
+            bases[runs[0].args["model"]] += [c[0] for c in curves[label] if 0 in c]
+        end = max(max(curve, default=0) for found in curves.values() for curve in found)
         for model, starts in bases.items():
             name = "untrained" if len(bases) == 1 else f"untrained {Path(model).name}"
-            curves[name] = [((0, end), (100 * start,) * 2) for start in starts]
+            curves[name] = [{0: start, end: start} for start in starts]
         row = next(r for runs in arms.values() for run in runs for r in run.evals
                    if (r["split"], r["setting"]) == (split, setting))
         title = f"{split}, {setting}, n = {row['n']}"
@@ -565,18 +567,20 @@ def accuracy_panels(arms):
     return panels
 
 
+def reflection_curves(arms, value):
+    """`value` of what `reflection_metrics` said of each step; None is a gap in the curve."""
+    return {label: [{step: v for step, found in run.reflection.items()
+                     if (v := value(found)) is not None} for run in runs]
+            for label, runs in arms.items()}
+
+
 def training_panels(arms):
     """Response length and the paper's five ratios by generation step."""
-    curves = {label: [([m["generation_step"] for m in run.metrics],
-                       [m["length"] for m in run.metrics]) for run in runs]
+    curves = {label: [{m["generation_step"]: m["length"] for m in run.metrics} for run in runs]
               for label, runs in arms.items()}
     panels = [("response length", "generation step", "tokens", curves)]
-    for name in RATIOS:
-        curves = {}
-        for label, runs in arms.items():  # a ratio without a denominator is a gap in its curve
-            kept = [{step: 100 * found[name] for step, found in run.reflection.items()
-                     if found[name] is not None} for run in runs]
-            curves[label] = [(list(k), list(k.values())) for k in kept]
+    for name in RATIOS:  # in percent; without a denominator, a ratio is None
+        curves = reflection_curves(arms, lambda found: found[name] and 100 * found[name])
         panels.append((name, "generation step", "%", curves))
     return panels
 
@@ -586,11 +590,8 @@ def words_panels(arms):
     from evaluate import REFLECTION_WORDS
 
     for word in REFLECTION_WORDS:
-        curves = {}
-        for label, runs in arms.items():
-            counts = [{s: f["words"][word] for s, f in run.reflection.items()} for run in runs]
-            curves[label] = [(list(c), list(c.values())) for c in counts]
-        if any(any(ys) for runs in curves.values() for _, ys in runs):
+        curves = reflection_curves(arms, lambda found: found["words"][word])
+        if any(any(curve.values()) for runs in curves.values() for curve in runs):
             yield f'"{word}"', "generation step", "times a step", curves
 
 
@@ -610,8 +611,8 @@ def draw(panels, arms):
     for axis, (title, x, y, curves) in zip(axes, panels):
         for i, (label, runs) in enumerate(curves.items()):
             at = defaultdict(list)
-            for xs, ys in runs:
-                for where, value in zip(xs, ys):
+            for curve in runs:
+                for where, value in curve.items():
                     at[where].append(value)
             xs, values = sorted(at), [at[where] for where in sorted(at)]
             mean = np.array([np.mean(v) for v in values])
@@ -758,7 +759,7 @@ def main(args):
         "Missing": missing,
     }
     tables = {title: rows for title, rows in tables.items() if len(rows) > 1}
-    answering = {label: members for label, members in arms.items() if not label.startswith("SFT")}
+    answering = {label: members for label, members in arms.items() if not is_sft(label)}
     panels = {"accuracy": (accuracy_panels(trained), trained),
               "training": (training_panels(answering), answering),
               "words": (list(words_panels(answering)), answering)}

@@ -388,6 +388,7 @@ def overlong_penalty(samples: list, max_length: int = 2048, buffer: int = 512) -
     excess = [len(s.completion_ids) - max_length + buffer for s in samples]
     return [-min(1.0, max(0.0, tokens / buffer)) for tokens in excess]
 
+
 REWARDS = {  # what --rewards can name: functions of the samples, a number or None for each
     "accuracy": lambda samples: [accuracy_reward(s.completion_text, s.answer) for s in samples],
     "language": lambda samples: [language_reward(s.completion_text) for s in samples],

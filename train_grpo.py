@@ -94,7 +94,55 @@ class Args:
 
 
 # ---------------------------------------------------------------------------------------------
-# Advantages. Pure functions: rewards in, advantages out; NaN where an answer could not be scored
+# Step I: data flow
+
+
+def epoch_batches(samples, batch_size, seed, epoch):
+    """The epoch's batches of prompts, the same on every rank; a short last batch is dropped."""
+    order = list(range(len(samples)))
+    random.Random(f"{seed} {epoch}").shuffle(order)
+    whole = len(order) - len(order) % batch_size
+    return [[samples[i] for i in order[k : k + batch_size]] for k in range(0, whole, batch_size)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Step II: response collection
+
+
+def in_groups(samples, group_size):
+    return [samples[i : i + group_size] for i in range(0, len(samples), group_size)]
+
+
+def is_alike(group):
+    """All right or all wrong (without an accuracy: equal rewards), so that nothing is learnt."""
+    return len({s.rewards.get("accuracy", s.reward) for s in group}) == 1
+
+
+def collect(answer, prompts, pool, args, step):
+    """Answered and scored samples, G a prompt; dead groups make way for others.
+
+    `answer(prompts, seed)` samples and scores. DAPO's dynamic sampling (arXiv 2503.14476, section
+    3.2), bounded: what is still alike after `args.refills` rounds stays. A slot of the batch has
+    its own queue of new prompts, so that ranks need not talk and their number changes nothing.
+    """
+    samples = answer(prompts, f"{args.seed} {step}")
+    for attempt in range(1, args.refills + 1):
+        groups = in_groups(samples, args.group_size)
+        dead = [i for i, group in enumerate(groups) if is_alike(group)]  # slots of this rank
+        if not dead:
+            break
+        order = random.Random(f"{args.seed} {step} {attempt}").sample(pool, len(pool))
+        # slot i of rank r is slot r + i * W of the batch, wherever it is answered
+        new = [order[(rank() + i * world_size()) % len(order)] for i in dead]
+        fresh = in_groups(answer(new, f"{args.seed} {step} {attempt}"), args.group_size)
+        for i, group in zip(dead, fresh):
+            groups[i] = group
+        samples = [s for group in groups for s in group]
+    return samples
+
+
+# ---------------------------------------------------------------------------------------------
+# Step III: trajectory. Advantages are pure functions of rewards; NaN: could not be scored
 
 
 def centred(rewards):
@@ -152,8 +200,48 @@ def reinforce_advantages(rewards):
     return ((rewards - scored.mean()) / (scored.std() + 1e-4)).nan_to_num()
 
 
+def subtract_divergence(samples, old, ref, kl_coef):
+    """KL in the reward: minus `kl_coef` times the k1 estimate, summed over the completion."""
+    for s in samples:
+        if s.reward is not None:
+            s.reward -= kl_coef * (math.fsum(old[id(s)]) - math.fsum(ref[id(s)]))
+
+
+def set_advantages(samples, group_size, kind):
+    """Turn the rewards of this rank's samples into advantages, one number a sample. COLLECTIVE."""
+    rewards = [math.nan if s.reward is None else s.reward for s in samples]
+    if kind == "reinforce++":
+        everyone = torch.tensor(utils.gather(rewards)).view(world_size(), -1)
+        advantages = reinforce_advantages(everyone.flatten()).view_as(everyone)[rank()]
+    else:  # a prompt's group lives on one rank
+        compare = {"grpo": grpo_advantages, "dr_grpo": dr_grpo_advantages, "rloo": rloo_advantages}
+        advantages = compare[kind](torch.tensor(rewards).view(-1, group_size)).flatten()
+    for s, a in zip(samples, advantages.tolist(), strict=True):
+        s.advantage = a
+
+
+def teaches(sample, args):
+    """Whether a sample has a gradient: from its advantage, or from a divergence in the loss."""
+    return sample.advantage != 0 or (args.kl_coef > 0 and args.kl != "k1")
+
+
+def logprob_pass(policy, samples, args, every=False):
+    """Log-probabilities without gradient, one list a sample. COLLECTIVE when sharded.
+
+    Of those that teach something, or of `every` one.
+    """
+    result, dummy = {}, samples[:1]
+    samples = [s for s in samples if every or teaches(s, args)]
+    for part in utils.micro_batches(samples, args.micro_batch_tokens, policy.shared):
+        with torch.no_grad():
+            logprobs, _ = policy(policy.batch(part or dummy), args.temperature)
+        for s, row in zip(part, logprobs.tolist()):
+            result[id(s)] = row[: len(s.completion_ids)]
+    return result
+
+
 # ---------------------------------------------------------------------------------------------
-# The loss. Pure functions again: (B, C) over completion tokens, logprobs in nats, mask of bool
+# Step IV: policy update. First the loss, in pure functions of (B, C), nats, over completion tokens
 #
 #   --loss      ratio     surrogate   a token counts   summed and divided by, over all ranks
 #   token       token     clipped     1                tokens                     (DAPO)
@@ -192,15 +280,15 @@ def cispo_loss(logprobs, log_ratio, advantages, clip_low, clip_high):
     return -weight * advantages * logprobs
 
 
-def policy_loss(logprobs, old_logprobs, advantages, mask, args):
-    """The surrogate that `args.loss` names, 0 outside the mask, and its log-ratio. Both (B, C)."""
-    log_ratio = (logprobs - old_logprobs) * mask  # (B, C), 0 outside the mask
-    if args.loss == "gspo":
+def policy_loss(logprobs, old_logprobs, advantages, mask, kind, clip_low, clip_high):
+    """The surrogate of the `kind` above, 0 outside the mask, and its log-ratio. Both (B, C)."""
+    log_ratio = (logprobs - old_logprobs) * mask  # (B, C)
+    if kind == "gspo":
         log_ratio = sequence_log_ratio(log_ratio, mask)
-    if args.loss == "cispo":
-        losses = cispo_loss(logprobs, log_ratio, advantages, args.clip_low, args.clip_high)
+    if kind == "cispo":
+        losses = cispo_loss(logprobs, log_ratio, advantages, clip_low, clip_high)
     else:
-        losses = clipped_loss(log_ratio, advantages, args.clip_low, args.clip_high)
+        losses = clipped_loss(log_ratio, advantages, clip_low, clip_high)
     return losses * mask, log_ratio
 
 
@@ -250,121 +338,6 @@ def importance_weights(old_logprobs, sampler_logprobs, cap):
     return torch.exp(old_logprobs - sampler_logprobs).clamp(max=cap).detach()
 
 
-# ---------------------------------------------------------------------------------------------
-# Step I: data flow
-
-
-def epoch_batches(samples, batch_size, seed, epoch):
-    """The epoch's batches of prompts, the same on every rank; a short last batch is dropped."""
-    order = list(range(len(samples)))
-    random.Random(f"{seed} {epoch}").shuffle(order)
-    whole = len(order) - len(order) % batch_size
-    return [[samples[i] for i in order[k : k + batch_size]] for k in range(0, whole, batch_size)]
-
-
-# ---------------------------------------------------------------------------------------------
-# Step II: response collection
-
-
-def in_groups(samples, group_size):
-    return [samples[i : i + group_size] for i in range(0, len(samples), group_size)]
-
-
-def is_alike(group):
-    """All right or all wrong (without an accuracy: equal rewards), so that nothing is learnt."""
-    return len({s.rewards.get("accuracy", s.reward) for s in group}) == 1
-
-
-def collect(answer, prompts, pool, args, step):
-    """Answered and scored samples, G a prompt; dead groups make way for others.
-
-    `answer(prompts, seed)` samples and scores. DAPO's dynamic sampling (arXiv 2503.14476, section
-    3.2), bounded: what is still alike after `args.refills` rounds stays. A slot of the batch has
-    its own queue of new prompts, so that ranks need not talk and their number changes nothing.
-    """
-    samples = answer(prompts, f"{args.seed} {step}")
-    for attempt in range(1, args.refills + 1):
-        groups = in_groups(samples, args.group_size)
-        dead = [i for i, group in enumerate(groups) if is_alike(group)]  # slots of this rank
-        if not dead:
-            break
-        order = random.Random(f"{args.seed} {step} {attempt}").sample(pool, len(pool))
-        # slot i of rank r is slot r + i * W of the batch, wherever it is answered
-        new = [order[(rank() + i * world_size()) % len(order)] for i in dead]
-        fresh = in_groups(answer(new, f"{args.seed} {step} {attempt}"), args.group_size)
-        for i, group in zip(dead, fresh):
-            groups[i] = group
-        samples = [s for group in groups for s in group]
-    return samples
-
-
-# ---------------------------------------------------------------------------------------------
-# Step III: trajectory
-
-
-def subtract_divergence(samples, old, ref, kl_coef):
-    """KL in the reward: minus `kl_coef` times the k1 estimate, summed over the completion."""
-    for s in samples:
-        if s.reward is not None:
-            s.reward -= kl_coef * (math.fsum(old[id(s)]) - math.fsum(ref[id(s)]))
-
-
-def set_advantages(samples, group_size, kind):
-    """Turn the rewards of this rank's samples into advantages, one number a sample. COLLECTIVE."""
-    rewards = [math.nan if s.reward is None else s.reward for s in samples]
-    if kind == "reinforce++":
-        everyone = torch.tensor(utils.gather(rewards)).view(world_size(), -1)
-        advantages = reinforce_advantages(everyone.flatten()).view_as(everyone)[rank()]
-    else:  # a prompt's group lives on one rank
-        compare = {"grpo": grpo_advantages, "dr_grpo": dr_grpo_advantages, "rloo": rloo_advantages}
-        advantages = compare[kind](torch.tensor(rewards).view(-1, group_size)).flatten()
-    for s, a in zip(samples, advantages.tolist(), strict=True):
-        s.advantage = a
-
-
-def rollout_sums(samples, group_size):
-    """Sums over this rank's samples; `step_metrics` makes means of them."""
-    groups = in_groups(samples, group_size)
-    flat = [g for g in groups if all(s.advantage == 0 for s in g)]
-    sums = Counter()
-    for s in samples:
-        sums["completions"] += 1
-        sums["tokens"] += len(s.completion_ids)
-        sums["truncated"] += s.finish_reason == "length"
-        sums["unscored"] += s.reward is None
-        for name, value in [("reward", s.reward), *s.rewards.items()]:
-            name = name if name == "reward" else f"reward/{name}"
-            sums[name] += value or 0.0
-            sums[f"scored {name}"] += value is not None
-    sums["groups"] = len(groups)
-    sums["groups_all_alike"] = len(flat)  # no advantage, so nothing to learn
-    return sums
-
-
-# ---------------------------------------------------------------------------------------------
-# Step IV: policy update
-
-
-def teaches(sample, args):
-    """Whether a sample has a gradient: from its advantage, or from a divergence in the loss."""
-    return sample.advantage != 0 or (args.kl_coef > 0 and args.kl != "k1")
-
-
-def logprob_pass(policy, samples, args, every=False):
-    """Log-probabilities without gradient, one list a sample. COLLECTIVE when sharded.
-
-    Of those that teach something, or of `every` one.
-    """
-    result, dummy = {}, samples[:1]
-    samples = [s for s in samples if every or teaches(s, args)]
-    for part in utils.micro_batches(samples, args.micro_batch_tokens, policy.shared):
-        with torch.no_grad():
-            logprobs, _ = policy(policy.batch(part or dummy), args.temperature)
-        for s, row in zip(part, logprobs.tolist()):
-            result[id(s)] = row[: len(s.completion_ids)]
-    return result
-
-
 def update(policy, optimizer, samples, old, ref, args):
     """One gradient step on this rank's share of a mini-batch. COLLECTIVE.
 
@@ -392,7 +365,8 @@ def update(policy, optimizer, samples, old, ref, args):
         logprobs, entropies = policy(batch, args.temperature)  # (B, C), (B, C)
         # with a single update the policy has not moved since it answered: it is the old policy
         old_logprobs = beside(mask, part, old) if old else logprobs.detach()
-        losses, log_ratio = policy_loss(logprobs, old_logprobs, advantages, mask, args)
+        losses, log_ratio = policy_loss(logprobs, old_logprobs, advantages, mask, args.loss,
+                                        args.clip_low, args.clip_high)
         sampler = beside(mask, part, {id(s): s.sampler_logprobs for s in part})
         if args.tis_cap:
             losses = losses * importance_weights(old_logprobs, sampler, args.tis_cap)
@@ -442,20 +416,27 @@ def stop_if_not_finite(value, what, samples):
                        f"changed the weights.{where}")
 
 
-def stop_if_sampler_strays(metrics):
-    """End the run where its samples plainly come from another policy than the one that is trained.
+# ---------------------------------------------------------------------------------------------
+# Log, evaluate, save
 
-    The mean ratio of trainer to sampler is 1 where both are one policy, and the effective sample
-    size the share of tokens that still count once weighed. Bounds far from what rounding does.
-    """
-    ratio, size = metrics["sampler_ratio"], metrics["sampler_effective_size"]
-    nothing = metrics["sampler_gap"] == ratio == 0  # no token was trained on
-    if rank() == 0 and not (nothing or 0.5 < ratio < 2 and size > 0.2):
-        raise RunError(
-            f"the sampler has strayed from the policy: mean ratio {ratio:.3g}, effective sample "
-            f"size {size:.1%}. Likely causes: weights that were not taken over, images or "
-            "positions that the two read differently, another temperature; rollout.py --doctor "
-            "looks for each.")
+
+def rollout_sums(samples, group_size):
+    """Sums over this rank's samples; `step_metrics` makes means of them."""
+    groups = in_groups(samples, group_size)
+    flat = [g for g in groups if all(s.advantage == 0 for s in g)]
+    sums = Counter()
+    for s in samples:
+        sums["completions"] += 1
+        sums["tokens"] += len(s.completion_ids)
+        sums["truncated"] += s.finish_reason == "length"
+        sums["unscored"] += s.reward is None
+        for name, value in [("reward", s.reward), *s.rewards.items()]:
+            name = name if name == "reward" else f"reward/{name}"
+            sums[name] += value or 0.0
+            sums[f"scored {name}"] += value is not None
+    sums["groups"] = len(groups)
+    sums["groups_all_alike"] = len(flat)  # no advantage, so nothing to learn
+    return sums
 
 
 def step_metrics(sums, norms, seconds, learning_rate):
@@ -473,6 +454,22 @@ def step_metrics(sums, norms, seconds, learning_rate):
     metrics["sampler_effective_size"] = size
     metrics |= {"grad_norm": sum(norms) / len(norms), "lr": learning_rate}
     return metrics | {f"seconds_{name}": round(s, 3) for name, s in seconds.items()}
+
+
+def stop_if_sampler_strays(metrics):
+    """End the run where its samples plainly come from another policy than the one that is trained.
+
+    The mean ratio of trainer to sampler is 1 where both are one policy, and the effective sample
+    size the share of tokens that still count once weighed. Bounds far from what rounding does.
+    """
+    ratio, size = metrics["sampler_ratio"], metrics["sampler_effective_size"]
+    nothing = metrics["sampler_gap"] == ratio == 0  # no token was trained on
+    if rank() == 0 and not (nothing or 0.5 < ratio < 2 and size > 0.2):
+        raise RunError(
+            f"the sampler has strayed from the policy: mean ratio {ratio:.3g}, effective sample "
+            f"size {size:.1%}. Likely causes: weights that were not taken over, images or "
+            "positions that the two read differently, another temperature; rollout.py --doctor "
+            "looks for each.")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -74,17 +74,6 @@ class Args:
 
 
 # ---------------------------------------------------------------------------------------------
-# Pure functions: the schedule of the learning rate
-
-
-def learning_rate_at(step, total, peak, warmup):
-    """Linear to `peak` over `warmup` steps, then a cosine to 0 at `total`; steps count from 1."""
-    if step <= warmup:
-        return peak * step / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
-# ---------------------------------------------------------------------------------------------
 # Step I: data flow
 
 
@@ -113,7 +102,22 @@ def with_golden_responses(samples, processor, max_new_tokens):
 
 
 # ---------------------------------------------------------------------------------------------
-# Step IV: policy update
+# Step II: response collection. Nothing to do: the golden responses are given
+
+
+# ---------------------------------------------------------------------------------------------
+# Step III: trajectory. Nothing to do: every token of them counts the same
+
+
+# ---------------------------------------------------------------------------------------------
+# Step IV: policy update. The loss is minus the log-likelihood, so small that it stands in `update`
+
+
+def learning_rate_at(step, total, peak, warmup):
+    """Linear to `peak` over `warmup` steps, then a cosine to 0 at `total`; steps count from 1."""
+    if step <= warmup:
+        return peak * step / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def update(policy, optimizer, samples, args):

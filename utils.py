@@ -37,9 +37,9 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import (
     AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText, AutoProcessor)
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
@@ -288,6 +288,10 @@ class Sample:
     rewards: dict = field(default_factory=dict)  # by name, before weighing; None: not scored
     reward: float | None = None
     advantage: float = 0.0
+
+    def tokens(self):
+        """The length of prompt and completion."""
+        return len(self.prompt_ids) + len(self.completion_ids)
 
     def record(self):
         """What a run folder keeps of this sample, ready for JSON."""
@@ -625,26 +629,30 @@ def collate(samples, processor, cache=None):
             "predictors": padded(places, 0)}
 
 
-def split(samples, budget, shared):
-    """Lists of samples that one forward pass computes at most `budget` tokens for, alike in length.
+def split_rows(samples, budget):
+    """Lists of samples, alike in length, that `collate` makes at most `budget` tokens of.
 
-    In rows of their own (`collate`), each sample costs as much as the longest. With `shared` (see
-    `pack`), a prompt counts once and nothing is padded; a group is cut only if it is too large by
-    itself. A sample above the budget goes alone.
+    Each costs as much as the longest beside it; a sample above the budget goes alone.
     """
-    size = {id(s): len(s.prompt_ids) + len(s.completion_ids) for s in samples}
-    samples = sorted(samples, key=lambda s: size[id(s)])
-    parts, tokens, groups = [], 0, {}
-    if not shared:
-        for s in samples:
-            if parts and (len(parts[-1]) + 1) * size[id(s)] <= budget:
-                parts[-1].append(s)
-            else:
-                parts.append([s])
-        return parts
-    for s in samples:
+    parts = []
+    for s in sorted(samples, key=Sample.tokens):
+        if parts and (len(parts[-1]) + 1) * s.tokens() <= budget:
+            parts[-1].append(s)
+        else:
+            parts.append([s])
+    return parts
+
+
+def split_groups(samples, budget):
+    """The same for `pack`, where a prompt counts once and nothing is padded.
+
+    A group of answers to one prompt is cut only if it is above the budget by itself.
+    """
+    groups = {}
+    for s in sorted(samples, key=Sample.tokens):
         groups.setdefault(s.id, []).append(s)
-    for group in sorted(groups.values(), key=lambda group: size[id(group[-1])]):
+    parts, tokens = [], 0
+    for group in sorted(groups.values(), key=lambda group: group[-1].tokens()):
         prompt = len(group[0].prompt_ids)
         if not parts or tokens + prompt + sum(len(s.completion_ids) for s in group) > budget:
             parts.append([])
@@ -654,14 +662,14 @@ def split(samples, budget, shared):
             tokens += len(s.completion_ids)
             if tokens > budget and parts[-1]:
                 parts.append([])
-                tokens = size[id(s)]
+                tokens = s.tokens()
             parts[-1].append(s)
     return parts
 
 
 def micro_batches(samples, budget, shared):
-    """`split`, and empty lists up to as many as any rank has: FSDP needs its passes. COLLECTIVE."""
-    parts = split(samples, budget, shared)
+    """One of the two, and empty lists up to as many as any rank has. COLLECTIVE."""
+    parts = split_groups(samples, budget) if shared else split_rows(samples, budget)
     return parts + [[]] * (max(1, *gather([len(parts)])) - len(parts))
 
 
@@ -684,6 +692,19 @@ class Branches:
     slots: torch.Tensor
     bias: torch.Tensor | None  # (P, 1, 1, L), -inf on the padding of prompts; None: there is none
     block_mask: BlockMask | None = None
+
+    def mask_blocks(self):
+        """The relation token by token, for flex attention."""
+        P, L, n, C = self.shape
+        branch = (self.slots - P * L) // C  # (T,), below 0 in prompts
+        family = torch.where(branch < 0, self.slots // L, branch // n)
+
+        def sees(_, head, q, k):  # what came before, of the prompt or of one's own completion
+            related = (branch[k] < 0) | (branch[q] == branch[k])
+            return (family[q] == family[k]) & related & (q >= k)
+
+        T = len(self.slots)
+        self.block_mask = create_block_mask(sees, None, None, T, T, device=self.slots.device)
 
     def attend(self, module, query, key, value, scaling):
         """Attention over the row: query (1, heads, T, D) to (1, T, heads, D)."""
@@ -831,32 +852,13 @@ def pack(samples, processor, model, cache=None, flex=None):
         bias = torch.zeros(P, L, device=ids.device).masked_fill(~held, -math.inf)[:, None, None]
     inputs["branches"] = Branches((P, L, n, C), slots, bias)
     if ids.is_cuda if flex is None else flex:
-        owner = torch.arange(P, device=ids.device)[:, None].expand(P, L)[held]
-        inputs["branches"].block_mask = branch_block_mask(owner, group, mask)
+        inputs["branches"].mask_blocks()
     lengths = mask.sum(1)
     start = held.sum() + lengths.cumsum(0) - lengths  # (N,), of each completion in the row
     predictors = start[:, None] + step - 1
     predictors[:, 0] = held.sum(1).cumsum(0)[group] - 1  # the last token of the prompt
     return {"inputs": inputs, "images": batch["images"], "completion_ids": completions,
             "mask": mask, "predictors": predictors}
-
-
-def branch_block_mask(owner, group, mask):
-    """The relation of `Branches` token by token, for flex attention.
-
-    `owner` is the prompt of each prompt token, `group` (N,) of each completion, whose tokens `mask`
-    (N, C) has; in a packed row, whoever comes later in one prompt's family may see a prompt token,
-    and a completion's token also those of its own before it.
-    """
-    branch = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[mask]
-    branch = torch.cat([torch.full_like(owner, -1), branch])  # (T,), -1 in prompts
-    family = torch.cat([owner, group[:, None].expand_as(mask)[mask]])  # (T,)
-
-    def sees(_, head, q, k):
-        related = (branch[k] < 0) | (branch[q] == branch[k])
-        return (family[q] == family[k]) & related & (q >= k)
-
-    return create_block_mask(sees, None, None, len(branch), len(branch), device=mask.device)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -131,10 +131,6 @@ def test_set_advantages_keeps_groups_together(qwen, one_rank):
 # The loss
 
 
-def loss_args(**changes):
-    return replace(train_grpo.Args(clip_low=0.2, clip_high=0.3, tis_cap=0.0), **changes)
-
-
 def test_clipped_loss_by_hand():
     """All four corners of PPO's clip, with unequal bounds so that a swap of the two shows."""
     #   ratio  advantage  unclipped  clipped to [0.8, 1.3]   smaller   loss
@@ -160,7 +156,7 @@ def test_policy_loss_ignores_what_is_masked(kind):
     new = torch.tensor([[-1.0, 3.0, -3.0]], requires_grad=True)
     mask = torch.tensor([[True, False, False]])
     old, advantages = torch.tensor([[-1.0, 0, 0]]), torch.ones(1, 1)
-    losses, log_ratio = train_grpo.policy_loss(new, old, advantages, mask, loss_args(loss=kind))
+    losses, log_ratio = train_grpo.policy_loss(new, old, advantages, mask, kind, 0.2, 0.3)
     (losses * train_grpo.token_weights(mask, kind)).sum().backward()
     assert losses.tolist() == [[1 if kind == "cispo" else -1, 0, 0]]
     assert new.grad.tolist() == [[-1, 0, 0]]
@@ -173,7 +169,7 @@ def test_the_first_update_is_plain_policy_gradient(kind):
     new = torch.tensor([[-1.0, -2.0]], requires_grad=True)
     mask = torch.ones(1, 2, dtype=torch.bool)
     advantages = torch.tensor([[0.7]])
-    losses, _ = train_grpo.policy_loss(new, new.detach(), advantages, mask, loss_args(loss=kind))
+    losses, _ = train_grpo.policy_loss(new, new.detach(), advantages, mask, kind, 0.2, 0.3)
     losses.sum().backward()
     assert close(new.grad, [[-0.7, -0.7]])
 
@@ -196,7 +192,7 @@ def test_cispo_by_hand():
     new = torch.tensor([[-3.0, -1.0]], requires_grad=True)
     old = new.detach() - torch.tensor([[2.0, 0.5]]).log()
     mask = torch.ones(1, 2, dtype=torch.bool)
-    losses, _ = train_grpo.policy_loss(new, old, torch.ones(1, 1), mask, loss_args(loss="cispo"))
+    losses, _ = train_grpo.policy_loss(new, old, torch.ones(1, 1), mask, "cispo", 0.2, 0.3)
     losses.sum().backward()
     assert close(losses, [[3.9, 0.8]]) and close(new.grad, [[-1.3, -0.8]])  # PPO's would be 0 first
 
@@ -241,8 +237,7 @@ def test_losses_and_gradients_equal_the_papers_formulas(kind, seed):
     draw = partial(torch.randn, generator=generator, dtype=torch.float64)
     old, advantages = -draw(6, 8).abs(), draw(6)
     new = (old + 0.4 * draw(6, 8)).requires_grad_()
-    args = loss_args(loss=kind)
-    losses, _ = train_grpo.policy_loss(new, old, advantages[:, None], mask, args)
+    losses, _ = train_grpo.policy_loss(new, old, advantages[:, None], mask, kind, 0.2, 0.3)
     ours = ((losses * train_grpo.token_weights(mask, kind)).sum()
             / train_grpo.loss_divisor(kind, sum(lengths), 6, 8))
     theirs = paper_loss(kind, new, old, advantages, lengths, 0.2, 0.3, 8)
@@ -315,7 +310,7 @@ def test_dead_groups_make_way_for_other_prompts():
     answer, asked = scripted(lambda p, turn: (1.0, 1.0) if p in ("a", "b") or turn == 2 and
                              p == asked[1][1][0] else (1.0, 0.0))
     pool = list("uvwxyz")
-    args = loss_args(group_size=2, refills=1, seed=3)
+    args = train_grpo.Args(group_size=2, refills=1, seed=3)
     got = train_grpo.collect(answer, ["a", "k", "b", "l"], pool, args, 7)
     assert [seed for seed, _ in asked] == ["3 7", "3 7 1"] and len(asked[1][1]) == 2
     assert set(asked[1][1]) <= set(pool) and len(set(asked[1][1])) == 2
@@ -327,10 +322,10 @@ def test_dead_groups_make_way_for_other_prompts():
 def test_no_refill_where_none_is_asked_for_or_needed():
     for refills, accuracies in ((0, (1.0, 1.0)), (5, (1.0, 0.0))):
         answer, asked = scripted(lambda p, turn: accuracies)
-        train_grpo.collect(answer, ["a"], ["b"], loss_args(group_size=2, refills=refills), 1)
+        train_grpo.collect(answer, ["a"], ["b"], train_grpo.Args(group_size=2, refills=refills), 1)
         assert len(asked) == 1
     answer, asked = scripted(lambda p, turn: (0.0, 0.0))  # hopeless: the bound ends it
-    train_grpo.collect(answer, ["a"], ["b"], loss_args(group_size=2, refills=3), 1)
+    train_grpo.collect(answer, ["a"], ["b"], train_grpo.Args(group_size=2, refills=3), 1)
     assert len(asked) == 4
 
 
@@ -342,7 +337,7 @@ def test_alike_is_judged_by_accuracy():
 
 
 def test_refills_do_not_depend_on_the_number_of_ranks(monkeypatch):
-    prompts, pool, args = list("abcdefgh"), list(range(40)), loss_args(group_size=2, refills=2)
+    prompts, pool, args = list("abcdefgh"), list(range(40)), train_grpo.Args(group_size=2, refills=2)
     found = []
     for ranks in (1, 2, 4):
         slots = {}
@@ -580,10 +575,10 @@ def test_micro_batches_by_rows(qwen):
     """Prompts of 10 tokens: rows are as wide as the longest, so that 3 rows of 13 are 39 tokens."""
     samples = [replace(qwen.samples[0], id=str(i), prompt_ids=[9] * 10, completion_ids=[9] * n)
                for i, n in enumerate([5, 1, 4, 2, 3])]
-    assert lengths(utils.split(samples, 39, False)) == [[1, 2, 3], [4, 5]]
-    assert lengths(utils.split(samples, 38, False)) == [[1, 2], [3, 4], [5]]
-    assert lengths(utils.split(samples, 3, False)) == [[1], [2], [3], [4], [5]]  # more than allowed
-    assert utils.split([], 39, False) == []
+    assert lengths(utils.split_rows(samples, 39)) == [[1, 2, 3], [4, 5]]
+    assert lengths(utils.split_rows(samples, 38)) == [[1, 2], [3, 4], [5]]
+    assert lengths(utils.split_rows(samples, 3)) == [[1], [2], [3], [4], [5]]  # more than allowed
+    assert utils.split_rows([], 39) == []
 
 
 def test_micro_batches_with_shared_prompts(qwen):
@@ -591,12 +586,12 @@ def test_micro_batches_with_shared_prompts(qwen):
     groups = {"a": [8, 4], "b": [1, 3, 2], "c": [5]}
     samples = [replace(qwen.samples[0], id=name, prompt_ids=[9] * 10, completion_ids=[9] * n)
                for name, sizes in groups.items() for n in sizes]
-    assert lengths(utils.split(samples, 31, True)) == [[1, 2, 3, 5], [4, 8]]
-    assert lengths(utils.split(samples, 30, True)) == [[1, 2, 3], [5], [4, 8]]  # no group is cut
-    assert lengths(utils.split(samples, 15, True)) == [[1, 2], [3], [5], [4], [8]]
-    assert lengths(utils.split(samples, 1, True)) == [[1], [2], [3], [5], [4], [8]]
-    assert lengths(utils.split(samples, 1000, True)) == [[1, 2, 3, 5, 4, 8]]
-    assert utils.split([], 1000, True) == []
+    assert lengths(utils.split_groups(samples, 31)) == [[1, 2, 3, 5], [4, 8]]
+    assert lengths(utils.split_groups(samples, 30)) == [[1, 2, 3], [5], [4, 8]]  # no group is cut
+    assert lengths(utils.split_groups(samples, 15)) == [[1, 2], [3], [5], [4], [8]]
+    assert lengths(utils.split_groups(samples, 1)) == [[1], [2], [3], [5], [4], [8]]
+    assert lengths(utils.split_groups(samples, 1000)) == [[1, 2, 3, 5, 4, 8]]
+    assert utils.split_groups([], 1000) == []
 
 
 def test_ranks_make_equally_many_passes(qwen, one_rank, monkeypatch):

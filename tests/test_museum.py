@@ -452,7 +452,7 @@ def test_the_mean_of_means(qwen, one_rank):
     results = {}
     for budget in (8192, 100):
         train_grpo.update(policy, probe, samples, None, None, replace(ARGS, micro_batch_tokens=budget))
-        parts = utils.split(samples, budget, False)
+        parts = utils.split_rows(samples, budget)
         for part in parts:  # the buggy form
             batch = collate(part, qwen.processor)
             gain = policy(batch, 1.0)[0] * torch.tensor([[s.advantage] for s in part])
