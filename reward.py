@@ -398,20 +398,22 @@ REWARDS = {  # what --rewards can name: functions of the samples, a number or No
 
 def load_rewards(spec: str, max_new_tokens: int = 2048) -> dict[str, tuple]:
     """"accuracy:1.0,my_file.py:my_function:0.5" -> {name: (function of the samples, weight)}."""
+    from utils import UserError
+
     overlong = partial(overlong_penalty, max_length=max_new_tokens, buffer=max_new_tokens / 4)
     rewards = {}
     for part in spec.split(","):
         source, _, weight = part.strip().rpartition(":")
         path, _, name = source.rpartition(":")
         if not re.fullmatch(r"-?(\d+\.?\d*|\.\d+)(e-?\d\d?)?", weight) or name in rewards:
-            raise ValueError(f"reward {part!r} has no weight, or its name is there twice: write "
-                             "name:weight for each, as in accuracy:1.0,language:0.5")
+            raise UserError(f"reward {part!r} has no weight, or its name is there twice: write "
+                            "name:weight for each, as in accuracy:1.0,language:0.5")
         if path and not os.path.isfile(path):
-            raise ValueError(f"reward file {path!r} does not exist: give the path of a Python file")
+            raise UserError(f"reward file {path!r} does not exist: give the path of a Python file")
         known = runpy.run_path(path) if path else REWARDS | {"overlong": overlong}
         if not callable(known.get(name)):
-            raise ValueError(f"{path or 'reward.py'} has no reward {name!r}: take one of "
-                             f"{', '.join(REWARDS)}, or file.py:function:weight with your own")
+            raise UserError(f"{path or 'reward.py'} has no reward {name!r}: take one of "
+                            f"{', '.join(REWARDS)}, or file.py:function:weight with your own")
         rewards[name] = (known[name], float(weight))
     return rewards
 

@@ -160,8 +160,8 @@ class Siblings:
         self.table = prompt.new_zeros(P * self.m)
         self.table[self.slot] = rows
 
-    def batch_select_indices(self, rows):
-        """Forget all rows but these."""
+    def reorder_cache(self, rows):
+        """Forget all rows but these; named as in transformers' caches."""
         self.own = [[x[rows] for x in pair] for pair in self.own]
         self.keep(self.prompt[rows])
 
@@ -243,7 +243,8 @@ class HFEngine:
         if self.shared:
             cache = Siblings(cache, attention, n)
         else:
-            cache.batch_repeat_interleave(n)
+            branches = torch.arange(len(samples), device=logits.device).repeat_interleave(n)
+            cache.reorder_cache(branches)
         logits = logits.repeat_interleave(n, 0)  # (B * n, V)
         attention = attention.repeat_interleave(n, 0)  # (B * n, P)
         positions = positions.repeat_interleave(n, 0)  # (B * n, 1)
@@ -265,7 +266,7 @@ class HFEngine:
                 break
             if going.float().mean() < 0.8:  # rows are retired together, since it copies the cache
                 keep = going.nonzero().squeeze(-1)
-                cache.batch_select_indices(keep)
+                cache.reorder_cache(keep)
                 alive, token, going = alive[keep], token[keep], going[keep]
                 attention, positions = attention[keep], positions[keep]
             attention = torch.cat([attention, attention.new_ones(len(alive), 1)], 1)
@@ -297,7 +298,8 @@ class HFEngine:
                 batch[name] = batch[name].gather(1, index)
         base = self.model.base_model
         base.rope_deltas = None  # HAZARD: those of the last images would shift this batch
-        if "pixel_values" not in batch:
+        if "pixel_values" not in batch or not hasattr(base, "get_rope_index"):
+            # without M-RoPE, a model counts columns, and padding with them
             batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache(config=self.model.config)
         with utils.remembered(base, whole["images"], self.cache):
@@ -576,7 +578,9 @@ def doctor(engine, policy, samples, processor, args):
 
 def check_grids(asked, processor):
     """As many placeholders for each image as the trainer's image processor makes merged patches."""
-    merge = processor.image_processor.merge_size**2
+    merge = getattr(processor.image_processor, "merge_size", 0) ** 2
+    if not merge:
+        return "image grids", True, "this family has none"
     grids = [int(utils.image_inputs(processor.image_processor, image)["image_grid_thw"].prod())
              // merge for s in asked for image in s.images]
     runs = [len([*run]) for s in asked for is_image, run in
@@ -667,7 +671,7 @@ def main(args):
 
     started = time.time()
     out, _ = utils.choose_run(args)
-    rewards = utils.checked(load_rewards, args.rewards, args.max_new_tokens)
+    rewards = load_rewards(args.rewards, args.max_new_tokens)
     processor = utils.load_processor(args.model)
     samples = utils.load_samples(utils.data_path(args.data, out), processor, args.max_prompt_tokens)
     samples = samples[: args.limit or None]

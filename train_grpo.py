@@ -506,7 +506,7 @@ def main(args):
     args.engine = choose_engine(args.engine)  # args.json says what ran
     if args.engine == "hf":
         args.tis_cap = 0.0  # sampler and trainer are one
-    rewards = utils.checked(load_rewards, args.rewards, args.max_new_tokens)
+    rewards = load_rewards(args.rewards, args.max_new_tokens)
     settings = chosen_settings(args.eval_settings)
     started = time.time()
     out, continues = utils.choose_run(args)

@@ -66,14 +66,6 @@ class RunError(Exception):
     """What ends a run that began well: a sentence from each rank that met it, exit code 1."""
 
 
-def checked(function, *values):
-    """Call a function that reports a user's mistake as ValueError; pass it on as UserError."""
-    try:
-        return function(*values)
-    except ValueError as error:
-        raise UserError(str(error))
-
-
 def parse_args(Args, argv=None):
     """Turn the dataclass `Args` into a command line: a field is a flag, its comment is its help."""
     purpose = sys.modules[Args.__module__].__doc__.split("\n\n")[0]
@@ -396,7 +388,8 @@ def make_sample(row, path, place, processor):
         if not number and not (isinstance(text, str) and text.strip()):
             raise UserError(f'{place}: field "{name}" is missing, empty or no text; correct it.')
     question, images = str(row["question"]), row.get("images")
-    special = [t for t in processor.tokenizer.get_added_vocab() if t in question]
+    tokenizer, text = processor.tokenizer, question.replace(IMAGE_MARK, "")
+    special = [t for t in tokenizer.get_added_vocab() if t in text]
     if special:
         raise UserError(f"{place}: the question holds the model's mark {special[0]}; remove it.")
     if images is None:
@@ -411,6 +404,8 @@ def make_sample(row, path, place, processor):
                         "images; give one mark an image.")
     prompt = processor.apply_chat_template(
         conversation(question), add_generation_prompt=True, tokenize=False)
+    if tokenizer.bos_token and tokenizer(prompt)["input_ids"][:2] == [tokenizer.bos_token_id] * 2:
+        prompt = prompt.removeprefix(tokenizer.bos_token)  # which the tokenizer writes too
     try:
         inputs = processor(text=[prompt], images=[picture for _, picture in pictures] or None)
     except ValueError as error:  # such as a picture 200 times as wide as high
@@ -469,6 +464,9 @@ def load_processor(path):
     if not getattr(processor, "chat_template", None) or not hasattr(processor, "image_processor"):
         raise UserError(f"--model {path}: its processor has no chat template or takes no images; "
                         "give an instruction-tuned vision-language model.")
+    if "token_type_ids" in processor.model_input_names:  # without, its answers are silently wrong
+        raise UserError(f"--model {path}: this family looks at images in both directions, told by "
+                        "token_type_ids; `collate` makes none yet (the README's last exercise).")
     return processor
 
 
@@ -799,13 +797,15 @@ AttentionMaskInterface.register("branches", sdpa_mask)  # for ordinary batches
 
 
 def share_prefixes(model):
-    """Let `model` take packed rows; False where its family has no positions that can be asked for.
+    """Let `model` take packed rows; False where its family cannot, or tells nobody its positions.
 
     Only the language model's attention is replaced, the vision tower keeps its own.
     """
-    if not hasattr(model.base_model, "get_rope_index"):
-        print0("This family's positions are not known outside its forward: every completion is "
-               "computed with its own copy of the prompt, as with --plain.")
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    # a recurrent layer would carry its state from one branch into the next
+    if not hasattr(model.base_model, "get_rope_index") or "linear_attention" in kinds:
+        print0("This family cannot branch a prompt: every completion is computed with its own copy "
+               "of it, as with --plain.")
         return False
     model.set_attn_implementation({"text_config": "branches"})
     return True

@@ -259,8 +259,8 @@ def test_top_p_in_training(qwen):
 
 
 def test_base_model_rollouts(qwen):
-    """trl#5312, four months from report to fix: generate() reloaded the first checkpoint from disk
-    over the synced weights. Every answer came from the base model and nothing crashed."""
+    """trl#5312, with vLLM's sleep mode: generate() reloaded the first checkpoint from disk over the
+    synced weights. Every answer came from the base model and nothing crashed."""
 
     class Buggy(rollout.HFEngine):
         def generate(self, *args):
@@ -329,9 +329,9 @@ def test_features_of_an_older_vision_tower(qwen):
 
 
 def test_randomness_of_the_batch(qwen):
-    """EasyR1#57, trl#3247, miles PR#3187: sampling drew from a global generator, so a resumed run,
-    or one on other ranks, gave other answers. Ours: an answer's numbers belong to prompt and
-    index."""
+    """EasyR1#57, trl#3247, miles PR#3187 asked why resumed runs differ; where sampling draws from a
+    global generator, they must, and so must runs on other ranks. Ours: an answer's numbers belong
+    to prompt and index."""
     engine = rollout.HFEngine(qwen.model, qwen.processor, 64)
 
     def draw(global_state):
@@ -348,8 +348,8 @@ def test_randomness_of_the_batch(qwen):
 
 
 def test_whitening_that_adds_the_mean_back():
-    """MAYE: whiten(shift_mean=True) put the mean back after dividing, so that advantages of a batch
-    with mean 0.75 were nearly all positive: every answer was reinforced."""
+    """MAYE: whiten(shift_mean=True) puts the mean back after dividing, so that the advantages of a
+    batch with mean 0.75 have mean 0.75 too: right answers are pushed up more than wrong ones down."""
     rewards = torch.tensor([1.0, 1, 1, 0])
     buggy = (rewards - rewards.mean()) / rewards.std() + rewards.mean()
     assert buggy.mean() == pytest.approx(0.75)
@@ -358,8 +358,8 @@ def test_whitening_that_adds_the_mean_back():
 
 
 def test_groups_that_are_all_alike(qwen, one_rank):
-    """trl#4764, #3708, swift#8429: a group of equal rewards has std 0; rounding over a tiny epsilon
-    made its advantages noise. Ours is exactly 0, and so is the gradient."""
+    """swift#8429 and others: a group of equal rewards has std 0, and rounding over a tiny epsilon
+    makes its advantages noise. Ours is exactly 0, and so is the gradient."""
     rewards = torch.full((7,), 0.1)
     buggy = (rewards - rewards.sum() / 7) / (rewards.std() + 1e-8)
     assert buggy.abs().max() > 0.1
@@ -427,8 +427,8 @@ def test_a_resumed_run_that_starts_its_data_again():
 
 
 def test_a_nan_stops_the_run_before_the_weights(qwen, one_rank):
-    """EasyR1 skips a step whose gradient is not finite; most others write it into the weights. Ours
-    stops and names the prompts, with the weights as they were."""
+    """EasyR1 skips a step whose gradient is not finite; where nobody looks, it is written into the
+    weights. Ours stops and names the prompts, with the weights as they were."""
     samples = mixed(qwen)
     samples[1].advantage = math.nan
     before = [p.detach().clone() for p in qwen.model.parameters()]

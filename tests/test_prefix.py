@@ -318,7 +318,7 @@ def test_siblings_by_hand():
     owners, own = [0, 0, 1, 1], [[], [], [], []]
     for step in range(40):
         if step == 20:
-            siblings.batch_select_indices(torch.tensor([0, 2, 3]))
+            siblings.reorder_cache(torch.tensor([0, 2, 3]))
             owners, own = [0, 1, 1], [own[0], own[2], own[3]]
         R = len(owners)
         query, key, value = torch.randn(R, 2, 1, 4), torch.randn(R, 1, 1, 4), torch.randn(R, 1, 1, 4)

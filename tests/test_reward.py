@@ -393,7 +393,7 @@ def test_the_reward_model_of_the_readme(tmp_path, monkeypatch):
     (f"{__file__}:nothing_here:1.0", "no reward 'nothing_here'"),
 ])
 def test_a_wrong_spec_is_one_sentence(spec, sentence):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(utils.UserError) as error:
         reward.load_rewards(spec)
     assert sentence in str(error.value) and "\n" not in str(error.value)
 

@@ -1,0 +1,69 @@
+"""The README's ten exercises: unsolved, each check fails; with its solution, in a copy, it passes."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "tests" / "exercises"
+README = (ROOT / "README.md").read_text()
+NAMES = re.findall(r"^\d+\. \*\*.*?\*\* \(`(\w+)`\)", README, re.M)
+
+
+def copy_tree(folder):
+    """What a check needs of the tree, for real; the toy's weights as a link."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    (folder / "tests" / "exercises").mkdir(parents=True)
+    for name in ("conftest", "test_families"):  # the checks import both
+        shutil.copy(ROOT / "tests" / f"{name}.py", folder / "tests")
+    shutil.copy(FOLDER / "checks.py", folder / "tests" / "exercises")
+    os.symlink(ROOT / "toy_model", folder / "toy_model")
+
+
+def apply(patch, folder):
+    subprocess.run(["git", "apply", FOLDER / f"{patch}.patch"], cwd=folder, check=True)
+
+
+def check(folder, *names):
+    """Run checks as the README says; returns pytest's exit code and report."""
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/exercises/checks.py",
+                           "-k", " or ".join(names)], cwd=folder, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def changed_lines(patch):
+    """Lines that a patch adds, and those that it takes away."""
+    lines = (FOLDER / f"{patch}.patch").read_text().splitlines()
+    return [sum(x.startswith(sign) and not x.startswith(sign * 3) for x in lines) for sign in "+-"]
+
+
+def test_there_are_ten_with_a_check_and_a_solution_each():
+    checks = re.findall(r"^def test_(\w+)\(", (FOLDER / "checks.py").read_text(), re.M)
+    assert len(NAMES) == 10 and sorted(NAMES) == sorted(checks)
+    assert {p.stem for p in FOLDER.glob("*.patch")} == {*NAMES, "silent_bug_planted"}
+    for name in NAMES:
+        added, removed = changed_lines(name)
+        assert 1 <= added <= 15 and removed <= 15, name
+
+
+def test_unsolved_every_check_fails(tmp_path):
+    copy_tree(tmp_path)
+    apply("silent_bug_planted", tmp_path)
+    code, report = check(tmp_path, *NAMES)
+    assert code == 1 and f"{len(NAMES)} failed" in report and "passed" not in report.splitlines()[-1], report
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_solved_its_check_passes(name, tmp_path):
+    copy_tree(tmp_path)
+    if name == "silent_bug":
+        apply("silent_bug_planted", tmp_path)
+    apply(name, tmp_path)
+    code, report = check(tmp_path, name)
+    assert code == 0 and "1 passed" in report, report

@@ -1,0 +1,146 @@
+"""Families beyond Qwen's: what they compute here is what their own forward says, or they are refused."""
+
+import copy
+
+import pytest
+import tokenizers
+import torch
+import transformers
+
+import rollout
+import toy
+import utils
+from conftest import load_tiny
+
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEXT = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 32, "bos_token_id": None}
+
+
+def tokenizer(**names):
+    """The toy's, with the family's own marks."""
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=toy.build_processor().tokenizer.backend_tokenizer, eos_token="<|im_end|>",
+        pad_token="<|endoftext|>", extra_special_tokens=names)
+
+
+def language(tokens, kind, **more):
+    ids = {"eos_token_id": tokens.eos_token_id, "pad_token_id": tokens.pad_token_id}
+    return TEXT | ids | {"model_type": kind, "vocab_size": len(tokens)} | more
+
+
+def llava():
+    """LLaVA 1.5: no M-RoPE, and its image token is the mark of our data sets."""
+    tokens = tokenizer(image_token="<image>")
+    images = transformers.LlavaImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    template = toy.CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>")
+    processor = transformers.LlavaProcessor(
+        images, tokens, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=template)
+    vision = VISION | {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14}
+    return processor, transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
+        text_config=language(tokens, "llama"), vision_config=vision, image_seq_length=4,
+        image_token_index=tokens.convert_tokens_to_ids("<image>")))
+
+
+def qwen3_5():
+    """Qwen3.5: M-RoPE as its forerunners, but every second layer is recurrent."""
+    base = toy.build_processor()
+    images = transformers.Qwen2VLImageProcessor(patch_size=16, min_pixels=32**2, max_pixels=16 * 32**2)
+    processor = transformers.Qwen3VLProcessor(
+        images, base.tokenizer, transformers.Qwen3VLVideoProcessor(), chat_template=toy.CHAT_TEMPLATE)
+    rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 100.0, "mrope_interleaved": True,
+            "partial_rotary_factor": 1.0}
+    text = language(base.tokenizer, "qwen3_5_text", layer_types=["linear_attention", "full_attention"],
+                    linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16,
+                    linear_value_head_dim=16, rope_parameters=rope)
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 64, "intermediate_size": 64,
+              "patch_size": 16, "num_position_embeddings": 64}
+    ids = base.tokenizer.convert_tokens_to_ids
+    return processor, transformers.Qwen3_5ForConditionalGeneration(transformers.Qwen3_5Config(
+        text_config=text, vision_config=vision, image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"), vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>")))
+
+
+def gemma3():
+    """Gemma 3: the tokens of an image see each other, later ones too."""
+    tokens = tokenizer(boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>")
+    ids = {name: tokens.convert_tokens_to_ids(getattr(tokens, name)) for name in ("boi_token", "eoi_token", "image_token")}
+    images = transformers.Gemma3ImageProcessor(size={"height": 56, "width": 56})
+    template = toy.CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<start_of_image>")
+    processor = transformers.Gemma3Processor(images, tokens, template, image_seq_length=4)
+    vision = VISION | {"image_size": 56, "patch_size": 14, "vision_use_head": False}
+    text = language(tokens, "gemma3_text", query_pre_attn_scalar=32, sliding_window=16,
+                    layer_types=["sliding_attention", "full_attention"])
+    return processor, transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, boi_token_index=ids["boi_token"],
+        eoi_token_index=ids["eoi_token"], image_token_index=ids["image_token"]))
+
+
+def save(build, folder):
+    """A random checkpoint; weights larger than usual, so that no answer looks like another."""
+    processor, model = build()
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        weight.data.normal_(0, 0.2, generator=generator)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def reference(tiny, sample):
+    """Log-probabilities of a completion by the model's own forward on its own processor's output, alone."""
+    images = [utils.open_image(image) for image in sample.images] or None
+    inputs = tiny.processor(text=[sample.prompt_text], images=images, return_tensors="pt")
+    tail = torch.tensor([sample.completion_ids])
+    for name, more in (("input_ids", tail), ("attention_mask", tail**0), ("mm_token_type_ids", tail * 0),
+                       ("token_type_ids", tail * 0)):
+        if name in inputs:
+            inputs[name] = torch.cat([inputs[name], more], 1)
+    logits = tiny.model(**inputs).logits[0, -tail.shape[1] - 1 : -1]
+    logits[:, utils.banned_ids(tiny.processor)] = -torch.inf
+    return logits.log_softmax(-1).gather(1, tail.T).squeeze(1)
+
+
+@pytest.mark.parametrize("build, tolerance", [(llava, 1e-4), (qwen3_5, 2e-3)])  # recurrences add up rounding
+@torch.no_grad()
+def test_sampler_and_trainer_are_the_models_own_forward(build, tolerance, tmp_path, data_path):
+    """Prompts of unlike lengths, with images and without, in one batch of each.
+
+    The story: positions of the embedded sampler counted the padding on the left of a LLaVA prompt, and
+    were 7 nats off; a packed row let the state of a recurrent layer run from one prompt into the next.
+    """
+    tiny = load_tiny(save(build, tmp_path), data_path)
+    tiny.model.eval()
+    engine = rollout.HFEngine(copy.deepcopy(tiny.model), tiny.processor, 256)
+    policy = utils.Policy(tiny.model, tiny.processor, shared=True)
+    assert not engine.shared and not policy.shared
+    drawn = engine.generate(tiny.samples, 2, 1.0, 1.0, 8, 0)
+    trained, _ = policy(policy.batch(drawn), 1.0)
+    assert len({len(s.prompt_ids) for s in drawn}) > 2
+    for s, ours in zip(drawn, trained):
+        theirs = reference(tiny, s)
+        assert (ours[: len(theirs)] - theirs).abs().max() < tolerance, s.id
+        assert (torch.tensor(s.sampler_logprobs) - theirs).abs().max() < tolerance, s.id
+
+
+def test_a_prompt_begins_once(data_path, tmp_path):
+    """A template that writes BOS and a tokenizer that adds it made two; unlike chats as they were trained on."""
+    tiny_path = save(llava, tmp_path)
+    processor = utils.load_processor(tiny_path)
+    processor.tokenizer.bos_token = "<|im_start|>"  # what the toy's template begins with
+    bos = processor.tokenizer.bos_token_id
+    once = [s.prompt_ids for s in utils.load_samples(data_path, processor, 2048)]
+    processor.tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", bos)])
+    assert processor.tokenizer("a")["input_ids"][0] == bos
+    samples = utils.load_samples(data_path, processor, 2048)
+    assert [s.prompt_ids for s in samples] == once
+    assert not any(s.prompt_text.startswith("<|im_start|>") for s in samples)  # for a sampler that adds it as well
+
+
+def test_a_family_that_needs_token_types_is_refused(tmp_path):
+    """Gemma 3 would load, train and sample, every image token blind to those after it."""
+    with pytest.raises(utils.UserError, match="token_type_ids"):
+        utils.load_processor(save(gemma3, tmp_path))

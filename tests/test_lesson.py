@@ -1,0 +1,106 @@
+"""The README as a lesson: its reading order and its steps are those of the code, its first lines stand in results/."""
+
+import ast
+import json
+import re
+
+import pytest
+
+from test_house import README, ROOT, source
+
+ORDER = re.findall(r"^\| (\d+) \| \[([\w/]+)\.py\]\(\S+\) \| (.*?) \|", README, re.M)
+STEPS = re.findall(r"^\d\. \*\*(Step [IV]+, [\w ]+|Log, evaluate, save)\.\*\*", README, re.M)
+
+
+def spans(path):
+    """First and last line of every function, class and constant of a file, by name."""
+    found = {}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found[node.name] = node.lineno, node.end_lineno
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            found[node.targets[0].id] = node.lineno, node.end_lineno
+    return found
+
+
+def test_the_reading_order_takes_ninety_minutes():
+    said = int(re.search(r"(\d+) minutes, at (\d+) lines a minute or fewer", README)[1])
+    assert sum(int(minutes) for minutes, _, _ in ORDER) == said <= 90
+
+
+@pytest.mark.parametrize("minutes, file, names", ORDER, ids=[f"{m}-{f}" for m, f, _ in ORDER])
+def test_the_lines_to_look_at_are_there_in_this_order(minutes, file, names):
+    found = spans(ROOT / f"{file}.py")
+    looked_at = [found[name] for name in re.findall(r"`(\w+)`", names)]
+    assert looked_at == sorted(looked_at) and len(looked_at) >= 3
+    rate = int(re.search(r"at (\d+) lines a minute or fewer", README)[1])
+    assert sum(last - first + 1 for first, last in looked_at) <= rate * int(minutes)
+
+
+@pytest.mark.parametrize("trainer, count", [("train_sft", 4), ("train_grpo", 5)])
+def test_the_steps_of_the_readme_are_the_banners_and_the_comments_of_main(trainer, count):
+    wanted = [step.replace(", ", ": ") if step[:4] == "Step" else step for step in STEPS]
+    assert len(wanted) == 5
+    shape = r"# (Step [IV]+: [\w ]+|Log, evaluate, save)"
+    banners = re.findall(rf"^# -+\n{shape}", source(trainer), re.M)
+    assert banners == wanted[:count]
+    main = source(trainer).split("\ndef main(")[1]
+    assert re.findall(rf"^ +{shape}", main, re.M) == wanted
+
+
+def test_the_two_trainers_share_their_shape():
+    """A name that both have is written alike, so that what `diff` shows differs for a reason."""
+    sft, grpo = source("train_sft"), source("train_grpo")
+    for name in ("epoch_batches", "stop_if_not_finite", "timed"):
+        bodies = [re.search(rf"^def {name}\(.*?(?=\n\n\n)", text, re.M | re.S)[0] for text in (sft, grpo)]
+        assert bodies[0] == bodies[1], name
+    shared = set(spans(ROOT / "train_sft.py")) & set(spans(ROOT / "train_grpo.py"))
+    assert {"Args", "update", "check_args", "main"} <= shared
+    own = set(spans(ROOT / "train_sft.py")) - shared
+    assert {"with_golden_responses", "learning_rate_at"} <= own
+
+
+def test_the_first_ten_lines_stand_in_results():
+    top = README.split("## ")[0].split("\n", 1)[1]
+    lines = [line for line in top.splitlines() if line.strip()]
+    assert len(lines) <= 10
+    words = " ".join(lines)
+    step = json.loads((ROOT / "results" / "step.json").read_text())["step"]
+    times = [step[name]["contestants"]["TRL"]["ours_times_faster"] for name in ("short", "long")]
+    assert f"{times[0]:.1f} times faster, with long prompts {times[1]:.1f} times" in words
+    peers = json.loads((ROOT / "results" / "peers.json").read_text())
+    code = {name: found["closure"][2] for name, found in peers.items()}
+    assert f"is {code['glassbox']:,} lines of code, there {code['EasyR1']:,}, in TRL {code['trl']:,}" in words
+    assert f"of our size ({code['MAYE']:,}): {peers['glassbox']['tests']} test functions, there none" in words
+    assert peers["MAYE"]["tests"] == 0
+
+
+def test_what_the_exercises_show_stands_in_results():
+    found = json.loads((ROOT / "results" / "exercises.json").read_text())
+    words = README.replace("\n", " ").replace("  ", " ")
+    for weight, seeds in found["short, by weight and seed"].items():
+        lengths = ", ".join(f"{s['length']:.1f}" for s in seeds)
+        accuracy = ", ".join(f"{100 * s['reward/accuracy']:.0f}" for s in seeds)
+        assert f"| {weight} | {lengths} | {accuracy} |\n" in README
+    habits = re.search(r"\| toy_model \| \d+, (\d+) \| \d+, \d+ \| \d+, (\d+)", README)  # accuracy, forced
+    glance, reading = (int(percent) / 100 for percent in habits.groups())
+    tokens = re.search(r"a glance takes (\d+) tokens, a reading (\d+)", words)
+    gap = int(tokens[2]) - int(tokens[1])
+    assert f"Arithmetic says {96 * (reading - glance) / gap:.1f};" in words  # weight * gap / 96 = what care earns
+
+    def three(values, digits):
+        return "{}, {} and {}".format(*(f"{value:.{digits}f}" for value in values))
+
+    bug = found["silent_bug_planted, by seed"]
+    usual = []
+    for seed in (0, 1, 2):
+        lines = (ROOT / "results" / "quickstart" / f"seed_{seed}" / "metrics.jsonl").read_text().splitlines()[-8:]
+        usual.append(100 * sum(json.loads(line)["groups_all_alike"] for line in lines) / 8)
+    alike = three([100 * run["groups_all_alike"] for run in bug], 0)
+    assert f"ends at {three([run['validation'][1] for run in bug], 1)} %, as without it; but {alike} %" in words
+    assert f"the quick start has {three(usual, 0)}." in words
+    grpo, sft = (three([run["validation"][1] for run in found["first_row, by trainer and seed"][name]], 1)
+                 for name in ("train_grpo", "train_sft"))
+    common = found["first_row, the commonest answer"]
+    assert f"GRPO ends at {grpo} % on validation, where always saying the commonest number gets {common} %" in words
+    assert f"SFT ends at {sft} %" in words
