@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "tests" / "exercises"
-README = (ROOT / "README.md").read_text()
-NAMES = re.findall(r"^\d+\. \*\*.*?\*\* \(`(\w+)`\)", README, re.M)
+SECTION = (ROOT / "README.md").read_text().split("## Exercises\n")[1].split("\n## ")[0]
+NAMES = re.findall(r"^\d+\. \*\*.*?\*\* \(`(\w+)`\)", SECTION, re.M)
 
 
 def copy_tree(folder):

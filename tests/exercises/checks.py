@@ -42,12 +42,12 @@ def test_short(tmp_path):
     lengths = [48, 96, 0]
     samples = [utils.Sample("a", "", "", "", [], "", [], completion_ids=[9] * n) for n in lengths]
     assert short.short_reward(samples) == [0.5, 0.0, 1.0]
-    command = [sys.executable, ROOT / "train_grpo.py", "--max_steps", "10", "--lr", "2e-4", "--out", tmp_path / "run",
-               "--validation_data", "", "--test_data", "",
+    command = [sys.executable, ROOT / "train_grpo.py", "--max_steps", "10", "--lr", "2e-4", "--batch_size", "16",
+               "--mini_batch_size", "16", "--validation_data", "", "--test_data", "", "--out", tmp_path / "run",
                "--rewards", f"accuracy:1.0,{ROOT / 'short.py'}:short_reward:8"]
     subprocess.run(command, cwd=ROOT, check=True)
     lengths = [json.loads(line)["length"] for line in open(tmp_path / "run" / "metrics.jsonl")]
-    assert lengths[-1] < lengths[0] - 6
+    assert lengths[-1] < lengths[0] - 3
 
 
 def test_majority():
