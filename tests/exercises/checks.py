@@ -74,21 +74,23 @@ def test_leave_one_out():
 
 def test_median(one_rank):
     """Of 0 0 0 1 the median is 0: only the right answer is moved. By the flag, too."""
-    rewards = [0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.2, 0.4, 0.9, None]
+    rewards = [0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.2, 0.4, 0.9, None, 1.0, 0.0, 1.0, 0.0]
     samples = [utils.Sample(str(i // 4), "", "", "", [], "", [], reward=r) for i, r in enumerate(rewards)]
     args = utils.parse_args(train_grpo.Args, ["--advantage", "median"])
     train_grpo.set_advantages(samples, 4, args.advantage)
-    want = [0, 0, 0, 1, 0, 0, -1, 0, -0.2, 0, 0.5, 0]
-    assert close(torch.tensor([s.advantage for s in samples]), want)
+    want = [0, 0, 0, 1, 0, 0, -1, 0, -0.2, 0, 0.5, 0, 0.5, -0.5, 0.5, -0.5]  # half and half: between the two
+    found = [round(s.advantage, 4) for s in samples]
+    assert found == want, f"rewards {rewards}: advantages {found}, not {want}"
 
 
 def test_silent_bug(one_rank):
-    """An answer is compared with the other answers to its own prompt."""
-    rewards = [1.0, 1.0, 0.0, 0.0]  # the first prompt was solved twice, the second not at all
+    """The signs of the advantages of three prompts, worked out by hand."""
+    rewards = [1.0, 1.0, 0.0, 0.0, 1.0, 0.0]  # three prompts: solved twice, not at all, once
     samples = [utils.Sample(str(i // 2), "", "", "", [], "", [], reward=r) for i, r in enumerate(rewards)]
     for kind in ("grpo", "dr_grpo", "rloo"):
         train_grpo.set_advantages(samples, 2, kind)
-        assert [s.advantage for s in samples] == [0, 0, 0, 0], "all alike: nothing to learn from either"
+        signs = [(s.advantage > 0) - (s.advantage < 0) for s in samples]
+        assert signs == [0, 0, 0, 0, 1, -1], f"{kind}: somebody is pushed the wrong way"
 
 
 def test_dual_clip():
@@ -125,6 +127,8 @@ def test_kl():
         print(f"{kind}  mean {mean:.4f} of {divergence:.4f}  std {std:.4f}  gradient {gradient.tolist()}")
     assert close(found["k1"][2], [0, 0, 0])  # as a loss, k1 teaches nothing: it belongs into the reward
     assert found["k3"][1] < found["k1"][1] / 2
+    assert close(torch.stack([torch.as_tensor(found[kind][1]) for kind in found]), [0.3911, 0.0543, 0.0759], 1e-3)
+    assert close(found["k3"][2], [0.2, -0.1, -0.1])  # p - q: the slope of KL(reference || policy)
 
 
 def test_distinct():
@@ -133,7 +137,7 @@ def test_distinct():
         return [utils.Sample(name, "", "", "", [], "", [], completion_ids=[9], completion_text=text,
                              rewards={"accuracy": 0.0}, reward=0.0) for text in texts]
 
-    here = answered("a", "\\boxed{2}", "so \\boxed{3}") + answered("b", "\\boxed{4}", "\\boxed{4}")
+    here = answered("a", "\\boxed{2}", "1 + 2, so \\boxed{3}") + answered("b", "\\boxed{2}", "again \\boxed{2}")
     there = answered("c", "no idea", "none")
     sums = Counter(train_grpo.rollout_sums(here, 2)) + Counter(train_grpo.rollout_sums(there, 2))
     logged = dict.fromkeys(("update_tokens", "divisor", "loss", "entropy", "groups_all_alike", "sampler_ratio",
