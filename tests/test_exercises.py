@@ -59,7 +59,8 @@ def test_unsolved_every_check_fails(tmp_path):
     assert code == 1 and f"{len(NAMES)} failed" in report and "passed" not in report.splitlines()[-1], report
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow if name == "short" else ()) for name in NAMES])  # it trains
 def test_solved_its_check_passes(name, tmp_path):
     copy_tree(tmp_path)
     if name == "silent_bug":
