@@ -29,7 +29,6 @@ from typing import Literal
 
 import torch
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig
 
 import utils
@@ -269,11 +268,11 @@ class HFEngine:
                 cache.reorder_cache(keep)
                 alive, token, going = alive[keep], token[keep], going[keep]
                 attention, positions = attention[keep], positions[keep]
-            attention = torch.cat([attention, attention.new_ones(len(alive), 1)], 1)
             if self.shared:
                 cache.length += 1
                 past = {"branches": cache, "use_cache": False}
             else:
+                attention = torch.cat([attention, attention.new_ones(len(alive), 1)], 1)
                 past = {"past_key_values": cache, "attention_mask": attention, "use_cache": True}
             logits = self.model(input_ids=token[:, None], position_ids=positions, **past).logits
             logits = logits[:, -1]
@@ -482,7 +481,7 @@ def choose_engine(kind):
 
 
 def make_engine(kind, model, processor, args, cache=None):
-    """The sampler a stage asked for: it has `generate`, `sync` and `sleep`, nothing else public.
+    """The sampler a stage asked for; stages call its `generate`, `sync` and `sleep` alone.
 
     `model` is the trainer's, of which an embedded engine makes its own copy, and `cache` that of
     its frozen vision; where a stage has none, the engine loads --model.
@@ -683,12 +682,8 @@ def main(args):
     engine = make_engine(args.engine, None, processor, args)
     utils.begin_run(out, args)
 
-    mine = samples[rank() :: world_size()]
-    done = []
-    step = max(1, args.rollout_batch_size // args.n)
-    for start in tqdm(range(0, len(mine), step), disable=rank() > 0, desc="rollout", unit="batch"):
-        done += engine.generate(mine[start : start + step], args.n, args.temperature, args.top_p,
-                                args.max_new_tokens, args.seed)
+    done = engine.generate(samples[rank() :: world_size()], args.n, args.temperature, args.top_p,
+                           args.max_new_tokens, args.seed)
     score(done, rewards)
     done = utils.gather(done)
     place = {s.id: i for i, s in enumerate(samples)}

@@ -54,7 +54,7 @@ class Args:
     vllm_memory: float = 0.4  # share of a GPU's memory for vLLM; the rest is the trainer's
     seed_requests: bool = False  # vLLM: randomness by prompt, not by rank; slower
     engine_timeout: int = 3600  # seconds that one call of vLLM may take
-    doctor: bool = True  # before step 1, compare vLLM with the trainer in ten ways
+    doctor: bool = True  # before step 1, compare vLLM with the trainer in a dozen ways
     # Objective
     rewards: str = "accuracy:1.0"  # name:weight or file.py:function:weight, joined by commas
     reward_timeout: int = 3600  # seconds that one reward may take to score a step
@@ -133,7 +133,7 @@ def collect(answer, prompts, pool, args, step):
             break
         order = random.Random(f"{args.seed} {step} {attempt}").sample(pool, len(pool))
         # slot i of rank r is slot r + i * W of the batch, wherever it is answered
-        new = [order[(rank() + i * world_size()) % len(order)] for i in dead]
+        new = [order[rank() + i * world_size()] for i in dead]
         fresh = in_groups(answer(new, f"{args.seed} {step} {attempt}"), args.group_size)
         for i, group in zip(dead, fresh):
             groups[i] = group
@@ -341,9 +341,9 @@ def importance_weights(old_logprobs, sampler_logprobs, cap):
 def update(policy, optimizer, samples, old, ref, args):
     """One gradient step on this rank's share of a mini-batch. COLLECTIVE.
 
-    `old` and `ref` hold log-probabilities by sample, or are None where the algorithm needs none.
+    `old` and `ref` map id(sample) to its tokens' log-probabilities, or are None where not needed.
     Returns this rank's sums over tokens, the gradient norm before clipping, and the 99th percentile
-    of the differences between sampler and trainer.
+    of the absolute differences between sampler and trainer, in nats.
     """
     gaps, dummy = [], samples[:1]
     if args.mask_truncated:  # out of the sum and of what divides it
@@ -400,7 +400,7 @@ def update(policy, optimizer, samples, old, ref, args):
 
 
 def beside(mask, samples, rows):
-    """The samples' lists of token values as a tensor (B, C) of the mask's shape, 0 on padding."""
+    """Token values by id(sample) as a tensor (B, C) of the mask's shape, 0 on padding."""
     table = torch.zeros(mask.shape)
     for i, s in enumerate(samples):
         table[i, : len(rows[id(s)])] = torch.tensor(rows[id(s)])
@@ -489,6 +489,8 @@ def check_args(args):
     if args.advantage != "reinforce++" and args.group_size < 2:
         raise UserError(f"--group_size must be at least 2: {args.advantage} compares the answers "
                         "to a prompt; reinforce++ needs no group.")
+    if args.kl_coef < 0:
+        raise UserError("--kl_coef must be at least 0: below, training drives the policies apart.")
     if args.temperature <= 0:
         raise UserError("--temperature must be above 0: training needs a policy with chances.")
     if args.batch_size % args.mini_batch_size or args.mini_batch_size % world_size():
@@ -514,7 +516,8 @@ def main(args):
 
     # Step I: data flow. Prompts with their images become samples, all checked before step 1
     names = {"train": args.train_data, "validation": args.validation_data, "test": args.test_data}
-    paths = {split: utils.data_path(name, out) for split, name in names.items() if name}
+    paths = {split: utils.data_path(name, out) for split, name in names.items()
+             if name or split == "train"}
     data = {split: utils.load_samples(path, processor, args.max_prompt_tokens)
             for split, path in paths.items()}
     train = data.pop("train")
@@ -544,7 +547,8 @@ def main(args):
                                   fused=True)  # in one kernel, without copies of all weights
     # N updates a batch, the paper's formula; a single one is exactly on-policy
     updates = args.batch_size // args.mini_batch_size * args.ppo_epochs
-    keep_old = updates > 1 or bool(reference and args.kl == "k1")
+    k1 = reference and args.kl == "k1"  # a divergence that is part of what was earned
+    keep_old = updates > 1 or k1
     print0(f"Training {count:,} weights on {len(train)} prompts: {total} steps of "
            f"{args.batch_size} prompts x {args.group_size} answers, on {world_size()} x "
            f"{utils.device().type}. {out}")
@@ -585,9 +589,7 @@ def main(args):
 
         # Step III: trajectory. Rewards become advantages; log-probabilities as they are before the
         # first update of this batch, None where nothing asks for them
-        k1 = reference and args.kl == "k1"  # a divergence that is part of what was earned
-        if not k1:
-            set_advantages(samples, args.group_size, args.advantage)
+        set_advantages(samples, args.group_size, args.advantage)
         with timed(seconds, "logprobs"):
             old = logprob_pass(policy, samples, args, k1) if keep_old else None
             ref = logprob_pass(reference, samples, args, k1) if reference else None
@@ -604,7 +606,7 @@ def main(args):
                 optimizer.param_groups[0]["lr"] = learning_rate = args.lr * min(1, warmed)
                 part = samples[n * share % len(samples) :][:share]
                 part_sums, norm, tail = update(policy, optimizer, part, old, ref, args)
-                sums.update(part_sums)
+                sums.update(part_sums)  # a Counter's update adds
                 norms.append(norm)
                 tails.append(tail)
         with timed(seconds, "sync"):

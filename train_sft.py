@@ -1,9 +1,9 @@
 """Stage: supervised fine-tuning. The baseline that reinforcement learning is compared with.
 
 Maximum likelihood on golden responses. Data, prompt, model, evaluation and run folder are those of
-train_grpo.py, so that the two files differ in what they teach and in nothing else: read them with
-`diff train_sft.py train_grpo.py`. Left out of the textbook: sequence packing, dropout, label
-smoothing, a loss on the prompt. An epoch is one pass over the training prompts, there as here.
+train_grpo.py, so that the two files differ in what they teach, and in the learning rate's schedule:
+read them with `diff train_sft.py train_grpo.py`. Left out of the textbook: sequence packing,
+dropout, label smoothing, a loss on the prompt. An epoch is one pass over the training prompts.
 
     Step I    data flow             prompts, images and golden responses become samples
     Step II   response collection   nothing to collect: the response is given
@@ -114,7 +114,7 @@ def with_golden_responses(samples, processor, max_new_tokens):
 
 
 def learning_rate_at(step, total, peak, warmup):
-    """Linear to `peak` over `warmup` steps, then a cosine to 0 at `total`; steps count from 1."""
+    """Linear to `peak` over `warmup` steps, then a cosine to 0 at `total`, which moves nothing."""
     if step <= warmup:
         return peak * step / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
@@ -188,7 +188,8 @@ def main(args):
 
     # Step I: data flow. Prompts with their images become samples, all checked before step 1
     names = {"train": args.train_data, "validation": args.validation_data, "test": args.test_data}
-    paths = {split: utils.data_path(name, out) for split, name in names.items() if name}
+    paths = {split: utils.data_path(name, out) for split, name in names.items()
+             if name or split == "train"}
     data = {split: utils.load_samples(path, processor, args.max_prompt_tokens)
             for split, path in paths.items()}
     train = with_golden_responses(data.pop("train"), processor, args.max_new_tokens)

@@ -1,7 +1,7 @@
-"""The small shared module: flags, ranks, records, prompts, models, batches, runs, checkpoints.
+"""The shared module: flags, ranks, records, models, batches, shared prefixes, runs, checkpoints.
 
-Read it last: nothing here knows what reinforcement learning is. A stage and this file can be copied
-into another project together.
+Read records and batches early, the rest late (README, "Reading order"): no advantage and no loss is
+computed here. A stage and this file can be copied into another project together.
 """
 
 import argparse
@@ -242,7 +242,7 @@ def peak_memory():
 
 
 def sum_over_ranks(values):
-    """Sum a dictionary of numbers over ranks, in float64. COLLECTIVE: same keys on every rank."""
+    """Sum a dictionary of numbers over ranks, in float64. COLLECTIVE: same keys, in one order."""
     total = torch.tensor(list(values.values()), dtype=torch.float64)
     dist.all_reduce(total)
     return dict(zip(values, total.tolist()))
@@ -281,8 +281,8 @@ class Sample:
     reward: float | None = None
     advantage: float = 0.0
 
-    def tokens(self):
-        """The length of prompt and completion."""
+    def length(self):
+        """Tokens of prompt and completion."""
         return len(self.prompt_ids) + len(self.completion_ids)
 
     def record(self):
@@ -633,8 +633,8 @@ def split_rows(samples, budget):
     Each costs as much as the longest beside it; a sample above the budget goes alone.
     """
     parts = []
-    for s in sorted(samples, key=Sample.tokens):
-        if parts and (len(parts[-1]) + 1) * s.tokens() <= budget:
+    for s in sorted(samples, key=Sample.length):
+        if parts and (len(parts[-1]) + 1) * s.length() <= budget:
             parts[-1].append(s)
         else:
             parts.append([s])
@@ -647,10 +647,10 @@ def split_groups(samples, budget):
     A group of answers to one prompt is cut only if it is above the budget by itself.
     """
     groups = {}
-    for s in sorted(samples, key=Sample.tokens):
+    for s in sorted(samples, key=Sample.length):
         groups.setdefault(s.id, []).append(s)
     parts, tokens = [], 0
-    for group in sorted(groups.values(), key=lambda group: group[-1].tokens()):
+    for group in sorted(groups.values(), key=lambda group: group[-1].length()):
         prompt = len(group[0].prompt_ids)
         if not parts or tokens + prompt + sum(len(s.completion_ids) for s in group) > budget:
             parts.append([])
@@ -660,13 +660,13 @@ def split_groups(samples, budget):
             tokens += len(s.completion_ids)
             if tokens > budget and parts[-1]:
                 parts.append([])
-                tokens = s.tokens()
+                tokens = s.length()
             parts[-1].append(s)
     return parts
 
 
 def micro_batches(samples, budget, shared):
-    """One of the two, and empty lists up to as many as any rank has. COLLECTIVE."""
+    """Samples split by tokens; empty lists last, so that ranks have equally many. COLLECTIVE."""
     parts = split_groups(samples, budget) if shared else split_rows(samples, budget)
     return parts + [[]] * (max(1, *gather([len(parts)])) - len(parts))
 
@@ -1138,7 +1138,7 @@ def save_checkpoint(out, step, policy, processor, optimizer, dtype, keep=0):
             write_json(part / "manifest.json", file_hashes(part))
             os.replace(part, path)
             old = sorted(path.parent.glob("step_??????"))
-            for folder in old[: len(old) - keep if keep else 0]:
+            for folder in old[:-keep] if keep else []:
                 shutil.rmtree(folder)
         dist.barrier()  # nobody goes on before it is whole
     except (Exception, CheckpointException) as error:  # what torch and others make of a full disk

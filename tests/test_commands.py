@@ -305,6 +305,8 @@ def test_a_mistake_is_one_sentence(data, tmp_path, ranks):
     (["--batch_size", 600, "--mini_batch_size", 600], "is more than the 16 prompts"),
     (["--max_new_tokens", 0], "--max_new_tokens must be at least 1"),
     (["--temperature", 0], "--temperature must be above 0"),
+    (["--kl_coef", -1], "--kl_coef must be at least 0"),
+    (["--train_data", ""], ".: no such file; give the path"),
     (["--eval_settings", "pass9"], "no decoding setting is called 'pass9'"),
     (["--rewards", "accuracy:much"], "reward 'accuracy:much' has no weight"),
     (["--no-train_language"], "nothing is left to train"),

@@ -246,12 +246,12 @@ def test_without_a_whole_checkpoint_a_run_starts_anew(whole, tmp_path):
 
 
 def test_keep_deletes_the_older_ones(data, tmp_path):  # noqa: F811
-    """In both trainers; what is torn, or not a checkpoint, does not count."""
+    """In both trainers; also while there are fewer than are to be kept."""
     words = [*GRPO, *splits(data)[:2], "--keep", 2]
     code, said = run(words, tmp_path / "grpo")
     assert code == 0 and saved(tmp_path / "grpo") == ["step_000003", "step_000004"], said
-    code, said = run([*SFT, *splits(data)[:2], "--epochs", 4, "--keep", 1], tmp_path / "sft")
-    assert code == 0 and saved(tmp_path / "sft") == ["step_000004"], said
+    code, said = run([*SFT, *splits(data)[:2], "--epochs", 4, "--keep", 3], tmp_path / "sft")
+    assert code == 0 and saved(tmp_path / "sft") == [f"step_{n:06d}" for n in (2, 3, 4)], said
 
 
 def keep_loaded_state(path, original, last, policy, optimizer):
