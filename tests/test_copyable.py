@@ -12,10 +12,10 @@ import pytest
 
 import toy
 import utils
-from test_house import README, ROOT, STAGES, source
+from test_house import ROOT, STAGES, section, source
 
 # as scripts they need, beside utils.py, what they import inside their functions
-SECTION = README.split("## Copying a stage\n")[1].split("\n## ")[0]
+SECTION = section("Copying a stage")
 NEEDS = dict(re.findall(r"^\| `(\w+)\.py` \| (.+?) \|", SECTION, re.M))
 LITTLE = "--engine hf --max_new_tokens 48".split()
 

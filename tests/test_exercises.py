@@ -5,14 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from test_house import ROOT, section
+
 FOLDER = ROOT / "tests" / "exercises"
-SECTION = (ROOT / "README.md").read_text().split("## Exercises\n")[1].split("\n## ")[0]
-NAMES = re.findall(r"^\d+\. \*\*.*?\*\* \(`(\w+)`\)", SECTION, re.M)
+NAMES = re.findall(r"^\d+\. \*\*.*?\*\* \(`(\w+)`\)", section("Exercises"), re.M)
 
 
 def copy_tree(folder):

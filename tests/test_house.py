@@ -31,6 +31,11 @@ BUDGETS = {"reward": 510, "rollout": 720, "train_sft": 280, "train_grpo": 650, "
 README = (ROOT / "README.md").read_text()
 
 
+def section(title):
+    """What stands below a heading of the README, up to the next one."""
+    return README.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
 def source(stage):
     return (ROOT / f"{stage}.py").read_text()
 

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+import utils
 from test_house import README, ROOT, source
 
 ORDER = re.findall(r"^\| (\d+) \| \[([\w/]+)\.py\]\(\S+\) \| (.*?) \|", README, re.M)
@@ -94,8 +95,8 @@ def test_what_the_exercises_show_stands_in_results():
     bug = found["silent_bug_planted, by seed"]
     usual = []
     for seed in (0, 1, 2):
-        lines = (ROOT / "results" / "quickstart" / f"seed_{seed}" / "metrics.jsonl").read_text().splitlines()[-8:]
-        usual.append(100 * sum(json.loads(line)["groups_all_alike"] for line in lines) / 8)
+        rows = utils.read_jsonl(ROOT / "results" / "quickstart" / f"seed_{seed}" / "metrics.jsonl")[-8:]
+        usual.append(100 * sum(row["groups_all_alike"] for row in rows) / 8)
     alike = three([100 * run["groups_all_alike"] for run in bug], 0)
     assert f"ends at {three([run['validation'][1] for run in bug], 1)} %, as without it; but {alike} %" in words
     assert f"the quick start has {three(usual, 0)}." in words

@@ -8,7 +8,6 @@ applies each to a copy of the tree, and shows that its check fails before and pa
 
 import copy
 import inspect
-import json
 import math
 import subprocess
 import sys
@@ -46,7 +45,7 @@ def test_short(tmp_path):
                "--mini_batch_size", "16", "--validation_data", "", "--test_data", "", "--out", tmp_path / "run",
                "--rewards", f"accuracy:1.0,{ROOT / 'short.py'}:short_reward:8"]
     subprocess.run(command, cwd=ROOT, check=True)
-    lengths = [json.loads(line)["length"] for line in open(tmp_path / "run" / "metrics.jsonl")]
+    lengths = [row["length"] for row in utils.read_jsonl(tmp_path / "run" / "metrics.jsonl")]
     assert lengths[-1] < lengths[0] - 3
 
 
