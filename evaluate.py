@@ -253,7 +253,7 @@ def chosen_settings(names):
 
 
 def main(args):
-    from rollout import make_engine
+    from rollout import make_engine, rehearse
 
     out, _ = utils.choose_run(args)
     settings = chosen_settings(args.settings)
@@ -261,6 +261,7 @@ def main(args):
     samples = utils.load_samples(utils.data_path(args.data, out), processor, args.max_prompt_tokens)
     samples = perturbed(samples[: args.limit or None], args.perturb, args.seed)
     engine = make_engine(args.engine, None, processor, args)
+    rehearse(engine, samples, args)
     utils.begin_run(out, args)
     utils.cut_logs(out, 0)  # an evaluation that was stopped starts anew
 

@@ -500,6 +500,48 @@ def make_engine(kind, model, processor, args, cache=None):
 
 
 # ---------------------------------------------------------------------------------------------
+# The rehearsal: a few prompts go through every step once, before anything is written
+
+
+def unlike(samples):
+    """The first prompt, the shortest and longest with images, the one with most, one without."""
+    pictured = sorted((s for s in samples if s.images), key=lambda s: len(s.prompt_ids))
+    most = max(samples, key=lambda s: len(s.images))
+    picks = [samples[0], *pictured[:1], *pictured[-1:], most, *(s for s in samples if not s.images)]
+    return list({s.id: s for s in picks[:5]}.values())
+
+
+def rehearse(engine, samples, args, policy=None):
+    """Answer a few prompts and, where a policy trains, read the answers back; return the answers.
+
+    What a family, a processor or a row asks for and nobody here does is a sentence before step 1,
+    and no traceback in the first batch; so is a sampler that speaks of another policy. UserError.
+    COLLECTIVE.
+    """
+    asked, done, problem = unlike(samples), [], None
+    names = ", ".join(s.id for s in asked)
+    try:
+        doing = "answering"
+        done = engine.generate(asked, 2, 1.0, 1.0, min(4, args.max_new_tokens), "rehearsal")
+        if policy:
+            doing = "computing the log-probabilities of"
+            with torch.no_grad():
+                table, _ = policy(policy.batch(done), 1.0)
+            gap = mean_gap([row[: len(s.completion_ids)] for row, s in zip(table.tolist(), done)],
+                           [s.sampler_logprobs for s in done])
+            # far above what rounding does, far below what other positions or images do
+            if not gap <= (0.01 if utils.compute_dtype(args.dtype) == torch.float32 else 0.5):
+                problem = f"sampler and trainer are {gap:.2g} nats apart on the prompts {names}"
+    except Exception as error:  # whatever a family's own code can raise
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        problem = f"{doing} the prompts {names} fails ({reason})"
+    if problems := [p for p in utils.gather([problem]) if p]:
+        raise UserError(f"--model {args.model}: {problems[0]}; give another model or other rows, "
+                        "or see the README's families.")
+    return done
+
+
+# ---------------------------------------------------------------------------------------------
 # The doctor: do sampler and trainer speak of the same policy?
 
 
@@ -680,6 +722,7 @@ def main(args):
         policy = utils.shard(policy, utils.compute_dtype(args.dtype)).eval()
         return {"doctor": consult(engine, policy, samples, processor, args)}
     engine = make_engine(args.engine, None, processor, args)
+    rehearse(engine, samples, args)
     utils.begin_run(out, args)
 
     done = engine.generate(samples[rank() :: world_size()], args.n, args.temperature, args.top_p,

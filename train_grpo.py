@@ -501,7 +501,7 @@ def check_args(args):
 def main(args):
     from evaluate import before_and_after, chosen_settings, evaluate_splits, reflection_metrics
     from reward import load_rewards, score
-    from rollout import choose_engine, consult, make_engine
+    from rollout import choose_engine, consult, make_engine, rehearse
 
     check_args(args)
     utils.check_wandb(args.wandb)
@@ -549,6 +549,9 @@ def main(args):
     updates = args.batch_size // args.mini_batch_size * args.ppo_epochs
     k1 = reference and args.kl == "k1"  # a divergence that is part of what was earned
     keep_old = updates > 1 or k1
+    # a few prompts go through all four steps, so that what cannot work is a sentence before step 1
+    prompts = [s for split in (train, *data.values()) for s in split]
+    score(rehearse(engine, prompts, args, policy), rewards, args.reward_timeout)
     print0(f"Training {count:,} weights on {len(train)} prompts: {total} steps of "
            f"{args.batch_size} prompts x {args.group_size} answers, on {world_size()} x "
            f"{utils.device().type}. {out}")

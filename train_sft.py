@@ -177,7 +177,7 @@ def check_args(args):
 
 def main(args):
     from evaluate import before_and_after, chosen_settings, evaluate_splits
-    from rollout import make_engine
+    from rollout import make_engine, rehearse
 
     check_args(args)
     utils.check_wandb(args.wandb)
@@ -192,6 +192,7 @@ def main(args):
              if name or split == "train"}
     data = {split: utils.load_samples(path, processor, args.max_prompt_tokens)
             for split, path in paths.items()}
+    prompts = [s for split in data.values() for s in split]
     train = with_golden_responses(data.pop("train"), processor, args.max_new_tokens)
     steps_per_epoch = len(train) // args.batch_size
     if steps_per_epoch == 0:
@@ -213,6 +214,7 @@ def main(args):
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.95), weight_decay=args.weight_decay,
                                   fused=True)  # in one kernel, without copies of all weights
+    rehearse(engine, prompts, args, policy)  # what cannot work is a sentence before step 1
     print0(f"Training {count:,} weights on {len(train)} prompts: {total} steps of "
            f"{args.batch_size} golden responses, on {world_size()} x {utils.device().type}. {out}")
     utils.begin_run(out, args)

@@ -78,6 +78,36 @@ def gemma3():
         eoi_token_index=ids["eoi_token"], image_token_index=ids["image_token"]))
 
 
+def llava_next():
+    """LLaVA-NeXT: as many tiles as a picture's shape asks for, so that two pictures are no tensor."""
+    tokens = tokenizer(image_token="<image>")
+    pins = [[28, 56], [56, 28], [56, 56]]
+    images = transformers.LlavaNextImageProcessor(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=pins)
+    template = toy.CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>")
+    processor = transformers.LlavaNextProcessor(
+        images, tokens, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=template)
+    vision = VISION | {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14}
+    return processor, transformers.LlavaNextForConditionalGeneration(transformers.LlavaNextConfig(
+        text_config=language(tokens, "llama"), vision_config=vision, image_grid_pinpoints=pins, image_seq_length=4,
+        image_token_index=tokens.convert_tokens_to_ids("<image>")))
+
+
+def internvl():
+    """InternVL: tiles as well, and its processor asks its image processor for them by itself."""
+    tokens = tokenizer(start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>",
+                       video_token="<video>")
+    images = transformers.GotOcr2ImageProcessor(size={"height": 28, "width": 28}, crop_to_patches=False)
+    template = toy.CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>")
+    processor = transformers.InternVLProcessor(
+        images, tokens, transformers.InternVLVideoProcessor(), image_seq_length=1, chat_template=template)
+    vision = VISION | {"image_size": [28, 28], "patch_size": [14, 14]}
+    return processor, transformers.InternVLForConditionalGeneration(transformers.InternVLConfig(
+        text_config=language(tokens, "qwen2"), vision_config=vision, image_seq_length=1, downsample_ratio=0.5,
+        image_token_id=tokens.convert_tokens_to_ids("<IMG_CONTEXT>")))
+
+
 def save(build, folder):
     """A random checkpoint; weights larger than usual, so that no answer looks like another."""
     processor, model = build()
@@ -144,3 +174,29 @@ def test_a_family_that_needs_token_types_is_refused(tmp_path):
     """Gemma 3 would load, train and sample, every image token blind to those after it."""
     with pytest.raises(utils.UserError, match="token_type_ids"):
         utils.load_processor(save(gemma3, tmp_path))
+
+
+def rehearsal(tiny):
+    """What every stage does before it writes anything, with the tiny model at hand."""
+    engine = rollout.HFEngine(copy.deepcopy(tiny.model), tiny.processor, 256)
+    policy = utils.Policy(tiny.model, tiny.processor, shared=True)
+    return rollout.rehearse(engine, tiny.samples, rollout.Args(model=str(tiny.path), dtype="float32"), policy)
+
+
+@pytest.mark.parametrize("build", [llava_next, internvl])
+def test_a_family_that_tiles_pictures_is_refused_before_step_1(build, tmp_path, data_path, one_rank):
+    """One tensor of two pictures' tiles, or tiles that nobody asked for: a traceback at the first batch, once."""
+    with pytest.raises(utils.UserError, match="^--model .* fails .*; give another model or other rows"):
+        rehearsal(load_tiny(save(build, tmp_path), data_path))
+
+
+def test_the_rehearsal_asks_unlike_prompts_and_hears_a_stranger(tiny, one_rank):
+    """Shortest and longest, several images and none; and a sampler of other weights does not pass it."""
+    asked = [s.id for s in rollout.unlike(tiny.samples)]
+    assert {"two", "text"} <= {*asked} and len(asked) == len({*asked}) <= 5
+    assert [(s.id, len(s.completion_ids) > 0) for s in rehearsal(tiny)] == [(i, True) for i in asked for _ in "ab"]
+    engine = rollout.HFEngine(copy.deepcopy(tiny.model), tiny.processor, 256)
+    for weight in engine.model.get_decoder().layers[0].parameters():
+        weight.data *= 2
+    with pytest.raises(utils.UserError, match="^--model .*: sampler and trainer are .* nats apart on the prompts .*rows"):
+        rollout.rehearse(engine, tiny.samples, rollout.Args(dtype="float32"), utils.Policy(tiny.model, tiny.processor))
