@@ -184,7 +184,7 @@ class Siblings:
         keys, values = (x[:, :, :T] for x in own)
         first_keys, first_values = self.prompts[module.layer_idx]
         R, heads, _, D = query.shape
-        query = (query * scaling).view(R, keys.shape[1], -1, D)  # (R, h, g, D): g share a key
+        query = (query * scaling).reshape(R, keys.shape[1], -1, D)  # (R, h, g, D): g share a key
         first = self.by_prompt(query) @ first_keys  # (P, h, m * g, L)
         if self.bias is not None:
             first = first + self.bias
@@ -192,7 +192,7 @@ class Siblings:
         scores = torch.cat([self.by_row(first), query @ keys.mT], 3)
         first, rest = scores.softmax(3).split([first.shape[3], T], 3)
         first = self.by_row(self.by_prompt(first) @ first_values)
-        return (first + rest @ values).view(R, 1, heads, D)
+        return (first + rest @ values).reshape(R, 1, heads, D)  # strided where all ask one prompt
 
 
 class HFEngine:

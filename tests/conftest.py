@@ -49,7 +49,9 @@ def one_rank():
 
 
 # ---------------------------------------------------------------------------------------------
-# Models: hidden size 32, two layers of language and two of vision, in three families
+# Models: hidden size 64, two layers of language and two of vision, in three families. As in real
+# checkpoints several query heads share a key-value head, of which there are several; the head is
+# tied to the embeddings (as in Qwen2.5-VL 3B), in Qwen3-VL a matrix of its own (as in its 8B)
 
 
 def build_processor(family):
@@ -66,33 +68,38 @@ def build_processor(family):
     return Processor(images, base.tokenizer, Videos(), chat_template=toy.CHAT_TEMPLATE)
 
 
-def build_model(family, processor):
-    """A random model; weights larger than usual, so that its distributions are far from uniform."""
+def build_model(family, processor, heads=(4, 2), head_dim=16, **more):
+    """A random model; weights larger than usual, so that its distributions are far from uniform.
+
+    `heads` are query heads and key-value heads; `more` goes into the config of the language model.
+    """
     ids = processor.tokenizer.convert_tokens_to_ids
-    rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 100.0}
-    text = {"vocab_size": len(processor.tokenizer), "hidden_size": 64, "intermediate_size": 64,
-            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-            "max_position_embeddings": 4096, "tie_word_embeddings": True, "initializer_range": 0.2,
+    hidden, quarter, tied = heads[0] * head_dim, head_dim // 8, family != "qwen3_vl"
+    rope = {"rope_type": "default", "rope_theta": 100.0,
+            "mrope_section": [2 * quarter, quarter, quarter]}
+    text = {"vocab_size": len(processor.tokenizer), "hidden_size": hidden, "intermediate_size": 64,
+            "num_hidden_layers": 2, "num_attention_heads": heads[0], "num_key_value_heads": heads[1],
+            "max_position_embeddings": 4096, "tie_word_embeddings": tied, "initializer_range": 0.2,
             "bos_token_id": None, "eos_token_id": ids("<|im_end|>"),
             "pad_token_id": ids("<|endoftext|>"), "rope_parameters": rope}
     vision = {"depth": 2, "num_heads": 2, "hidden_size": 32, "initializer_range": 0.2}
     if family == "qwen2_vl":  # here hidden_size is what comes out
-        vision |= {"hidden_size": 64, "embed_dim": 32, "mlp_ratio": 2, "patch_size": 14}
+        vision |= {"hidden_size": hidden, "embed_dim": 32, "mlp_ratio": 2, "patch_size": 14}
         Config, Model = transformers.Qwen2VLConfig, transformers.Qwen2VLForConditionalGeneration
     elif family == "qwen2_5_vl":
-        vision |= {"out_hidden_size": 64, "intermediate_size": 64, "patch_size": 14,
+        vision |= {"out_hidden_size": hidden, "intermediate_size": 64, "patch_size": 14,
                    "window_size": 56, "fullatt_block_indexes": [1]}
         Config = transformers.Qwen2_5_VLConfig
         Model = transformers.Qwen2_5_VLForConditionalGeneration
     else:
-        text |= {"head_dim": 32}
+        text |= {"head_dim": head_dim}
         rope |= {"mrope_interleaved": True}
-        vision |= {"out_hidden_size": 64, "intermediate_size": 64, "patch_size": 16,
+        vision |= {"out_hidden_size": hidden, "intermediate_size": 64, "patch_size": 16,
                    "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
         Config, Model = transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration
     torch.manual_seed(0)
     return Model(Config(
-        text_config=text, vision_config=vision, tie_word_embeddings=True,
+        text_config=text | more, vision_config=vision, tie_word_embeddings=tied,
         image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
         vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>")))
 

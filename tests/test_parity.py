@@ -227,8 +227,9 @@ def test_greedy_equals_transformers_generate(tiny):
     model, processor, samples = tiny.model, tiny.processor, tiny.samples
     banned = [processor.image_token_id, processor.video_token_id]
     engine = rollout.HFEngine(model, processor, 8)
-    first = engine.generate(samples, 1, 0, 1.0, 12, 0)
-    eos = [processor.tokenizer.eos_token_id, first[0].completion_ids[3], first[5].completion_ids[7]]
+    long = [s.completion_ids for s in engine.generate(samples, 1, 0, 1.0, 12, 0)
+            if s.finish_reason == "length"]
+    eos = [processor.tokenizer.eos_token_id, long[0][3], long[-1][7]]
     model.generation_config.eos_token_id = eos
     done = rollout.HFEngine(model, processor, 4).generate(samples, 1, 0, 1.0, 12, 0)
     for sample in done:

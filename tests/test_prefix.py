@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 
 import bench
+import conftest
 import rollout
 import train_grpo
 import utils
 from conftest import answered, png
-from test_parity import ARGS, Probe, assert_same_gradients, gradients, mixed
+from test_parity import ARGS, Probe, assert_same_gradients, by_id, gradients, mixed, plain_logprobs
 from utils import Policy, collate, pack
 
 
@@ -56,7 +57,7 @@ def results(policy, batch, model, temperature=0.7):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("seed", range(4))
 def test_the_packed_row_equals_rows(tiny, tmp_path, seed, checkpointing):
-    """Log-probabilities within 1e-5, gradients within 1e-4 of the largest, of every part."""
+    """Log-probabilities within 2e-5, gradients within 1e-4 of the largest, of every part."""
     samples = random_groups(tiny, tmp_path, seed)
     policy = Policy(tiny.model, tiny.processor, shared=True)
     assert policy.shared
@@ -65,8 +66,8 @@ def test_the_packed_row_equals_rows(tiny, tmp_path, seed, checkpointing):
         tiny.model.train()
     plain = results(policy, collate(samples, tiny.processor), tiny.model)
     packed = results(policy, pack(samples, tiny.processor, tiny.model), tiny.model)
-    torch.testing.assert_close(packed[0], plain[0], rtol=0, atol=1e-5)
-    torch.testing.assert_close(packed[1], plain[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(packed[0], plain[0], rtol=0, atol=2e-5)
+    torch.testing.assert_close(packed[1], plain[1], rtol=0, atol=2e-5)
     assert_same_gradients(packed[2], plain[2], 1e-4)
     assert any("visual" in name for name in packed[2]) or not any(s.images for s in samples)
 
@@ -171,6 +172,39 @@ def test_an_update_is_the_same_either_way(tiny, one_rank, tmp_path, budget):
     assert_same_gradients(got, want, 1e-4)
     assert sums == pytest.approx(plain, rel=1e-3)
     assert (packed_norm, packed_tail) == pytest.approx((norm, tail), rel=1e-3)
+
+
+LAYOUTS = {"3B": ((16, 2), 8), "7B": ((28, 4), 8), "2B": ((12, 2), 8), "no groups": ((4, 4), 16),
+           "one key head": ((4, 1), 16), "heads of 128": ((4, 2), 128)}
+
+
+@pytest.mark.parametrize("n", [1, 8])
+@pytest.mark.parametrize("heads, head_dim", LAYOUTS.values(), ids=LAYOUTS)
+def test_real_head_layouts_and_batches_of_one_prompt(qwen, heads, head_dim, n):
+    """Sampler, rows, packed row and flex against the model's own forward, in float64: of three prompts two and a
+    last one, a prompt alone with pictures, one without; gradients too.
+
+    The story: `rollout.py --limit 1`, or a last batch of one prompt, was a traceback about strides on every
+    published head layout. The toy's heads all have keys of their own, and the tests' models had one key head.
+    """
+    model = conftest.build_model("qwen2_5_vl", qwen.processor, heads, head_dim).double().eval()
+    engine = rollout.HFEngine(copy.deepcopy(model), qwen.processor, 2 * n)
+    policy = Policy(copy.deepcopy(model), qwen.processor, shared=True)
+    assert engine.shared and policy.shared
+    two, text, image = by_id(qwen.samples, "two", "text", "rgba")
+    for prompts in ([two, text, image], [two], [text]):
+        done = engine.generate(prompts, n, 1.0, 1.0, 6, 0)
+        want = [plain_logprobs(model, qwen.processor, s, 1.0)[0].detach() for s in done]
+        for s, truth in zip(done, want, strict=True):
+            assert s.sampler_logprobs == pytest.approx(truth.tolist(), abs=1e-4)
+        plain = collate(done, qwen.processor)
+        packed, flex = (pack(done, qwen.processor, policy.model, flex=flex) for flex in (False, True))
+        with torch.no_grad():
+            for batch in (plain, packed, flex):
+                for row, truth in zip(policy(batch, 1.0)[0], want):
+                    torch.testing.assert_close(row[: len(truth)], truth.to(row), rtol=0, atol=1e-4)
+        found = [results(policy, batch, policy.model)[2] for batch in (packed, plain)]
+        assert_same_gradients(*found)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -308,29 +342,36 @@ def test_siblings_share_their_prompts_cache(tiny):
             assert a.sampler_logprobs == pytest.approx(b.sampler_logprobs, abs=1e-4)
 
 
-def test_siblings_by_hand():
-    """Two prompts with two answers each, one key head for two query heads; then one row retires."""
+@pytest.mark.parametrize("skip", [[1, 0], [0], [0, 2, 0]])
+@pytest.mark.parametrize("h", [1, 2])
+def test_siblings_by_hand(skip, h):
+    """Prompts, some padded on the left by `skip`, with two answers each; `h` key heads, each for two query heads;
+    then one row retires."""
     torch.manual_seed(0)
-    layer = type("Layer", (), {"keys": torch.randn(2, 1, 3, 4), "values": torch.randn(2, 1, 3, 4)})
+    P = len(skip)
+    layer = type("Layer", (), {"keys": torch.randn(P, h, 3, 4), "values": torch.randn(P, h, 3, 4)})
     cache = type("Cache", (), {"layers": [layer]})
     module = type("Module", (), {"layer_idx": 0})
-    siblings = rollout.Siblings(cache, torch.tensor([[0, 1, 1], [1, 1, 1]]), 2)  # the first is padded on the left
-    owners, own = [0, 0, 1, 1], [[], [], [], []]
+    siblings = rollout.Siblings(cache, (torch.arange(3) >= torch.tensor(skip)[:, None]).long(), 2)
+    owners, own = [p for p in range(P) for _ in range(2)], [[] for _ in range(2 * P)]
     for step in range(40):
         if step == 20:
-            siblings.reorder_cache(torch.tensor([0, 2, 3]))
-            owners, own = [0, 1, 1], [own[0], own[2], own[3]]
+            rows = [r for r in range(2 * P) if r != 1]
+            siblings.reorder_cache(torch.tensor(rows))
+            owners, own = [owners[r] for r in rows], [own[r] for r in rows]
         R = len(owners)
-        query, key, value = torch.randn(R, 2, 1, 4), torch.randn(R, 1, 1, 4), torch.randn(R, 1, 1, 4)
+        query, key, value = torch.randn(R, 2 * h, 1, 4), torch.randn(R, h, 1, 4), torch.randn(R, h, 1, 4)
         siblings.length += 1
         got = siblings.attend(module, query, key, value, 0.5)
+        assert got.shape == (R, 1, 2 * h, 4)
         for r, owner in enumerate(owners):
-            own[r].append((key[r, 0, 0], value[r, 0, 0]))
-            skip = 1 - owner
-            keys = torch.cat([layer.keys[owner, 0, skip:], torch.stack([k for k, _ in own[r]])])
-            values = torch.cat([layer.values[owner, 0, skip:], torch.stack([v for _, v in own[r]])])
-            want = (0.5 * query[r, :, 0] @ keys.T).softmax(-1) @ values
-            torch.testing.assert_close(got[r, 0], want, rtol=0, atol=1e-5)
+            own[r].append((key[r, :, 0], value[r, :, 0]))
+            for head in range(2 * h):
+                seen = [torch.cat([prompt[owner, head // 2, skip[owner]:],
+                                   torch.stack([pair[i][head // 2] for pair in own[r]])])
+                        for i, prompt in enumerate((layer.keys, layer.values))]
+                want = (0.5 * seen[0] @ query[r, head, 0]).softmax(-1) @ seen[1]
+                torch.testing.assert_close(got[r, 0, head], want, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("padded", [False, True])
