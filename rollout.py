@@ -68,11 +68,13 @@ def sample_tokens(logits, uniform, temperature, top_p):
 
     logits (B, V); uniform (B,) in [0, 1), one number a row, so that a row's randomness is its own.
     Returns token ids (B,) and their log-probabilities (B,) in nats under the distribution that was
-    sampled from: softmax(logits / temperature), cut to the top-p set and renormalised.
+    sampled from: softmax(logits / temperature), cut to the top-p set and renormalised. A row that
+    is no distribution (NaN or +inf in its logits, or -inf alone) has NaN as its log-probability.
     """
     if temperature == 0:
-        best = logits.argmax(-1)
-        return best, torch.zeros_like(uniform)  # greedy: the whole mass on one token
+        best = logits.argmax(-1, keepdim=True)
+        most = logits.gather(-1, best).to(uniform.dtype)
+        return best.squeeze(-1), (most - most).squeeze(-1)  # the whole mass on one token: 0
     probs = (logits.float() / temperature).softmax(-1)  # (B, V)
     ids = None
     if top_p < 1:
@@ -256,6 +258,11 @@ class HFEngine:
         for step in range(max_new_tokens):
             logits[:, self.banned] = float("-inf")
             token, logprob = sample_tokens(logits, noise[alive, step], temperature, top_p)
+            if (broken := going & ~logprob.isfinite()).any():
+                names = sorted({samples[row // n].id for row in alive[broken].tolist()})
+                raise RunError(f"the model's logits are not finite on the prompts {names}, so that "
+                               "no token can be drawn: its weights hold NaN or infinity, or "
+                               "overflow in --dtype; check the checkpoint.")
             for row, t, p in zip(alive[going].tolist(), token[going].tolist(),
                                  logprob[going].tolist()):
                 tokens[row].append(t)

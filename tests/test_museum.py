@@ -6,6 +6,7 @@ Stories with two ranks, and stale `rope_deltas`, are in test_parity.py.
 """
 
 import copy
+import importlib
 import math
 import pickle
 import random
@@ -15,13 +16,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 
+import conftest
 import reward
 import rollout
 import train_grpo
 import utils
 from conftest import answered, png
-from test_parity import ARGS, Probe, assert_same_gradients, by_id, gradients, mixed
+from test_parity import (
+    ARGS, Probe, assert_same_gradients, by_id, gradients, mixed, plain_inputs, plain_logprobs)
 from utils import Policy, collate
 
 
@@ -543,3 +547,65 @@ def test_unscored_is_not_wrong():
     buggy = train_grpo.grpo_advantages(torch.tensor([[1.0, math.nan, 0.0]]).nan_to_num())
     assert torch.equal(beside[0, [0, 2]], alone[0]) and beside[0, 1] == 0
     assert differ(buggy[0, [0, 2]], alone[0], 0.1) and buggy[0, 1] < 0
+
+
+# ---------------------------------------------------------------------------------------------
+# What outside eyes found: the sampler
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("temperature, top_p", [(0, 1.0), (1.0, 1.0), (0.6, 0.9)])
+def test_a_token_drawn_from_nan(qwen, value, temperature, top_p):
+    """vllm#14126, Qwen3-VL#71: every comparison with NaN is false, so that a sampler picks token 0
+    ("!!!!!!") and a broken checkpoint has a bad score rather than an error. So did ours: 0.0 %.
+    Now it ends the run and names the prompt. NaN and +inf anywhere do this, -inf everywhere."""
+    rows = torch.zeros(2, 40)
+    rows[1, 30 if value != -math.inf else slice(None)] = value
+    _, logprobs = rollout.sample_tokens(rows, torch.full((2,), 0.5).double(), temperature, top_p)
+    assert logprobs.isfinite().tolist() == [True, False]
+    if temperature:  # the buggy form: nothing is asked but the token
+        mass = (rows / temperature).softmax(-1).cumsum(-1)
+        drawn = (mass <= 0.5 * mass[:, -1:]).sum(-1)
+        assert drawn[0] > 0 and drawn[1] == 0
+    engine = rollout.HFEngine(qwen.model, qwen.processor, 64)
+    honest = engine.prefill
+
+    def prefill(samples):
+        logits, *rest = honest(samples)
+        for row, s in zip(logits, samples):
+            if s.id == "grey":
+                row[30 if value != -math.inf else slice(None)] = value
+        return logits, *rest
+
+    engine.prefill = prefill
+    with pytest.raises(utils.RunError, match=r"not finite on the prompts \['grey'\], .*[.]$"):
+        engine.generate(qwen.samples, 2, temperature, top_p, 6, 0)
+    engine.generate([s for s in qwen.samples if s.id != "grey"], 2, temperature, top_p, 6, 0)
+
+
+def test_nan_in_a_later_step_and_behind_an_end(qwen, monkeypatch):
+    """The same, halfway through an answer: found there too. But a row that has ended goes on being
+    computed until enough others have, nobody reads what it says, and it must not end a run."""
+    engine, honest = rollout.HFEngine(qwen.model, qwen.processor, 64), rollout.sample_tokens
+    engine.eos = torch.tensor([7])  # which nothing says by itself
+    ended = {}
+
+    def drawn(*asked):
+        token, logprob = honest(*asked)
+        token[token == 7] = 8
+        if ended["step"] == 0 and ended["first"]:
+            token[0] = 7
+        if ended["step"] >= 2:
+            logprob[0] = math.nan
+        ended["step"] += 1
+        return token, logprob
+
+    monkeypatch.setattr(rollout, "sample_tokens", drawn)
+    for first in (True, False):
+        ended |= {"first": first, "step": 0}
+        if first:
+            done = engine.generate(qwen.samples, 2, 1.0, 1.0, 6, 0)
+            assert sorted(len(s.completion_ids) for s in done) == [1] + [6] * (len(done) - 1)
+        else:
+            with pytest.raises(utils.RunError, match="not finite on the prompts"):
+                engine.generate(qwen.samples, 2, 1.0, 1.0, 6, 0)
