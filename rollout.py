@@ -103,11 +103,27 @@ def uniforms(seed, sample_id, index, count):
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
 
+def generation_config(path):
+    """The checkpoint's; without a file of that name, what its model's config implies."""
+    try:
+        return utils.load_pretrained(GenerationConfig, path)
+    except UserError:  # as transformers does when it loads the model
+        return GenerationConfig.from_model_config(utils.load_pretrained(AutoConfig, path))
+
+
 def end_ids(config, processor):
-    """The ids that end a response, by the model's generation config; some models have several."""
-    ids = config.eos_token_id
-    ids = processor.tokenizer.eos_token_id if ids is None else ids
-    return ids if isinstance(ids, list) else [ids]
+    """The ids that end a response: all of the generation config and the tokenizer, each once.
+
+    The first is the one that is trained: the tokenizer's where the config has it or has none, else
+    the config's first, so that transformers' own `generate` stops there too.
+    """
+    listed, own = ([] if ids is None else ids if isinstance(ids, list) else [ids]
+                   for ids in (config.eos_token_id, processor.tokenizer.eos_token_id))
+    ids = list(dict.fromkeys([i for i in own if i in listed] + listed + own))
+    if not ids:
+        raise UserError("--model: neither its generation_config.json nor its tokenizer has an "
+                        "eos_token_id, so that no response would ever end; add one.")
+    return ids
 
 
 def completed(sample, tokens, logprobs, eos, processor):

@@ -85,8 +85,9 @@ def epoch_batches(samples, batch_size, seed, epoch):
     return [[samples[i] for i in order[k : k + batch_size]] for k in range(0, whole, batch_size)]
 
 
-def with_golden_responses(samples, processor, max_new_tokens):
-    """Samples completed by their golden responses. EOS is trained: a model must learn to stop."""
+def with_golden_responses(samples, processor, max_new_tokens, eos=None):
+    """Samples completed by golden responses and `eos`: a model that never sees it never stops."""
+    eos = processor.tokenizer.eos_token_id if eos is None else eos
     done = []
     for s in samples:
         ids = processor.tokenizer(s.solution)["input_ids"] if s.solution.strip() else []
@@ -95,7 +96,7 @@ def with_golden_responses(samples, processor, max_new_tokens):
         if len(ids) >= max_new_tokens:
             raise UserError(f"prompt {s.id}: its golden response has {len(ids)} tokens; raise "
                             f"--max_new_tokens above that, it is {max_new_tokens}.")
-        ids = ids + [processor.tokenizer.eos_token_id]
+        ids = ids + [eos]
         given = {"completion_text": s.solution, "finish_reason": "stop"}
         done.append(replace(s, completion_ids=ids, **given))
     return done
@@ -177,7 +178,7 @@ def check_args(args):
 
 def main(args):
     from evaluate import before_and_after, chosen_settings, evaluate_splits
-    from rollout import make_engine, rehearse
+    from rollout import end_ids, generation_config, make_engine, rehearse
 
     check_args(args)
     utils.check_wandb(args.wandb)
@@ -193,7 +194,8 @@ def main(args):
     data = {split: utils.load_samples(path, processor, args.max_prompt_tokens)
             for split, path in paths.items()}
     prompts = [s for split in data.values() for s in split]
-    train = with_golden_responses(data.pop("train"), processor, args.max_new_tokens)
+    eos = end_ids(generation_config(args.model), processor)[0]  # where every sampler stops
+    train = with_golden_responses(data.pop("train"), processor, args.max_new_tokens, eos)
     steps_per_epoch = len(train) // args.batch_size
     if steps_per_epoch == 0:
         raise UserError(f"--batch_size {args.batch_size} is more than the {len(train)} prompts.")

@@ -609,3 +609,54 @@ def test_nan_in_a_later_step_and_behind_an_end(qwen, monkeypatch):
         else:
             with pytest.raises(utils.RunError, match="not finite on the prompts"):
                 engine.generate(qwen.samples, 2, 1.0, 1.0, 6, 0)
+
+
+def test_two_sources_of_eos(qwen, monkeypatch, data_path, tmp_path):
+    """open-r1 PR#663: the trainer taught the tokenizer's EOS and the sampler stopped at the one of
+    generation_config.json alone; where they differ, a model that has learnt to stop never does, and
+    every answer is cut off. So did ours. Now one function knows all ends and the one to train."""
+    ids = qwen.processor.tokenizer.convert_tokens_to_ids
+    own, other, third = ids("<|im_end|>"), ids("<|endoftext|>"), ids("<|im_start|>")
+    for listed, eos, want in (
+            (own, own, [own]), ([own, other], own, [own, other]), ([other, own], own, [own, other]),
+            (other, own, [other, own]), ([other, third, other], own, [other, third, own]),
+            (None, own, [own]), (other, None, [other]), ([], own, [own])):
+        config = qwen.model.generation_config
+        config.eos_token_id = listed
+        qwen.processor.tokenizer.eos_token_id = eos
+        assert rollout.end_ids(config, qwen.processor) == want
+    config.eos_token_id = qwen.processor.tokenizer.eos_token_id = None
+    with pytest.raises(utils.UserError, match="no response would ever end; .*[.]$"):
+        rollout.end_ids(config, qwen.processor)
+
+    config.eos_token_id, qwen.processor.tokenizer.eos_token_id = other, own
+    wish = torch.zeros(len(qwen.processor.tokenizer))
+    wish[own] = 80.0  # this model has learnt to stop
+    qwen.model.get_output_embeddings().register_forward_hook(lambda module, args, out: out + wish)
+    engine, reasons = rollout.HFEngine(qwen.model, qwen.processor, 64), []
+    for eos in (torch.tensor([other]), engine.eos):  # the buggy form, and ours
+        engine.eos = eos
+        reasons.append({s.finish_reason for s in engine.generate(qwen.samples, 2, 1.0, 1.0, 6, 0)})
+    assert reasons == [{"length"}, {"stop"}]
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_sft_trains_the_end_where_all_stop(qwen, monkeypatch, data_path, tmp_path, written):
+    """The same story, from the trainer's side, on files: the end that transformers' `generate`
+    stops at, by generation_config.json or, where there is none, by config.json."""
+    folder, other = tmp_path / "model", qwen.processor.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    qwen.model.config.text_config.eos_token_id = qwen.model.generation_config.eos_token_id = other
+    qwen.model.save_pretrained(folder)
+    qwen.processor.save_pretrained(folder)
+    if not written:
+        (folder / "generation_config.json").unlink()
+    assert utils.load_model(folder).generation_config.eos_token_id == other  # what `generate` reads
+    train_sft = importlib.import_module("train_sft")
+    honest, given = train_sft.with_golden_responses, []
+    monkeypatch.setattr(train_sft, "with_golden_responses",
+                        lambda *args: given.extend(honest(*args)) or given)
+    args = train_sft.Args(model=str(folder), train_data=str(data_path), validation_data="",
+                          test_data="", batch_size=99, out=str(tmp_path / "run"))
+    with pytest.raises(utils.UserError, match="--batch_size 99 is more"):  # as far as we need it
+        train_sft.main(args)
+    assert {s.completion_ids[-1] for s in given} == {other} != {qwen.processor.tokenizer.eos_token_id}
