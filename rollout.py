@@ -515,7 +515,9 @@ def make_engine(kind, model, processor, args, cache=None):
         return VLLMEngine(args.model, processor, args)
     dtype = utils.compute_dtype(args.dtype)
     if model:
-        own = copy.deepcopy(model).to(dtype)
+        own = copy.deepcopy(model)
+        for weight in own.parameters():  # HAZARD: `to` would round float32 buffers, RoPE's angles
+            weight.data = weight.data.to(dtype)
     else:  # nothing trains
         own = utils.load_model(args.model, dtype).requires_grad_(False)
         cache = utils.vision_cache(own, processor)

@@ -29,7 +29,7 @@ import toy
 import train_grpo
 import utils
 from bench import matrix_peak, useful_work
-from rollout import HFEngine
+from rollout import Args, HFEngine, make_engine
 
 SHAPES = {  # what differs between Qwen2.5-VL-3B and the stand-in for a CPU
     "3b": {"text": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
@@ -68,7 +68,8 @@ def check_numbers(folder):
     dtype = utils.compute_dtype("auto")
     engine = HFEngine(copy.deepcopy(model), processor, 64)
     done = engine.generate(prompts, 1, 0, 1.0, 96, 0)
-    low = HFEngine(copy.deepcopy(model).to(dtype), processor, 64).generate(prompts, 1, 0, 1.0, 96, 0)
+    low = make_engine("hf", model, processor, Args(rollout_batch_size=64))
+    low = low.generate(prompts, 1, 0, 1.0, 96, 0)
     with torch.no_grad():
         exact, _ = utils.Policy(model, processor)(utils.collate(done, processor), 1.0)
         policy = utils.shard(utils.Policy(copy.deepcopy(model), processor), dtype)
@@ -182,7 +183,7 @@ def check_speed(shape, folder):
     dtype = utils.compute_dtype("auto")
     utils.freeze(model, False, False, True)
     cache = utils.vision_cache(model, processor)
-    engine = HFEngine(copy.deepcopy(model).to(dtype), processor, 64, cache)
+    engine = make_engine("hf", model, processor, Args(rollout_batch_size=64), cache)
     engine.eos = torch.tensor([-1], device=utils.device())  # every answer gets its full length
     model.gradient_checkpointing_enable()
     policy = utils.shard(utils.Policy(model, processor, cache, True), dtype).train()

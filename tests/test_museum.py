@@ -660,3 +660,71 @@ def test_sft_trains_the_end_where_all_stop(qwen, monkeypatch, data_path, tmp_pat
     with pytest.raises(utils.UserError, match="--batch_size 99 is more"):  # as far as we need it
         train_sft.main(args)
     assert {s.completion_ids[-1] for s in given} == {other} != {qwen.processor.tokenizer.eos_token_id}
+
+
+def angles(model, distance):
+    """Angles by which the language model turns a query's pairs of numbers at this distance."""
+    return distance * model.base_model.language_model.rotary_emb.inv_freq.float()
+
+
+def test_angles_rounded_with_the_weights(qwen):
+    """transformers#29496, NeMo Automodel PR#2549: `.to(bfloat16)` casts buffers as it does weights,
+    so that the frequencies of RoPE lose digits, and what is 1000 tokens away turns by another angle.
+    Our sampler's copy was made so; trainer and evaluation had them right. With heads of 128 and
+    theta 1e6, as in Qwen2.5-VL."""
+    rope = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
+    model = conftest.build_model("qwen2_5_vl", qwen.processor, (4, 2), 128, rope_parameters=rope)
+    exact = angles(model, 1000)
+    assert exact[-1] < 0.01 and exact[0] == 1000
+    buggy = copy.deepcopy(model).to(torch.bfloat16)
+    assert 1.0 < (angles(buggy, 1000) - exact).abs().max() < 1.3  # radians
+    args = rollout.Args(dtype="bfloat16")
+    engine = rollout.make_engine("hf", model, qwen.processor, args)
+    assert torch.equal(angles(engine.model, 1000), exact)
+    assert {p.dtype for p in engine.model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}  # the trainer's are its own
+    head, embeddings = engine.model.get_output_embeddings(), engine.model.get_input_embeddings()
+    assert head.weight is embeddings.weight  # tied still
+
+
+def test_no_float32_buffer_changes_its_dtype(tiny, one_rank):
+    """The kind: every way in which a model is copied, cast, loaded or sharded here."""
+    def floats(model):
+        buffers = {n.removeprefix("model."): b for n, b in model.named_buffers()}
+        return {n: b for n, b in buffers.items() if b.is_floating_point()}
+
+    want, low = floats(tiny.model.base_model), torch.bfloat16
+    assert len(want) >= 3 and {b.dtype for b in want.values()} == {torch.float32}
+    args = rollout.Args(dtype="bfloat16", model=str(tiny.path))
+    made = [rollout.make_engine("hf", tiny.model, tiny.processor, args).model,
+            rollout.make_engine("hf", None, tiny.processor, args).model,
+            utils.load_model(tiny.path, low), copy.deepcopy(tiny.model)]
+    made += [utils.shard(Policy(model, tiny.processor), low).model for model in (tiny.model, made[-1])]
+    for model in made:
+        got = floats(model.base_model)
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[n], want[n]) and got[n].dtype == torch.float32 for n in want)
+
+
+def test_features_that_the_sampler_saw_first(tiny, one_rank):
+    """The same story goes on: image features are remembered, and the sampler asks for them first,
+    so that the trainer learnt on those of a tower whose angles were rounded. Ours are to the bit
+    what the trainer computes by itself, sharded and in bfloat16."""
+    utils.freeze(tiny.model, False, False, True)
+    prompts, args = by_id(tiny.samples, "line", "two", "grey"), rollout.Args(dtype="bfloat16")
+    shared = utils.vision_cache(tiny.model, tiny.processor)
+    engine = rollout.make_engine("hf", tiny.model, tiny.processor, args, shared)
+    done = engine.generate(prompts, 2, 1.0, 1.0, 6, 0)
+    seen = {image: features for image, (_, features) in shared.kept.items()}
+    buggy = utils.vision_cache(tiny.model, tiny.processor)
+    rounded = copy.deepcopy(tiny.model).to(torch.bfloat16)
+    assert len(seen) == 3 and any(
+        not torch.equal(x, y) for image in seen
+        for x, y in zip(buggy.look(rounded.base_model, image)[1], seen[image]))
+    own = utils.vision_cache(tiny.model, tiny.processor)
+    policy = utils.shard(Policy(tiny.model, tiny.processor, own), torch.bfloat16)
+    with torch.no_grad():
+        policy(policy.batch(done), 1.0)
+    assert own.kept.keys() == seen.keys()
+    for image, (_, features) in own.kept.items():
+        assert all(torch.equal(x, y) for x, y in zip(features, seen[image], strict=True))
