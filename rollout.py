@@ -29,7 +29,8 @@ from typing import Literal
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import AutoConfig, DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import utils
 from utils import RunError, UserError, print0, rank, world_size
@@ -324,6 +325,10 @@ class HFEngine:
             # without M-RoPE, a model counts columns, and padding with them
             batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache(config=self.model.config)
+        # HAZARD: a sliding layer's cache forgets what the config says, though the model itself may
+        # never look there; all is kept, and the model's own mask is the window
+        cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x
+                        for x in cache.layers]
         with utils.remembered(base, whole["images"], self.cache):
             out = self.model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
         # M-RoPE gives an image fewer positions than tokens; its models say by how many

@@ -801,11 +801,15 @@ def share_prefixes(model):
 
     Only the language model's attention is replaced, the vision tower keeps its own.
     """
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    # a recurrent layer would carry its state from one branch into the next
-    if not hasattr(model.base_model, "get_rope_index") or "linear_attention" in kinds:
-        print0("This family cannot branch a prompt: every completion is computed with its own copy "
-               "of it, as with --plain.")
+    text = model.config.get_text_config()
+    kinds = {*(getattr(text, "layer_types", None) or ["full_attention"])}
+    bounds = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    # a recurrent layer would carry its state from one branch into the next, one with a window or
+    # chunks would see beyond them
+    full = kinds == {"full_attention"} and not any(bounds)
+    if not full or not hasattr(model.base_model, "get_rope_index"):
+        print0("This family cannot branch a prompt (full attention with known positions can): "
+               "every completion is computed with its own copy of it, as with --plain.")
         return False
     model.set_attn_implementation({"text_config": "branches"})
     return True

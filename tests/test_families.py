@@ -29,8 +29,8 @@ def language(tokens, kind, **more):
     return TEXT | ids | {"model_type": kind, "vocab_size": len(tokens)} | more
 
 
-def llava():
-    """LLaVA 1.5: no M-RoPE, and its image token is the mark of our data sets."""
+def llava(kind="llama", **more):
+    """LLaVA 1.5: no M-RoPE, and its image token is the mark of our data sets. Its language may be any."""
     tokens = tokenizer(image_token="<image>")
     images = transformers.LlavaImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     template = toy.CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>")
@@ -39,7 +39,7 @@ def llava():
         chat_template=template)
     vision = VISION | {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14}
     return processor, transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
-        text_config=language(tokens, "llama"), vision_config=vision, image_seq_length=4,
+        text_config=language(tokens, kind, **more), vision_config=vision, image_seq_length=4,
         image_token_index=tokens.convert_tokens_to_ids("<image>")))
 
 
@@ -133,7 +133,19 @@ def reference(tiny, sample):
     return logits.log_softmax(-1).gather(1, tail.T).squeeze(1)
 
 
-@pytest.mark.parametrize("build, tolerance", [(llava, 1e-4), (qwen3_5, 2e-3)])  # recurrences add up rounding
+def windows():
+    """Mistral's language: its config has no layer types, a window alone."""
+    return llava("mistral", sliding_window=8)
+
+
+def chunks():
+    """Llama 4's: layers that see no further than the beginning of their chunk."""
+    return llava("llama4_text", attention_chunk_size=8, layer_types=["chunked_attention", "full_attention"],
+                 no_rope_layers=[1, 0], intermediate_size_mlp=64, moe_layers=[])
+
+
+# recurrences add up rounding
+@pytest.mark.parametrize("build, tolerance", [(llava, 1e-4), (qwen3_5, 2e-3), (windows, 1e-4), (chunks, 1e-4)])
 @torch.no_grad()
 def test_sampler_and_trainer_are_the_models_own_forward(build, tolerance, tmp_path, data_path):
     """Prompts of unlike lengths, with images and without, in one batch of each.

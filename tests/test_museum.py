@@ -728,3 +728,62 @@ def test_features_that_the_sampler_saw_first(tiny, one_rank):
     assert own.kept.keys() == seen.keys()
     for image, (_, features) in own.kept.items():
         assert all(torch.equal(x, y) for x, y in zip(features, seen[image], strict=True))
+
+
+WINDOWS = {
+    "by layer number": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "every layer": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+    "by layer types": {"use_sliding_window": True, "sliding_window": 8,
+                       "layer_types": ["sliding_attention", "full_attention"]}}
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("change", WINDOWS.values(), ids=WINDOWS)
+def test_windows_that_a_packed_row_ignores(family, change, tiny_paths, data_path, capsys):
+    """LlamaFactory#7063, trl#3500: layers with a sliding window were computed without it, here where
+    the answers to a prompt share a row or a cache, by 3 to 4.5 nats. Ours: such a model does not
+    branch, and goes the plain way, where prompts are far longer than the window."""
+    tiny = conftest.load_tiny(tiny_paths[family], data_path)
+    model = conftest.build_model(family, tiny.processor, **change).eval()
+    engine = rollout.HFEngine(copy.deepcopy(model), tiny.processor, 64)
+    engine.eos = torch.arange(10, 16)  # rows end at different times, and retire
+    policy = Policy(model, tiny.processor, shared=True)
+    assert not engine.shared and not policy.shared
+    assert "cannot branch a prompt" in capsys.readouterr().err
+    done = engine.generate(tiny.samples, 3, 1.0, 1.0, 24, 0)
+    assert min(len(s.prompt_ids) for s in done) > 16 and len({len(s.completion_ids) for s in done}) > 5
+    with torch.no_grad():
+        ours = policy(policy.batch(done), 1.0)[0]
+        truth = [plain_logprobs(model, tiny.processor, s, 1.0)[0] for s in done]
+        model.set_attn_implementation({"text_config": "branches"})  # the buggy form
+        packed = policy(utils.pack(done, tiny.processor, model), 1.0)[0]
+    for s, row, want in zip(done, ours, truth):
+        assert not differ(row[: len(want)], want, 1e-4)
+        assert not differ(torch.tensor(s.sampler_logprobs), want, 1e-4)
+    assert max((row[: len(want)] - want).abs().max() for row, want in zip(packed, truth)) > 1
+
+
+@pytest.mark.parametrize("change", [{"sliding_window": 8}, {"attention_chunk_size": 8}])
+def test_a_cache_that_forgets_what_its_model_sees(tiny_paths, data_path, change):
+    """The same from the other side: transformers' cache goes by what the config says. Qwen3-VL never
+    looks there; with a window left in its config, its cache forgot what the model still sees, and a
+    sampler with that cache was 8 nats off. Ours keeps all, and leaves windows to the model's mask."""
+    tiny = conftest.load_tiny(tiny_paths["qwen3_vl"], data_path)
+    model = conftest.build_model("qwen3_vl", tiny.processor, **change).eval()
+    engine = rollout.HFEngine(copy.deepcopy(model), tiny.processor, 64)
+    done = engine.generate(tiny.samples[:3], 2, 1.0, 1.0, 12, 0)
+    truth = [plain_logprobs(model, tiny.processor, s, 1.0)[0].detach() for s in done]
+    for s, want in zip(done, truth):
+        assert not differ(torch.tensor(s.sampler_logprobs), want, 1e-4)
+    with torch.no_grad():  # the buggy form, on the first answer
+        model.base_model.rope_deltas = None
+        cache = transformers.DynamicCache(config=model.config)
+        prompt = plain_inputs(replace(done[0], completion_ids=[]), tiny.processor)
+        model(**prompt, past_key_values=cache)
+        tail, got = torch.tensor([done[0].completion_ids]), []
+        for k in range(tail.shape[1] - 1):
+            place = len(done[0].prompt_ids) + k + model.base_model.rope_deltas
+            out = model(input_ids=tail[:, k : k + 1], past_key_values=cache, position_ids=place)
+            out.logits[..., utils.banned_ids(tiny.processor)] = -math.inf
+            got.append(out.logits[0, -1].log_softmax(-1)[tail[0, k + 1]])
+    assert differ(torch.stack(got), truth[0][1:], 1.0)
