@@ -245,6 +245,9 @@ class HFEngine:
     def generate(self, samples, n, temperature, top_p, max_new_tokens, seed):
         """Return n completed copies of every sample, prompt by prompt, whatever the batches."""
         assert not any(s.completion_ids for s in samples), "these samples are answered already"
+        if temperature == 0 and n > 1:  # one answer is all there is, and rows may round unlike
+            once = self.generate(samples, 1, temperature, top_p, max_new_tokens, seed)
+            return [copy.deepcopy(s) for s in once for _ in range(n)]
         order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt_ids))
         prompts = max(1, self.batch_size // n)  # alike in length, so that little is padded
         done = {}

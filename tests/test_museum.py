@@ -787,3 +787,21 @@ def test_a_cache_that_forgets_what_its_model_sees(tiny_paths, data_path, change)
             out.logits[..., utils.banned_ids(tiny.processor)] = -math.inf
             got.append(out.logits[0, -1].log_softmax(-1)[tail[0, k + 1]])
     assert differ(torch.stack(got), truth[0][1:], 1.0)
+
+
+def test_one_greedy_answer_given_n_times(qwen):
+    """vllm#5898, #1202: rows of one batch may round unlike each other, so that n greedy answers to
+    one prompt are not one answer. Ours is computed once, and its log-probabilities are 0: greedy
+    decoding puts the whole mass on one token."""
+    engine = rollout.HFEngine(qwen.model, qwen.processor, 64)
+    unlike = lambda logits: 3.0 * torch.arange(len(logits)).view(-1, 1, 1) * torch.sin(
+        torch.arange(logits.shape[-1]))
+    qwen.model.register_forward_hook(
+        lambda module, args, out: out.logits.add_(unlike(out.logits)) is None or out)
+    prompt = by_id(qwen.samples, "grey")
+    once = engine.generate(prompt, 1, 0, 1.0, 8, 0)
+    assert len({tuple(s.completion_ids) for s in engine.generate_batch(prompt, 4, 0, 1.0, 8, 0)}) > 1
+    four = engine.generate(prompt, 4, 0, 1.0, 8, 0)
+    assert four == once * 4 and {p for s in four for p in s.sampler_logprobs} == {0.0}
+    four[0].rewards["accuracy"] = 1.0
+    assert four[1].rewards == {} and len({id(s.completion_ids) for s in four}) == 4
