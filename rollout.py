@@ -44,15 +44,15 @@ class Args:
     data: str = "toy:validation"  # .jsonl or .parquet data set; toy:train, toy:validation, toy:test
     out: str = ""  # run folder; empty: a new one under runs/
     n: int = 8  # completions a prompt
-    temperature: float = 1.0  # divides the logits; 0 is greedy
-    top_p: float = 1.0  # smallest set of tokens with this probability is sampled from
+    temperature: float = 1.0  # divides the logits, in [0.01, 100]; 0: greedy
+    top_p: float = 1.0  # smallest set of tokens with this probability, in (0, 1], is sampled from
     max_new_tokens: int = 96  # completions are cut off here, with finish reason "length"
     max_prompt_tokens: int = 2048  # longer prompts, images included, are dropped
     limit: int = 0  # use only the first this many prompts; 0: all
     rewards: str = "accuracy:1.0"  # name:weight or file.py:function:weight, joined by commas
     engine: Literal["auto", "hf", "vllm"] = "auto"  # sampler; auto: vllm on CUDA, else embedded
     rollout_batch_size: int = 256  # completions sampled at one time on a rank
-    vllm_memory: float = 0.85  # share of a GPU's memory for vLLM
+    vllm_memory: float = 0.85  # share of a GPU's memory for vLLM, in (0, 1)
     seed_requests: bool = False  # vLLM: randomness by prompt, not by rank; slower
     engine_timeout: int = 3600  # seconds that one call of vLLM may take
     doctor: bool = False  # compare this sampler with the trainer instead, and say what differs
@@ -747,6 +747,7 @@ def main(args):
     out, _ = utils.choose_run(args)
     rewards = load_rewards(args.rewards, args.max_new_tokens)
     processor = utils.load_processor(args.model)
+    utils.check_data(args)
     samples = utils.load_samples(utils.data_path(args.data, out), processor, args.max_prompt_tokens)
     samples = samples[: args.limit or None]
     if args.doctor:
@@ -760,7 +761,8 @@ def main(args):
 
     done = engine.generate(samples[rank() :: world_size()], args.n, args.temperature, args.top_p,
                            args.max_new_tokens, args.seed)
-    score(done, rewards)
+    if done:  # a rank may have no prompts
+        score(done, rewards)
     done = utils.gather(done)
     place = {s.id: i for i, s in enumerate(samples)}
     done.sort(key=lambda s: place[s.id])  # stable: a prompt's completions keep their order
@@ -769,7 +771,7 @@ def main(args):
     result = {
         "prompts": len(samples),
         "completions": len(done),
-        "reward": sum(scored) / max(1, len(scored)),
+        "reward": sum(scored) / len(scored) if scored else None,
         "length": sum(len(s.completion_ids) for s in done) / len(done),
         "truncated": sum(s.finish_reason == "length" for s in done) / len(done),
         "seconds": round(time.time() - started, 1),

@@ -489,6 +489,8 @@ def check(args):
 
 
 def main(args):
+    if sum(map(bool, (args.build, args.check, args.habits, args.data))) != 1:
+        raise utils.UserError("say one thing to do: --build, --check, --habits or --data FOLDER.")
     if args.data:
         write_data(args.data, args.blank)
         return {"data": args.data}
@@ -496,9 +498,7 @@ def main(args):
         return build(args)
     if args.check:
         return check(args)
-    if args.habits:
-        return habits(args)
-    raise utils.UserError("say what to do: --build, --check, --habits or --data FOLDER.")
+    return habits(args)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class Args:
     engine: Literal["auto", "hf", "vllm"] = "auto"  # sampler; auto: vllm on CUDA, else embedded
     max_new_tokens: int = 96  # completions are cut off here; longer golden responses are refused
     rollout_batch_size: int = 256  # completions sampled at one time on a rank
-    vllm_memory: float = 0.4  # share of a GPU's memory for vLLM; the rest is the trainer's
+    vllm_memory: float = 0.4  # share of a GPU's memory for vLLM, in (0, 1); the rest trains
     seed_requests: bool = False  # vLLM: randomness by prompt, not by rank; slower
     engine_timeout: int = 3600  # seconds that one call of vLLM may take
     # Optimiser
@@ -56,9 +56,9 @@ class Args:
     batch_size: int = 16  # prompts a gradient step, over all ranks
     micro_batch_tokens: int = 16384  # tokens in one forward pass on a rank, prompts included
     vision_cache: int = 1024  # MB of host memory for features of frozen vision; 0: none
-    lr: float = 1e-4  # AdamW learning rate at its peak; then a cosine to 0
+    lr: float = 1e-4  # AdamW learning rate at its peak, in (0, 1]; then a cosine to 0
     warmup_steps: int = 4  # gradient steps from 0 to lr; 0: none
-    weight_decay: float = 0.0  # AdamW
+    weight_decay: float = 0.0  # AdamW, in [0, 1]
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     train_vision: bool = False  # train the vision tower
     train_connector: bool = False  # train the vision-language connector
@@ -171,6 +171,7 @@ def timed(seconds, name):
 
 def check_args(args):
     """Refuse what cannot work, before anything is loaded."""
+    utils.check_data(args)
     if args.batch_size % world_size():
         raise UserError(f"--batch_size {args.batch_size} must be a multiple of the {world_size()} "
                         "ranks.")

@@ -49,8 +49,10 @@ from transformers.utils import logging as transformers_logging
 # the one prompt template: training, evaluation and every engine use it
 INSTRUCTION = "Think step by step and put the final answer in \\boxed{}."
 IMAGE_MARK = "<image>"
+TOY_DATA = ("toy:train", "toy:validation", "toy:test")  # data sets that toy.py writes when asked
 HEAD_NUMBERS = 2**27  # of [completion tokens, vocabulary], that exist at one time
 run_folder = []  # of this process, once `begin_run` has written it: what an error message names
+made_folders = []  # for the toy's data, deepest first: what goes again where no run begins
 mirror = []  # the Weights & Biases run of this process, once `start_mirror` has begun it
 
 
@@ -67,12 +69,17 @@ class RunError(Exception):
 
 
 def parse_args(Args, argv=None):
-    """Turn the dataclass `Args` into a command line: a field is a flag, its comment is its help."""
+    """Turn the dataclass `Args` into a command line: a field is a flag, its comment is its help.
+
+    What the comment says of a flag's values holds: see `refusal`. `args.given` names the flags that
+    stood on the command line.
+    """
     purpose = sys.modules[Args.__module__].__doc__.split("\n\n")[0]
     style = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=purpose, formatter_class=style, allow_abbrev=False)
-    if rank() > 0:  # every rank parses the same flags; one of them complains
-        parser.error = lambda message: sys.exit(2)
+    # every rank parses the same flags; one of them complains
+    parser.error = lambda message: parser.exit(
+        2, f"{parser.prog}: error: {message}; see --help.\n" * (rank() == 0))
     docs = dict(re.findall(r"^    (\w+):.*?  # (.+)$", inspect.getsource(Args), re.M))
     for f in fields(Args):
         if f.type is list:  # what stands without a flag
@@ -87,10 +94,38 @@ def parse_args(Args, argv=None):
         parser.add_argument(f"--{f.name}", default=f.default, help=text, **kind)
     args = Args(**vars(parser.parse_args(argv)))
     for f in fields(Args):
-        lowest = 0 if f.default == 0 or "0:" in docs[f.name] else 1  # help says what 0 means
-        if f.type is int and getattr(args, f.name) < lowest:
-            parser.error(f"--{f.name} must be at least {lowest}")
+        if reason := refusal(f, docs[f.name], getattr(args, f.name)):
+            parser.error(f"--{f.name} {reason}")
+    words = sys.argv[1:] if argv is None else argv
+    args.given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
     return args
+
+
+def refusal(flag, text, value):
+    """What is wrong with the value of a flag (a dataclass field) whose help is `text`, or None.
+
+    A number lies in the interval that the help names, as in (0, 1]; in one from 0 up where it names
+    none, and 0 itself is allowed where it is the default or the help says what `0:` means. Words
+    are not empty, but where `empty:` means something, or the default is so. NaN lies nowhere.
+    """
+    if flag.type in (str, list):
+        empty = not flag.default or "empty:" in text
+        words = value if flag.type is list else [value]
+        return None if all(w.strip() for w in words) or empty else "must not be empty"
+    zero = flag.default == 0 or "0:" in text
+    if flag.type not in (int, float) or zero and value == 0:
+        return None
+    usual = "[0, " if zero else "[1, " if flag.type is int else "(0, "
+    usual += "2147483647]" if flag.type is int else "inf)"
+    named = re.search(r"([(\[])([\d.]+), ([\d.]+|inf)([)\]])", f"{text} {usual}")
+    left, low, high, right = named.groups()
+    above = float(low) < value or left == "[" and float(low) == value
+    below = value < float(high) or right == "]" and float(high) == value
+    if above and below:
+        return None
+    either = "0, or " if zero and float(low) > 0 else ""
+    return (f"must be {either}{'at least' if left == '[' else 'above'} {low} and "
+            f"{'at most' if right == ']' else 'below'} {high}, not {value}")
 
 
 def run_script(main, Args):
@@ -104,7 +139,7 @@ def run_script(main, Args):
         start_ranks()
         result = main(args)
         if rank() == 0:
-            print(json.dumps(result), flush=True)
+            print(as_json(result), flush=True)
     except UserError as error:
         print0(f"{Path(sys.argv[0]).name}: {error}")
         sys.exit(2)
@@ -120,6 +155,7 @@ def run_script(main, Args):
         print0("\nStopped before the run began; nothing was trained.")
         sys.exit(130)
     finally:
+        forget_toy()
         if dist.is_initialized() and "vllm" not in sys.modules:  # which ends the group by itself
             dist.destroy_process_group()
 
@@ -293,6 +329,29 @@ class Sample:
         return kept | {"images": [image for image in self.images if isinstance(image, str)]}
 
 
+def check_data(args):
+    """Refuse the toy's data where nobody asked for them, and toy data that there are not.
+
+    A data flag that was left alone means the toy's. Beside one's own data, or for one's own model
+    where that is all that is measured, they would pass for one's own without a word.
+    """
+    sets = {f.name: getattr(args, f.name) for f in fields(args) if f.name.endswith("data")}
+    toys = [name for name, value in sets.items() if value.startswith("toy:")]
+    for name in toys:
+        if sets[name] not in TOY_DATA:
+            raise UserError(f"--{name} {sets[name]}: the toy has no such split; choose from "
+                            f"{', '.join(TOY_DATA)}.")
+    own = [name for name, value in sets.items() if value and name not in toys]
+    own += ["model"] * ("data" in sets and Path(args.model).name != "toy_model")
+    left = [name for name in toys if name not in getattr(args, "given", ())
+            and sets[name] == getattr(type(args), name)]
+    if own and left:
+        ways = {"validation_data": "= for none", "test_data": "= for none"}
+        ways = [f"--{name}{ways.get(name, f'={sets[name]} for the toy')}" for name in left]
+        raise UserError(f"--{own[0]} is your own, but --{' and --'.join(left)} would be the toy's: "
+                        f"give yours there too, or {', '.join(ways)}.")
+
+
 def data_path(name, out):
     """A data set's path; `toy:train` and its like are first written into the run folder `out`."""
     if not name.startswith("toy:"):
@@ -301,9 +360,19 @@ def data_path(name, out):
     if rank() == 0 and not path.exists():
         from toy import write_data
 
+        made_folders.extend([path.parent, *(p for p in path.parent.parents if not p.exists())])
         write_data(path.parent)
     dist.barrier()
     return path
+
+
+def forget_toy():
+    """Take back the toy's data where no run came of them, and the folders made for them."""
+    for folder in [] if run_folder else made_folders:
+        if folder.name == "toy_data":
+            shutil.rmtree(folder, ignore_errors=True)
+        elif folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def read_rows(path):
@@ -959,18 +1028,27 @@ def write_bytes(path, content):
     os.replace(part, path)
 
 
+def as_json(value, indent=None):
+    """A value as JSON text. RunError where it holds NaN or an infinity, which JSON cannot say."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        odd = [name for name, v in value.items() if re.search(r"NaN|Infinity", json.dumps(v))]
+        raise RunError(f"{', '.join(odd)}: not finite, so that it cannot be written as JSON.")
+
+
 def write_json(path, value):
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    write_text(path, as_json(value, indent=1) + "\n")
 
 
 def write_jsonl(path, rows):
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(path, "".join(as_json(row) + "\n" for row in rows))
 
 
 def append_jsonl(path, row):
     """Append a row with one write; `read_jsonl` passes over a line that a crash cut short."""
     with open(path, "ab") as file:
-        file.write((json.dumps(row) + "\n").encode())
+        file.write((as_json(row) + "\n").encode())
         file.flush()
         os.fsync(file.fileno())
 
@@ -1067,7 +1145,8 @@ def save_failed_batch(samples, what):
     if not run_folder:
         return ""
     path = run_folder[0] / f"failed_batch_rank{rank()}.jsonl"
-    write_jsonl(path, [{"not_finite": what} | s.record() for s in samples])
+    records = json.dumps([{"not_finite": what} | s.record() for s in samples])
+    write_jsonl(path, json.loads(records, parse_constant=str))  # NaN as text
     return f" Its samples are in {path}."
 
 

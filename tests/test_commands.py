@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import fields
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -18,8 +20,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import evaluate
+import report
+import rollout
 import toy
 import train_grpo
+import train_sft
 import utils
 
 ROOT = Path(__file__).parents[1]
@@ -304,9 +309,7 @@ def test_a_mistake_is_one_sentence(data, tmp_path, ranks):
     (["--batch_size", 10, "--mini_batch_size", 4], "must be a multiple"),
     (["--batch_size", 600, "--mini_batch_size", 600], "is more than the 16 prompts"),
     (["--max_new_tokens", 0], "--max_new_tokens must be at least 1"),
-    (["--temperature", 0], "--temperature must be above 0"),
-    (["--kl_coef", -1], "--kl_coef must be at least 0"),
-    (["--train_data", ""], ".: no such file; give the path"),
+    (["--train_data", ""], "--train_data must not be empty"),
     (["--eval_settings", "pass9"], "no decoding setting is called 'pass9'"),
     (["--rewards", "accuracy:much"], "reward 'accuracy:much' has no weight"),
     (["--no-train_language"], "nothing is left to train"),
@@ -318,6 +321,193 @@ def test_mistakes_in_the_flags(data, tmp_path, words, sentence):
     _, stderr = run(*words, code=2)
     assert sentence in stderr.splitlines()[-1]
     assert "Traceback" not in stderr
+
+
+# ---------------------------------------------------------------------------------------------
+# Flags: what each may be, said and refused before anything is written or loaded
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path, capsys, one_rank):
+    """`script(stage, *words)`: a command line in this process, in an empty folder, over a toy of 8 prompts
+    a split. Returns its JSON, or its one sentence where it ends with exit code 2."""
+    for name in ("start_ranks", "end_on_signal"):
+        monkeypatch.setattr(utils, name, lambda: None)
+    utils.transformers_logging.disable_progress_bar()  # as start_ranks does
+    monkeypatch.setattr(utils.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(toy, "SPLITS", dict.fromkeys(toy.SPLITS, 8))
+    monkeypatch.chdir(tmp_path)
+
+    def script(stage, *words):
+        monkeypatch.setattr(utils, "run_folder", [])
+        monkeypatch.setattr(utils, "made_folders", [])
+        monkeypatch.setattr(sys, "argv", [f"{stage.__name__}.py", *map(str, words)])
+        capsys.readouterr()
+        try:
+            utils.run_script(stage.main, stage.Args)
+        except SystemExit as end:
+            said = capsys.readouterr().err
+            assert end.code == 2 and said.count("\n") == 1, said
+            return said
+        return json.loads(capsys.readouterr().out)
+    return script
+
+
+STAGES = (evaluate, report, rollout, toy, train_grpo, train_sft)
+NUMBERS = [(stage, f.name, f.type) for stage in STAGES for f in fields(stage.Args) if f.type in (int, float)]
+RANGES = {  # by hand: what a float may be, and what it may not
+    "temperature": ("0.01 0.6 100", "0.001 101 1e-40 -0.5"), "top_p": ("0.001 1", "0 1.5"),
+    "vllm_memory": ("0.4", "0 1"), "clip_low": ("0 0.2 1", "1.5"), "clip_high": ("0 5", ""),
+    "tis_cap": ("0 1 2", "0.5"), "kl_coef": ("0 0.04", ""), "lr": ("1e-9 1", "0 1.01"),
+    "weight_decay": ("0 0.1 1", "2"), "max_grad_norm": ("0.1 1e9", "0")}
+NOUGHT = set("seed refills max_steps vision_cache warmup_steps eval_every save_every keep limit groups".split())
+
+
+def may_be(stage, name, value):
+    words = ["runs"] * (stage is report) + [f"--{name}={value}"]
+    return getattr(utils.parse_args(stage.Args, words), name)
+
+
+@pytest.mark.parametrize("stage, name, kind", NUMBERS, ids=lambda x: getattr(x, "__name__", x))
+def test_numbers_without_sense_are_refused(stage, name, kind, script, tmp_path):
+    """Every number of every stage: one sentence with flag, bound and value; nothing written. 0 is allowed
+    where it means something."""
+    allowed, refused = RANGES[name] if kind is float else ("1 2147483647", "2147483648 1" + "0" * 30)
+    allowed, refused = allowed.split(), [*refused.split(), "-1", *["nan", "inf", "-inf"] * (kind is float)]
+    nought = name in NOUGHT or (stage, name) == (rollout, "temperature") or "0" in allowed
+    (allowed if nought else refused).append("0")
+    for value in allowed:
+        assert may_be(stage, name, value) == kind(value)
+    for value in refused:
+        said = script(stage, *["runs"] * (stage is report), f"--{name}={value}")
+        assert re.search(rf"--{name} must be (0, or )?(at least|above) \S+ and (at most|below) \S+, not ", said)
+        assert float(said.split(", not ")[1].split(";")[0]) == pytest.approx(float(value), nan_ok=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stage, words, sentence", [
+    (evaluate, ["--settings", ""], "--settings must not be empty"),
+    (evaluate, ["--settings", " , "], "must be one or more, each once; choose from pass8_t1"),
+    (evaluate, ["--settings", "pass8_t1, pass1_t0.6,pass8_t1"], "must be one or more, each once"),
+    (train_grpo, ["--eval_settings", "pass1_t0.6,pass1_t0.6"], "must be one or more, each once"),
+    (train_sft, ["--eval_settings", " "], "--eval_settings must not be empty"),
+    (train_grpo, ["--rewards", ""], "--rewards must not be empty"),
+    (train_sft, ["--model", ""], "--model must not be empty"),
+    (rollout, ["--data="], "--data must not be empty"),
+    (report, [""], "--runs must not be empty"),
+    (toy, [], "say one thing to do"),
+    (toy, ["--data", "x", "--build"], "say one thing to do")])
+def test_words_without_sense_are_refused(stage, words, sentence, script, tmp_path):
+    assert sentence in script(stage, *words) and list(tmp_path.iterdir()) == []
+
+
+def test_blanks_around_settings_are_no_part_of_them():
+    assert evaluate.chosen_settings(" pass8_t1, pass1_t0.6 ,") == ["pass8_t1", "pass1_t0.6"]
+
+
+# ---------------------------------------------------------------------------------------------
+# The toy's data, where nobody asked for them, and where no run came of them
+
+
+@pytest.mark.parametrize("stage", [train_grpo, train_sft])
+def test_own_data_beside_the_toys_are_refused(stage, script, tmp_path):
+    """All mixtures of three splits: left alone, own, none, or the toy's by name."""
+    ways = {"left": [], "own": ["mine.jsonl"], "none": [""], "toy": ["toy:test"]}
+    for chosen in product(ways, repeat=3):
+        given = {f"{name}_data": ways[how] for name, how in zip(("train", "validation", "test"), chosen)}
+        if chosen[0] == "none":
+            continue
+        words = [f"--{name}={way[0]}" for name, way in given.items() if way]
+        args = utils.parse_args(stage.Args, words)
+        if not {"own", "left"} <= set(chosen):
+            stage.check_args(args)
+            continue
+        said = script(stage, *words)
+        for name, how in zip(given, chosen):
+            remedy = f"--{name}=toy:train for the toy" if name == "train_data" else f"--{name}= for none"
+            assert (remedy in said) == (how == "left")
+        assert "give yours there too, or " in said
+    assert list(tmp_path.iterdir()) == []
+    assert stage.check_args(stage.Args(model="my/model")) is None
+    with pytest.raises(utils.UserError, match="would be the toy's"):  # from a program, without a command line
+        stage.check_args(stage.Args(train_data="mine.jsonl"))
+
+
+@pytest.mark.parametrize("stage", [evaluate, rollout])
+def test_an_own_model_is_not_measured_on_the_toy_unasked(stage, script, tmp_path):
+    model = shutil.copytree(ROOT / "toy_model", tmp_path / "mine")
+    said = script(stage, "--model", model)
+    assert "--model is your own, but --data would be the toy's" in said
+    assert "or --data=toy:validation for the toy." in said
+    assert list(tmp_path.iterdir()) == [model]
+    utils.check_data(utils.parse_args(stage.Args, ["--model", "mine", "--data", "toy:validation"]))
+
+
+@pytest.mark.parametrize("stage, name", [(evaluate, "data"), (rollout, "data"), (train_sft, "test_data"),
+                                         (train_grpo, "train_data"), (train_grpo, "validation_data")])
+def test_a_split_that_the_toy_has_not_is_refused_before_it_is_drawn(stage, name, script, tmp_path):
+    """`toy:trian` once wrote 1,539 files, and then missed one."""
+    model = ROOT / "toy_model"
+    for wrong in ("toy:trian", "toy:", "toy:../train"):
+        said = script(stage, "--model", model, f"--{name}", wrong)
+        assert f"--{name} {wrong}: the toy has no such split; choose from toy:train, toy:valid" in said
+    assert list(tmp_path.iterdir()) == []
+    assert utils.TOY_DATA == tuple(f"toy:{split}" for split in toy.SPLITS)
+
+
+@pytest.mark.parametrize("stage, words, sentence", [
+    (train_grpo, ["--batch_size", 32], "--batch_size 32 is more than the 8 prompts"),
+    (train_grpo, ["--batch_size", 8, "--mini_batch_size", 8, "--no-train_language"], "nothing is left to train"),
+    (train_sft, ["--max_new_tokens", 9], "its golden response has"),
+    (evaluate, ["--max_prompt_tokens", 5], "every prompt is longer than"),
+    (rollout, ["--doctor", "--max_new_tokens", 4, "--engine", "hf"], None)])
+def test_the_toys_pictures_go_where_no_run_came_of_them(stage, words, sentence, script, tmp_path):
+    """A refusal that comes after them takes them away, and the folders made for them; what was there stays."""
+    (tmp_path / "mine").mkdir()
+    for out in ("runs/new", "mine"):
+        found = script(stage, "--model", ROOT / "toy_model", *words, "--out", out)
+        assert sentence in found if sentence else all(row["passed"] for row in found["doctor"])
+        assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+
+
+# ---------------------------------------------------------------------------------------------
+# Little: one prompt, one row, fewer prompts than ranks
+
+
+def test_little_data_can_be_measured_and_trained_on(script, tmp_path):
+    """A limit above the data, one prompt, one row, a batch of one prompt with two answers; then a report."""
+    model = ["--model", ROOT / "toy_model", "--max_new_tokens", 40, "--engine", "hf"]
+    for limit, n in ((1, 1), (1000, 8)):
+        found = script(evaluate, *model, "--limit", limit, "--out", f"evaluate_{limit}")
+        assert [found[setting]["n"] for setting in evaluate.SETTINGS] == [n] * 3
+        found = script(rollout, *model, "--limit", limit, "--n", 1, "--out", f"rollout_{limit}")
+        assert (found["prompts"], found["completions"]) == (n, n)
+    toy.write_data(tmp_path / "data")
+    one = tmp_path / "data" / "one.jsonl"
+    utils.write_jsonl(one, utils.read_jsonl(tmp_path / "data" / "toy_train.jsonl")[:1])
+    words = [*model, "--train_data", one, "--validation_data", one, "--test_data", one, "--epochs", 1]
+    assert "--batch_size 16 is more than the 1 prompts" in script(train_sft, *words)
+    words += ["--batch_size", 1, "--out"]
+    assert script(train_sft, *words, "sft")["steps"] == 1
+    words = [*words[:-1], "--mini_batch_size", 1]
+    for how in (["--group_size", 2], ["--advantage", "reinforce++", "--group_size", 1]):
+        assert script(train_grpo, *words, *how, "--out", f"grpo_{len(how)}")["steps"] == 1
+    runs = [path.parent for path in tmp_path.glob("*/args.json")]
+    assert script(report, *runs, "--out", "report")["runs"] == len(runs) == 7
+
+
+PICKY = """
+def first(samples):
+    return [float(samples[0].answer == s.answer) for s in samples]
+"""
+
+
+def test_a_rank_without_prompts_waits_for_the_others(data, tmp_path):
+    """One prompt for two ranks, and a reward that looks at the first of its samples."""
+    (tmp_path / "picky.py").write_text(PICKY)
+    result, _ = run("rollout.py", "--data", data / "toy_test.jsonl", "--limit", 1, "--n", 2, "--max_new_tokens",
+                    8, "--rewards", f"{tmp_path / 'picky.py'}:first:1", "--out", tmp_path / "run", ranks=2)
+    assert (result["prompts"], result["completions"], result["reward"]) == (1, 2, 1.0)
 
 
 def test_reward_command_says_equal_or_not():
