@@ -19,7 +19,7 @@ from typing import Literal
 from PIL import Image
 
 import utils
-from utils import print0, rank, world_size
+from utils import RunError, UserError, print0, rank, world_size
 
 # name: (completions a prompt, temperature, top_p), from section 4 of arXiv 2504.02587
 SETTINGS = {
@@ -48,7 +48,7 @@ class Args:
     perturb: Literal["none", "blank", "noise", "rotate", "swap"] = "none"  # damage the images first
     engine: Literal["auto", "hf", "vllm"] = "auto"  # sampler; auto: vllm on CUDA, else embedded
     rollout_batch_size: int = 256  # completions sampled at one time on a rank
-    vllm_memory: float = 0.85  # share of a GPU's memory for vLLM
+    vllm_memory: float = 0.85  # share of a GPU's memory for vLLM, in (0, 1)
     seed_requests: bool = False  # vLLM: randomness by prompt, not by rank; slower
     engine_timeout: int = 3600  # seconds that one call of vLLM may take
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, else float32
@@ -142,26 +142,34 @@ def count_reflections(text, substring=False):
     return {word: n for word, n in counts.items() if n}
 
 
+def is_right(rewards):
+    """Whether an answer is right, by its rewards; None where nobody said so or could."""
+    accuracy = rewards.get("accuracy")
+    return None if accuracy is None else accuracy == 1.0
+
+
 def reflection_metrics(texts, is_correct, substring=False):
     """Count reflection words and relate them to being right (paper, section 4 and Table 2).
 
-    `texts` are the responses, `is_correct` a truth value for each. A word counts between word
-    boundaries; `substring=True` is the paper's own rule, which finds "wait" in "await". Returns the
-    five ratios, None where nothing is to be divided by, and `words`: occurrences of each word.
+    `texts` are the responses, `is_correct` a truth value for each, or None: neither right nor
+    wrong, and in no ratio that asks for it. A word counts between word boundaries; `substring=True`
+    is the paper's own rule, which finds "wait" in "await". Returns the five ratios, None where
+    nothing is to be divided by, and `words`: occurrences of each word.
     """
     return reflection_ratios([count_reflections(text, substring) for text in texts], is_correct)
 
 
 def reflection_ratios(found, is_correct):
     """The same from what `count_reflections` found in each response."""
-    n, right, reflecting = len(found), sum(map(bool, is_correct)), sum(map(bool, found))
-    both = sum(bool(r) and bool(c) for r, c in zip(found, is_correct, strict=True))
+    known = [(bool(c), bool(r)) for r, c in zip(found, is_correct, strict=True) if c is not None]
+    n, right = len(known), sum(c for c, _ in known)
+    reflecting, both = sum(r for _, r in known), known.count((True, True))
 
     def ratio(part, whole):
         return part / whole if whole else None
 
     return {
-        "reflection_ratio": ratio(reflecting, n),
+        "reflection_ratio": ratio(sum(map(bool, found)), len(found)),
         "reflection_ratio_in_correct_answers": ratio(both, right),
         "reflection_ratio_in_incorrect_answers": ratio(reflecting - both, n - right),
         "correct_ratio_in_reflection_texts": ratio(both, reflecting),
@@ -174,16 +182,23 @@ def summarize(samples, n):
     """Metrics of completions that come prompt by prompt, n each, with `rewards["accuracy"]` set.
 
     `accuracy` is the mean over all completions, `pass@n` the share of prompts solved at least once.
-    Intervals count prompts, not completions: the n answers to one prompt are not independent.
+    Intervals count prompts, not completions: the n answers to one prompt are not independent. A
+    prompt with an answer that could not be scored (an accuracy of None) is neither solved nor
+    missed: all of these leave it out, and so does their `n`; the others are of all completions.
+    RunError where no prompt is left.
     """
-    right = [s.rewards["accuracy"] == 1.0 for s in samples]
-    prompts = len(samples) // n
-    counts = [sum(right[i * n : (i + 1) * n]) for i in range(prompts)]
+    right = [is_right(s.rewards) for s in samples]
+    groups = [right[i : i + n] for i in range(0, len(right), n)]
+    counts = [sum(group) for group in groups if None not in group]
+    prompts = len(counts)
+    if not prompts:
+        raise RunError(f"none of {len(groups)} prompts can be scored; see their answers.")
     accuracy = sum(counts) / (prompts * n)
     passed = sum(pass_at_k(n, c, n) for c in counts) / prompts
     lengths = sorted(len(s.completion_ids) for s in samples)
     return {
         "n": prompts,
+        "unscored": len(groups) - prompts,
         "completions": len(samples),
         "right": counts,  # of n, a prompt: what intervals over prompts and runs are made of
         "accuracy": accuracy,
@@ -240,11 +255,14 @@ def before_and_after(out):
 
 def chosen_settings(names):
     """Check a comma-separated list of settings, before anything slow happens."""
-    wanted = [name for name in names.split(",") if name]
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    known = ", ".join(SETTINGS)
     for name in wanted:
         if name not in SETTINGS:
-            known = ", ".join(SETTINGS)
-            raise utils.UserError(f"no decoding setting is called {name!r}; choose from {known}.")
+            raise UserError(f"no decoding setting is called {name!r}; choose from {known}.")
+    if not wanted or len(set(wanted)) < len(wanted):
+        raise UserError(f"the decoding settings {names!r} must be one or more, each once; choose "
+                        f"from {known}.")
     return wanted
 
 
@@ -255,9 +273,10 @@ def chosen_settings(names):
 def main(args):
     from rollout import make_engine, rehearse
 
-    out, _ = utils.choose_run(args)
     settings = chosen_settings(args.settings)
+    out, _ = utils.choose_run(args)
     processor = utils.load_processor(args.model)
+    utils.check_data(args)
     samples = utils.load_samples(utils.data_path(args.data, out), processor, args.max_prompt_tokens)
     samples = perturbed(samples[: args.limit or None], args.perturb, args.seed)
     engine = make_engine(args.engine, None, processor, args)

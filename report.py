@@ -55,7 +55,8 @@ class Run:
     evals: list  # rows of eval.jsonl
     missing: list
     reflection: dict = field(default_factory=dict)  # by step: what reflection_metrics says
-    answers: np.ndarray | None = None  # (completions, 5): step, length, reflects, right, opening
+    answers: np.ndarray | None = None  # (completions, 5): step, length, reflects, right, opening;
+    # right is NaN where nobody said so
     aha: list = field(default_factory=list)  # records that reflect and are right, best first
 
 
@@ -123,23 +124,23 @@ def read_run(path, substring):
 
 def read_samples(run, substring):
     """Fill in what is known from the completions: reflection by step, lengths, examples."""
-    from evaluate import count_reflections, reflection_ratios
+    from evaluate import count_reflections, is_right, reflection_ratios
 
     openings, rows = {}, []
     files = sorted((run.path / "samples").glob("step_*.jsonl"))
     for path in files:
         step = int(path.stem.removeprefix("step_"))
         records = read_lines(path, run.missing)
-        right = [r["rewards"].get("accuracy") == 1.0 for r in records]
+        right = [is_right(r["rewards"]) for r in records]
         found = [count_reflections(r["completion_text"], substring) for r in records]
         run.reflection[step] = reflection_ratios(found, right)
-        for r, is_right, words in zip(records, right, found):
+        for r, good, words in zip(records, right, found):
             # how an answer begins tells its habit; within one habit length means something else
             opening = " ".join(r["completion_text"].split(maxsplit=3)[:3])
             number = openings.setdefault(opening, len(openings))
-            rows.append((step, r["length"], bool(words), is_right, number))
-        run.aha += [r | {"step": step} for r, is_right, words in zip(records, right, found)
-                    if is_right and words]
+            rows.append((step, r["length"], bool(words), good, number))
+        run.aha += [r | {"step": step} for r, good, words in zip(records, right, found)
+                    if good and words]
         # right where its siblings failed: the advantage says so
         run.aha = sorted(run.aha, key=lambda r: (-r["advantage"], r["step"], r["id"]))[:3]
     if rows:
@@ -509,9 +510,8 @@ def diagnose(label, run):
         yield ("sampler and trainer disagree", f"mean difference {max(gaps):.1e} nats at worst",
                max(gaps) > 0.01)
     if run.answers is not None:
-        _, _, reflects, right, _ = run.answers.T
-        if 0 < reflects.mean() < 1:
-            step = run.answers[:, 0]
+        step, _, reflects, right, _ = run.answers[~np.isnan(run.answers[:, 3])].T
+        if len(step) and 0 < reflects.mean() < 1:
             found = correlation(right, reflects, step, np.zeros(len(step)), step)
             if found:
                 r, (low, high), _ = found
@@ -550,6 +550,7 @@ def accuracy_panels(arms):
         curves[label] = [{epoch: 100 * np.mean(values) for epoch, values in
                           by_epoch(run, "reward/accuracy").items()} for run in runs]
     panels = [("train, as it was answered", "epoch", "accuracy, %", curves)]
+    panels = panels if drawn(curves) else []
     for split, setting in measured(arms):
         curves, bases = {}, defaultdict(list)  # by model: what its runs had at epoch 0
         for label, runs in arms.items():
@@ -567,6 +568,11 @@ def accuracy_panels(arms):
     return panels
 
 
+def drawn(curves):
+    """Whether a panel has anything to show: without accuracies, nothing is right or wrong."""
+    return any(curve for runs in curves.values() for curve in runs)
+
+
 def reflection_curves(arms, value):
     """`value` of what `reflection_metrics` said of each step; None is a gap in the curve."""
     return {label: [{step: v for step, found in run.reflection.items()
@@ -581,7 +587,7 @@ def training_panels(arms):
     panels = [("response length", "generation step", "tokens", curves)]
     for name in RATIOS:  # in percent; without a denominator, a ratio is None
         curves = reflection_curves(arms, lambda found: found[name] and 100 * found[name])
-        panels.append((name, "generation step", "%", curves))
+        panels += [(name, "generation step", "%", curves)] if drawn(curves) else []
     return panels
 
 
@@ -676,12 +682,14 @@ def embedded(png, words):
 
 def html_group(records, title):
     """One prompt: its pictures, its question, and its G completions side by side."""
+    from evaluate import is_right
+
     first, cards = records[0], []
     for r in records:
         rewards = ", ".join(f"{name} {value}" for name, value in r["rewards"].items())
-        kind = "good" if r["rewards"].get("accuracy") == 1.0 else "bad"
         # a mark beside the colour: one of them reaches everybody
-        mark = {"good": "✓", "bad": "✗"}[kind]
+        kind, mark = {True: ("good", "✓"), False: ("bad", "✗"), None: ("unscored", "")}[
+            is_right(r["rewards"])]
         cards.append(f"<div class={kind}><b>{mark} advantage {r['advantage']:+.2f}</b> "
                      f"<small>{html.escape(rewards)}; {r['length']} tokens, "
                      f"{html.escape(r['finish_reason'])}</small>"
@@ -699,8 +707,8 @@ table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: 
 th, td { border-bottom: 1px solid #ccc; padding: .25em .6em; text-align: left }
 img { max-width: 100% } .prompt img { image-rendering: pixelated; min-width: 128px }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: .6em }
-.cards div { border-left: 4px solid #D55E00; background: #f6f6f6; padding: .4em .6em }
-.cards .good { border-color: #0072B2 } small { color: #444 }
+.cards div { border-left: 4px solid #999; background: #f6f6f6; padding: .4em .6em }
+.cards .good { border-color: #0072B2 } .cards .bad { border-color: #D55E00 } small { color: #444 }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3em 0 0; font-size: 12px }
 """
 

@@ -48,10 +48,10 @@ class Args:
     # Rollout
     engine: Literal["auto", "hf", "vllm"] = "auto"  # sampler; auto: vllm on CUDA, else embedded
     group_size: int = 8  # completions a prompt, G
-    temperature: float = 1.0  # of sampling, and of the policy that is trained
+    temperature: float = 1.0  # of sampling, and of the policy that is trained; in [0.01, 100]
     max_new_tokens: int = 96  # completions are cut off here
     rollout_batch_size: int = 256  # completions sampled at one time on a rank
-    vllm_memory: float = 0.4  # share of a GPU's memory for vLLM; the rest is the trainer's
+    vllm_memory: float = 0.4  # share of a GPU's memory for vLLM, in (0, 1); the rest trains
     seed_requests: bool = False  # vLLM: randomness by prompt, not by rank; slower
     engine_timeout: int = 3600  # seconds that one call of vLLM may take
     doctor: bool = True  # before step 1, compare vLLM with the trainer in a dozen ways
@@ -60,9 +60,9 @@ class Args:
     reward_timeout: int = 3600  # seconds that one reward may take to score a step
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce++"] = "grpo"  # compares rewards how
     loss: Literal["token", "sequence", "dr_grpo", "gspo", "cispo"] = "token"  # see "The loss"
-    clip_low: float = 0.2  # the ratio to the old policy is clipped at 1 - clip_low ...
-    clip_high: float = 0.2  # ... and at 1 + clip_high
-    tis_cap: float = 2.0  # most a token is weighed up for vLLM's own rounding; 0: not weighed
+    clip_low: float = 0.2  # in [0, 1]: the ratio to the old policy is clipped at 1 - clip_low ...
+    clip_high: float = 0.2  # ... and at 1 + clip_high, in [0, inf)
+    tis_cap: float = 2.0  # in [1, inf): most a token is weighed up for vLLM's rounding; 0: not
     kl_coef: float = 0.0  # weight of the divergence from the first policy; 0: no reference model
     kl: Literal["k3", "k2", "k1"] = "k3"  # its estimate: k3 or k2 in the loss, k1 in the reward
     mask_truncated: bool = False  # no loss on completions that were cut off
@@ -76,9 +76,9 @@ class Args:
     micro_batch_tokens: int = 16384  # tokens in one forward pass on a rank, prompts included
     plain: bool = False  # a copy of the prompt for each completion: slower, and easier to follow
     vision_cache: int = 1024  # MB of host memory for features of frozen vision; 0: none
-    lr: float = 5e-5  # AdamW learning rate, constant after the warm-up
+    lr: float = 5e-5  # AdamW learning rate, constant after the warm-up; in (0, 1]
     warmup_steps: int = 2  # gradient steps from 0 to lr; 0: none
-    weight_decay: float = 0.0  # AdamW
+    weight_decay: float = 0.0  # AdamW, in [0, 1]
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     train_vision: bool = False  # train the vision tower
     train_connector: bool = False  # train the vision-language connector
@@ -114,8 +114,12 @@ def in_groups(samples, group_size):
 
 
 def is_alike(group):
-    """All right or all wrong (without an accuracy: equal rewards), so that nothing is learnt."""
-    return len({s.rewards.get("accuracy", s.reward) for s in group}) == 1
+    """All right or all wrong (without an accuracy: equal rewards), so that nothing is learnt.
+
+    An answer that was not scored is like any other.
+    """
+    known = {s.rewards.get("accuracy") for s in group} - {None}
+    return len(known or {s.reward for s in group} - {None}) < 2
 
 
 def collect(answer, prompts, pool, args, step):
@@ -442,8 +446,8 @@ def rollout_sums(samples, group_size):
 def step_metrics(sums, norms, seconds, learning_rate):
     """Sums over all ranks to the means that are logged and shown."""
     n, tokens = sums["completions"], max(1, sums["update_tokens"])
-    metrics = {name: sums[name] / max(1, sums[f"scored {name}"])
-               for name in sums if name.startswith("reward")}
+    metrics = {name: sums[name] / sums[f"scored {name}"]
+               for name in sums if name.startswith("reward") and sums[f"scored {name}"]}
     metrics |= {"tokens": sums["tokens"], "length": sums["tokens"] / n}
     metrics |= {name: sums[name] / n for name in ("truncated", "unscored")}
     metrics["groups_all_alike"] = sums["groups_all_alike"] / sums["groups"]
@@ -486,20 +490,18 @@ def timed(seconds, name):
 
 def check_args(args):
     """Refuse what cannot work, before anything is loaded."""
+    utils.check_data(args)
     if args.advantage != "reinforce++" and args.group_size < 2:
         raise UserError(f"--group_size must be at least 2: {args.advantage} compares the answers "
                         "to a prompt; reinforce++ needs no group.")
-    if args.kl_coef < 0:
-        raise UserError("--kl_coef must be at least 0: below, training drives the policies apart.")
-    if args.temperature <= 0:
-        raise UserError("--temperature must be above 0: training needs a policy with chances.")
     if args.batch_size % args.mini_batch_size or args.mini_batch_size % world_size():
         raise UserError(f"--batch_size {args.batch_size} must be a multiple of --mini_batch_size "
                         f"{args.mini_batch_size}, and that one of the {world_size()} ranks.")
 
 
 def main(args):
-    from evaluate import before_and_after, chosen_settings, evaluate_splits, reflection_metrics
+    from evaluate import (
+        before_and_after, chosen_settings, evaluate_splits, is_right, reflection_metrics)
     from reward import load_rewards, score
     from rollout import choose_engine, consult, make_engine, rehearse
 
@@ -622,7 +624,7 @@ def main(args):
         metrics["peak_memory_gb"] = max(utils.gather([utils.peak_memory() / 1e9]))
         records = utils.gather([s.record() for s in samples])
         metrics |= reflection_metrics([r["completion_text"] for r in records],
-                                      [r["rewards"].get("accuracy") == 1.0 for r in records])
+                                      [is_right(r["rewards"]) for r in records])
         place = {"generation_step": step, "gradient_step": step * updates,
                  "epoch": step / steps_per_epoch, "ranks": world_size()}
         if rank() == 0:

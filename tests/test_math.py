@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import evaluate
+import report
 import rollout
 import toy
 import train_grpo
@@ -336,6 +337,31 @@ def test_alike_is_judged_by_accuracy():
     assert not train_grpo.is_alike([SimpleNamespace(rewards={}, reward=x) for x in (0, -0.1)])
 
 
+@pytest.mark.parametrize("accuracies, rewards, alike", [
+    ((1, None, 1), (1, None, 1), True), ((1, None, 0), (1, 0.5, 0), False),
+    ((None, None), (0.5, 0.5), True), ((None, None), (0.5, 0.2), False), ((None, None), (None, None), True)])
+def test_an_answer_that_was_not_scored_makes_no_group_alive(accuracies, rewards, alike):
+    """None beside a 1 is no difference to learn from, as its advantages say; nor is None beside None."""
+    group = [SimpleNamespace(rewards={"accuracy": a}, reward=r) for a, r in zip(accuracies, rewards)]
+    assert train_grpo.is_alike(group) == alike
+    values = torch.tensor([[NAN if r is None else float(r) for r in rewards]])
+    assert train_grpo.grpo_advantages(values).any().item() != alike
+
+
+def test_a_mean_of_nothing_is_no_nought():
+    """A reward that scored no answer of a step is not logged as 0; one that scored one is its score."""
+    def logged(*accuracies):
+        samples = [utils.Sample("a", "", "", "", [], "", [], completion_ids=[9], rewards={"accuracy": a, "format": 1.0},
+                                reward=1.0) for a in accuracies]
+        sums = train_grpo.rollout_sums(samples, 2)
+        for name in ("update_tokens", "divisor", "loss", "entropy", "sampler_ratio", "sampler_ratio_squared"):
+            sums[name] += 0
+        return train_grpo.step_metrics(sums, [1.0], {}, 1e-4)
+
+    assert "reward/accuracy" not in logged(None, None) and logged(None, None)["reward/format"] == 1
+    assert logged(None, 1.0)["reward/accuracy"] == 1
+
+
 def test_refills_do_not_depend_on_the_number_of_ranks(monkeypatch):
     prompts, pool, args = list("abcdefgh"), list(range(40)), train_grpo.Args(group_size=2, refills=2)
     found = []
@@ -397,6 +423,38 @@ def test_summarize_by_hand(qwen):
     # of the sorted lengths those at int(5 q): 0, 1, 2, 3, 4
     assert list(got["length_quantiles"].values()) == [1, 2, 3, 4, 5]
     assert got["reflection_ratio"] == 1
+
+
+def test_a_prompt_that_cannot_be_scored_is_neither_solved_nor_missed(qwen):
+    """Of three prompts the second has no score for one of its answers: 2 are counted, 3 of their 4 answers
+    right, both solved. Lengths and reflection are of all six answers."""
+    scores = [1.0, 0.0, 1.0, None, 1.0, 1.0]
+    done = [replace(qwen.samples[i // 2], rewards={"accuracy": a}, completion_ids=[0] * (i + 1),
+                    completion_text="wait" * (a is None), finish_reason="stop") for i, a in enumerate(scores)]
+    got = evaluate.summarize(done, 2)
+    assert (got["n"], got["unscored"], got["completions"], got["right"]) == (2, 1, 6, [1, 2])
+    assert (got["accuracy"], got["pass@2"]) == (3 / 4, 1)
+    assert got["accuracy_interval"] == evaluate.wilson_interval(3 / 4, 2)
+    assert got["length"] == 21 / 6 and got["reflection_ratio"] == 1 / 6
+    assert got["reflection_ratio_in_correct_answers"] == 0 and got["correct_ratio_in_reflection_texts"] is None
+    assert got["correct_ratio_in_no_reflection_texts"] == 4 / 5
+    buggy = [s.rewards["accuracy"] == 1.0 for s in done]  # what was not scored is wrong
+    assert sum(buggy) / 6 == pytest.approx(2 / 3)
+    unscored = [replace(s, rewards={"accuracy": None}) for s in done]
+    with pytest.raises(utils.RunError, match="none of 3 prompts can be scored"):
+        evaluate.summarize(unscored, 2)
+
+
+def test_reflection_metrics_of_unscored_answers_by_hand():
+    """wait, right; wait, unscored; nothing, wrong; nothing, unscored. The ratios that ask for right or wrong
+    are over two answers, the first over four, the words over all."""
+    texts, right = ["wait", "wait wait", "3", "4"], [True, None, False, None]
+    got = evaluate.reflection_metrics(texts, right)
+    assert got["reflection_ratio"] == 2 / 4 and got["words"]["wait"] == 3
+    assert [got[name] for name in report.RATIOS[1:]] == [1, 0, 1, 0]
+    nobody = evaluate.reflection_metrics(texts, [None] * 4)
+    assert nobody["reflection_ratio"] == 2 / 4 and nobody["words"] == got["words"]
+    assert [nobody[name] for name in report.RATIOS[1:]] == [None] * 4
 
 
 def test_reflection_metrics_by_hand():
@@ -661,6 +719,36 @@ def test_help_shows_every_flag_with_its_default_and_comment(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0 and "how many, at 100 % of the time (default: 3)" in text
     assert "--no-train_vision" in text and "(default: 0.0001)" in text
+
+
+@dataclass
+class Bounded:
+    """The forms in which help says what a flag may be."""
+
+    share: float = 0.5  # of what there is, in (0, 1]
+    heat: float = 1.0  # in [0.01, 100]; 0: none
+    word: str = "a"  # the name
+    end: str = "b"  # the other one; empty: none
+
+
+@pytest.mark.parametrize("flag, good, bad, bound", [
+    ("share", "1e-9 1", "0 1.1 -0.0 nan inf 1e400", "above 0 and at most 1"),
+    ("heat", "0 -0.0 0.01 100", "0.009 101 -1 nan", "0, or at least 0.01 and at most 100"),
+    ("word", "b", " ", "must not be empty"), ("end", "b  ", "", "")])
+def test_help_says_what_a_flag_may_be_and_is_held_to_it(flag, good, bad, bound, capsys):
+    for value in good.split(" "):
+        assert getattr(utils.parse_args(Bounded, [f"--{flag}={value}"]), flag) == getattr(Bounded, flag).__class__(value)
+    for value in bad.split(" ") if bad else ():
+        with pytest.raises(SystemExit) as end:
+            utils.parse_args(Bounded, [f"--{flag}={value}"])
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and f"--{flag} " in said and bound in said and said.count("\n") == 1
+
+
+def test_flags_that_were_given_are_known():
+    args = utils.parse_args(Flags, "--count 3 --rate=1e-4 --no-train_vision".split())
+    assert args == Flags() and args.given == {"count", "rate", "no-train_vision"}
+    assert utils.parse_args(Flags, []).given == set()
 
 
 @pytest.mark.parametrize("module", [evaluate, rollout, toy, train_grpo, train_sft])

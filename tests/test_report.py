@@ -369,6 +369,44 @@ def test_right_reflections_are_shown_best_first(tmp_path):
     assert [row["response"] for row in shown] == ["verify: 2", "wait: 2"]
 
 
+def graded(folder, accuracies):
+    """A run of one step whose answers have these accuracies; "no" where it had no accuracy reward at all."""
+    texts = ("wait: 2", "wait, 2", "2", "it is 2")
+    records = [completion("p", text, a == 1) | {"rewards": {"format": 1.0} if a == "no" else {"accuracy": a}}
+               for text, a in zip(texts, accuracies)]
+    row = metric(1, 1.0)
+    if all(a in ("no", None) for a in accuracies):
+        del row["reward/accuracy"]
+    return write_run(folder, [evaluation(0, [1]), evaluation(1, [1])], [row], [records])
+
+
+@pytest.mark.parametrize("accuracies", [["no"] * 4, [None] * 4])
+def test_without_an_accuracy_nothing_is_wrong(tmp_path, accuracies, monkeypatch):
+    """No cross and no tick, no train accuracy, no ratio of incorrect answers, no reflection that was right."""
+    titles, draw = [], report.draw
+    monkeypatch.setattr(report, "draw", lambda panels, arms: [titles.append(p[0]) for p in panels] and draw(panels, arms))
+    make(tmp_path / "out", graded(tmp_path / "a", accuracies))
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "✗" not in page and "✓" not in page and page.count("<div class=unscored>") == 4
+    assert titles == ["validation, pass1_t0.6, n = 1", "response length", "reflection_ratio", '"wait"']
+    assert table(tmp_path / "out", "Reflections that were right") == []
+    assert not any("unrelated" in row["sign"] for row in table(tmp_path / "out", "Failure signatures"))
+    found = read(tmp_path / "a").reflection[1]
+    assert found["reflection_ratio"] == 0.5 and found["reflection_ratio_in_incorrect_answers"] is None
+
+
+def test_some_answers_unscored(tmp_path):
+    """They have no mark and are in no ratio of right and wrong; the others have all that they had."""
+    make(tmp_path / "out", graded(tmp_path / "a", [1.0, None, 0.0, None]))
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert [page.count(mark) for mark in ("✓", "✗", "<div class=unscored>")] == [1, 1, 2]
+    run = read(tmp_path / "a")
+    assert [run.reflection[1][name] for name in report.RATIOS] == [0.5, 1, 0, 1, 0]
+    assert [s for s, _, _ in report.diagnose("GRPO", run)].count("reflection unrelated to success") == 1
+    right = run.answers[:, 3]
+    assert np.isnan(right[[1, 3]]).all() and right[[0, 2]].tolist() == [1, 0]
+
+
 # ---------------------------------------------------------------------------------------------
 # The page
 
