@@ -7,10 +7,13 @@ Stories with two ranks, and stale `rope_deltas`, are in test_parity.py.
 
 import copy
 import importlib
+import json
 import math
 import pickle
 import random
+import re
 import signal
+import sys
 import threading
 from dataclasses import replace
 
@@ -19,8 +22,10 @@ import torch
 import transformers
 
 import conftest
+import evaluate
 import reward
 import rollout
+import toy
 import train_grpo
 import utils
 from conftest import answered, png
@@ -805,3 +810,79 @@ def test_one_greedy_answer_given_n_times(qwen):
     assert four == once * 4 and {p for s in four for p in s.sampler_logprobs} == {0.0}
     four[0].rewards["accuracy"] = 1.0
     assert four[1].rewards == {} and len({id(s.completion_ids) for s in four}) == 4
+# What outside eyes found: flags and measures
+
+
+def flag_error(stage, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        utils.parse_args(stage.Args, words)
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_temperature_that_is_no_number(capsys):
+    """Ours, before: `--temperature nan` is not <= 0, so that it was let in; every answer was token 0, the
+    loss 0, and a checkpoint was saved. At 1e-40 the logits overflow to the same. Ours now: a value must lie
+    inside its range, instead of not outside."""
+    logits = torch.tensor([[3.0, 9.0, 1.0]])
+    for word in ("nan", "1e-40"):
+        temperature = float(word)
+        assert not temperature <= 0  # what guarded training
+        cumulative = (logits / temperature).softmax(-1).double().cumsum(-1)
+        assert cumulative.isnan().all()  # of which no number is known to be above a uniform one
+        for stage in (rollout, train_grpo):
+            said = flag_error(stage, [f"--temperature={word}"], capsys)
+            assert f"at least 0.01 and at most 100, not {temperature}" in said
+
+
+def test_the_toys_validation_under_a_model_trained_on_other_data(tmp_path, monkeypatch, one_rank):
+    """Ours, before: `train_grpo.py --train_data mine.jsonl` measured the default validation, which is the
+    toy's, wrote its 1,536 pictures into the run and reported 46.3 %. Ours now: one sentence, nothing written."""
+    monkeypatch.setattr(toy, "SPLITS", dict.fromkeys(toy.SPLITS, 2))
+    args = utils.parse_args(train_grpo.Args, ["--train_data", "mine.jsonl", "--test_data="])
+    with pytest.raises(utils.UserError, match="--validation_data would be the toy's.*--validation_data= for none"):
+        train_grpo.check_args(args)
+    assert list(tmp_path.iterdir()) == []
+    measured = utils.read_jsonl(utils.data_path(args.validation_data, tmp_path))  # what was done instead
+    assert "objects are in the picture" in measured[0]["question"]
+    assert len([*tmp_path.rglob("*.png")]) == 6
+
+
+def test_wrong_by_default(qwen):
+    """Ours, before: a run with a reward of its own had no accuracy, every answer was "not 1.0", so that all
+    were wrong: "ratio in incorrect answers" was the ratio of all. Ours now: nobody says right or wrong."""
+    samples = [replace(s, rewards={"style": 1.0}, completion_text="wait") for s in qwen.samples]
+    buggy = [s.rewards.get("accuracy") == 1.0 for s in samples]
+    texts = [s.completion_text for s in samples]
+    assert evaluate.reflection_metrics(texts, buggy)["reflection_ratio_in_incorrect_answers"] == 1
+    found = evaluate.reflection_metrics(texts, [evaluate.is_right(s.rewards) for s in samples])
+    assert found["reflection_ratio_in_incorrect_answers"] is None and found["reflection_ratio"] == 1
+    assert [evaluate.is_right({"accuracy": a}) for a in (1.0, 0.0, 0.5, None)] == [True, False, False, None]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_numbers_that_json_has_not(number, tmp_path, monkeypatch, capsys):
+    """Python's json writes NaN as NaN, which is no JSON: other readers stop at the line, and a mean that is
+    NaN passes for a result. Ours writes none of it: the run ends with a sentence that names the value."""
+    result = {"reward": 1.0, "length": number, "rewards": {"style": [number]}}
+    assert re.search("NaN|Infinity", json.dumps(result))
+    path = tmp_path / "file"
+    for write in (utils.write_json, utils.append_jsonl, lambda p, v: utils.write_jsonl(p, [{"a": 1}, v])):
+        with pytest.raises(utils.RunError, match="^length, rewards: not finite"):
+            write(path, result)
+        assert not path.exists()
+    ends = []
+    monkeypatch.setattr(utils, "start_ranks", lambda: None)
+    monkeypatch.setattr(utils.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(utils, "end_run", lambda *words: ends.append(words))
+    monkeypatch.setattr(sys, "argv", ["rollout.py"])
+    utils.run_script(lambda args: result, rollout.Args)
+    assert capsys.readouterr().out == "" and ends[0][1] == 1 and "length, rewards: not finite" in ends[0][0]
+
+
+def test_a_batch_that_is_not_finite_is_still_kept(qwen, tmp_path, monkeypatch):
+    """The sentence names a file with the samples; the numbers that are no JSON stand in it as text."""
+    monkeypatch.setattr(utils, "run_folder", [tmp_path])
+    said = utils.save_failed_batch([replace(qwen.samples[0], reward=math.inf, advantage=math.nan)], "loss: nan")
+    row = json.loads((tmp_path / "failed_batch_rank0.jsonl").read_text(), parse_constant=pytest.fail)
+    assert (row["reward"], row["advantage"], row["id"]) == ("Infinity", "NaN", "rgb") and "failed_batch_rank0" in said
