@@ -85,9 +85,8 @@ def epoch_batches(samples, batch_size, seed, epoch):
     return [[samples[i] for i in order[k : k + batch_size]] for k in range(0, whole, batch_size)]
 
 
-def with_golden_responses(samples, processor, max_new_tokens, eos=None):
+def with_golden_responses(samples, processor, max_new_tokens, eos):
     """Samples completed by golden responses and `eos`: a model that never sees it never stops."""
-    eos = processor.tokenizer.eos_token_id if eos is None else eos
     done = []
     for s in samples:
         ids = processor.tokenizer(s.solution)["input_ids"] if s.solution.strip() else []

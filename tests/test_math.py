@@ -663,7 +663,7 @@ def test_ranks_make_equally_many_passes(qwen, one_rank, monkeypatch):
 def test_golden_responses_end_in_a_trained_eos(qwen):
     """The response is the data's own words and EOS; a model that never sees EOS never stops."""
     eos = qwen.processor.tokenizer.eos_token_id
-    done = train_sft.with_golden_responses(qwen.samples, qwen.processor, 30)
+    done = train_sft.with_golden_responses(qwen.samples, qwen.processor, 30, eos)
     for sample, source in zip(done, qwen.samples, strict=True):
         assert sample.completion_ids[-1] == eos and sample.completion_ids.count(eos) == 1
         assert qwen.processor.tokenizer.decode(sample.completion_ids[:-1]) == source.solution
@@ -676,12 +676,12 @@ def test_golden_responses_end_in_a_trained_eos(qwen):
 def test_golden_responses_that_cannot_be_trained_are_refused(qwen):
     sample = replace(qwen.samples[0], solution="abc")
     count = len(qwen.processor.tokenizer("abc")["input_ids"])
-    train_sft.with_golden_responses([sample], qwen.processor, count + 1)  # words and EOS just fit
+    train_sft.with_golden_responses([sample], qwen.processor, count + 1, 2)  # words and EOS just fit
     with pytest.raises(UserError, match=f"has {count} tokens"):
-        train_sft.with_golden_responses([sample], qwen.processor, count)
+        train_sft.with_golden_responses([sample], qwen.processor, count, 2)
     for nothing in ("", " \n"):
         with pytest.raises(UserError, match="rgb.*is empty"):
-            train_sft.with_golden_responses([replace(sample, solution=nothing)], qwen.processor, 30)
+            train_sft.with_golden_responses([replace(sample, solution=nothing)], qwen.processor, 30, 2)
 
 
 # ---------------------------------------------------------------------------------------------
