@@ -9,6 +9,12 @@ to bring. Every headline number has a 95 % interval. The trainers call `evaluate
     torchrun --standalone --nproc_per_node 8 evaluate.py --model CHECKPOINT --data data.jsonl
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C is no traceback, not even during the imports below
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import math
 import random
 import re

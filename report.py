@@ -9,6 +9,12 @@ at once, since both were drawn; a difference between arms is taken on the same d
     python report.py runs --out runs/report        # every run that lies below a folder
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C is no traceback, not even during the imports below
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import base64
 import functools
 import html

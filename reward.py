@@ -27,10 +27,15 @@ The policy:
   \\text{ cm}, \\dfrac, \\frac12, \\sqrt3, 2*sqrt(3), 1.2e3, full-width digits, × ÷ − π √ ° ² ½.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C is no traceback, not even during the imports below
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import decimal
 import json
 import math
-import os
 import re
 import runpy
 import sys

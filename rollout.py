@@ -16,10 +16,15 @@ for all the ways in which they are known to.
         --data data.jsonl --n 8 --max_new_tokens 2048     # without --, torchrun would take --n
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C is no traceback, not even during the imports below
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import copy
 import hashlib
 import importlib.util
-import os
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace

@@ -21,6 +21,12 @@ RL amplifies what is there. `--check` prints how often each habit is right when 
     python toy.py --data my_folder   write the data set as files
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C is no traceback, not even during the imports below
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import hashlib
 import json
 import random

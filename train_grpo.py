@@ -17,6 +17,12 @@ paper's four steps (arXiv 2504.02587), which are the banners below:
         --test_data geometry3k/test.jsonl --batch_size 128 --lr 1e-6 --max_new_tokens 2048
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C is no traceback, not even during the imports below
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import copy
 import math
 import random
@@ -557,6 +563,7 @@ def main(args):
     print0(f"Training {count:,} weights on {len(train)} prompts: {total} steps of "
            f"{args.batch_size} prompts x {args.group_size} answers, on {world_size()} x "
            f"{utils.device().type}. {out}")
+    utils.try_saving(out, policy, processor, dtype, total, args)
     utils.begin_run(out, args)
     utils.start_mirror(out, args)
 

@@ -16,6 +16,12 @@ dropout, label smoothing, a loss on the prompt. An epoch is one pass over the tr
         --test_data mm_math5k/test.jsonl --batch_size 16 --lr 1e-5 --max_new_tokens 2048
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C is no traceback, not even during the imports below
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import math
 import random
 import time
@@ -219,6 +225,7 @@ def main(args):
     rehearse(engine, prompts, args, policy)  # what cannot work is a sentence before step 1
     print0(f"Training {count:,} weights on {len(train)} prompts: {total} steps of "
            f"{args.batch_size} golden responses, on {world_size()} x {utils.device().type}. {out}")
+    utils.try_saving(out, policy, processor, dtype, total, args)
     utils.begin_run(out, args)
     utils.start_mirror(out, args)
 

@@ -5,6 +5,7 @@ computed here. A stage and this file can be copied into another project together
 """
 
 import argparse
+import copy
 import ctypes
 import functools
 import hashlib
@@ -25,6 +26,7 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args, get_origin
@@ -41,7 +43,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
-    AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText, AutoProcessor)
+    AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText, AutoProcessor,
+    GenerationConfig)
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
@@ -134,6 +137,8 @@ def run_script(main, Args):
     Exit codes: 2 for a user's mistake, 1 for a run that failed, 128 + signal number for Ctrl-C and
     SIGTERM. A bug keeps its traceback; what a disk, a file or another rank does is a sentence.
     """
+    # HAZARD: a KeyboardInterrupt is swallowed by destructors, and made another error by imports
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130) if rank() else end_run("Stopped.", 130))
     args = parse_args(Args)
     try:
         start_ranks()
@@ -147,13 +152,19 @@ def run_script(main, Args):
         end_run(f"rank {rank()}: {error}", 1)
     except OSError as error:
         end_run(f"rank {rank()}: {error}.", 1 if run_folder else 2)
-    except RuntimeError as error:
+    except SystemExit as error:
+        if run_folder:  # nothing of ours leaves a run in this way
+            end_run(f"rank {rank()}: something called sys.exit({error.code}), a reward perhaps.", 1)
+        raise
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).split("\n")[0]
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if full or "can't allocate memory" in reason:
+            end_run(f"rank {rank()}: out of memory {reason}; lower --micro_batch_tokens, "
+                    "--rollout_batch_size or --max_new_tokens.", 1)
         if not re.search("gloo|NCCL", str(error)):  # what speaks when a collective fails
             raise
-        end_run(f"rank {rank()}: another rank is gone ({str(error).splitlines()[0]}).", 1)
-    except KeyboardInterrupt:
-        print0("\nStopped before the run began; nothing was trained.")
-        sys.exit(130)
+        end_run(f"rank {rank()}: another rank is gone ({reason}).", 1)
     finally:
         forget_toy()
         if dist.is_initialized() and "vllm" not in sys.modules:  # which ends the group by itself
@@ -173,6 +184,10 @@ def end_run(reason, code):
         where += f" The same command with --out {run_folder[0]} goes on."
     try:  # not by print0: whoever holds its lock may be waiting in a collective
         sys.stderr.write(f"\n{reason} {where}\n")
+        # what was printed so far; whoever holds stdout's lock may wait for a reader that is gone
+        flushing = threading.Thread(target=sys.stdout.flush, daemon=True)
+        flushing.start()
+        flushing.join(2)
     finally:  # even where the log's disk is full
         os._exit(code)
 
@@ -240,6 +255,8 @@ def start_ranks():
     """Join the process group that torchrun made room for, or form a group of one."""
     share_cores()
     transformers_logging.disable_progress_bar()
+    loading = transformers_logging.get_logger("transformers.modeling_utils")
+    loading.addFilter(lambda record: "LOAD REPORT" not in record.getMessage())  # see `load_model`
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     else:
@@ -251,7 +268,10 @@ def start_ranks():
         # address there waits for it for ever (pytorch#135712). Only on one machine is this count
         # everyone's
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
+    # a dead rank's connection closes at once, and each call that may hang has its own watchdog: the
+    # default of 30 minutes would end a rank that waits for another's slow reward or engine
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(),
+                            timeout=timedelta(days=10_000))
 
 
 def share_cores():
@@ -519,12 +539,31 @@ def load_pretrained(loader, path, **kwargs):
     hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)) and not owner.exists()
     if not Path(path).is_dir() and not hub_id:  # a typing mistake must not wait for a network
         raise UserError(f"--model {path}: no such folder; give one, or a hub id like Qwen/NAME.")
+    check_files(Path(path))
     try:
         return loader.from_pretrained(path, **kwargs)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a file of somebody else's makes of transformers
         reason = str(error).strip().split("\n")[0]
+        if not isinstance(error, (OSError, ValueError)):
+            reason = f"{type(error).__name__}: {reason}"
         raise UserError(f"--model {path}: cannot be loaded ({reason}); give a folder or hub id of "
                         "an instruction-tuned vision-language model with its processor files.")
+
+
+def check_files(folder):
+    """UserError with the name of a checkpoint's file that is torn, empty, or no JSON object."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.glob("*")):
+        try:
+            if re.fullmatch(r"model.*\.safetensors", path.name):
+                safe_open(path, "pt")  # compares the length with what the header says
+            elif re.search(r"(config|tokenizer|template|index|map|tokens|vocab)\.json$", path.name):
+                if not isinstance(json.loads(path.read_text("utf-8")), dict):
+                    raise ValueError("no JSON object")
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
+            raise UserError(f"--model {folder}: its file {path.name} is torn or not what its name "
+                            f"says ({error}); copy or download it again.")
 
 
 def load_processor(path):
@@ -540,8 +579,40 @@ def load_processor(path):
 
 
 def load_model(path, dtype=torch.float32):
-    """The checkpoint's model on this rank's device, weights in `dtype`."""
-    return load_pretrained(AutoModelForImageTextToText, path, dtype=dtype).to(device())
+    """The checkpoint's model on this rank's device, weights in `dtype`, and never a random one.
+
+    UserError where weights and config.json do not fit each other, or a weight is no number.
+    """
+    model, info = load_pretrained(AutoModelForImageTextToText, path, dtype=dtype,
+                                  output_loading_info=True, ignore_mismatched_sizes=True)
+    model = model.to(device())
+    wrong = {"missing": info["missing_keys"], "without a place": info["unexpected_keys"],
+             "of another shape": [name for name, *_ in info["mismatched_keys"]],
+             "not finite": [name for name, weight in model.named_parameters()
+                                if not weight.sum(dtype=torch.float32).isfinite()]}
+    said = [f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{' ...' * (len(names) > 3)})"
+            for what, names in wrong.items() if names]
+    if said:
+        raise UserError(f"--model {path}: its weights are not those that its config.json tells of: "
+                        f"{', '.join(said)}; copy or download it again, or save it whole.")
+    drop_nothing(model)
+    return model
+
+
+def drop_nothing(model):
+    """Set each dropout probability, and the noise of routers, to 0 in modules and their configs.
+
+    A sampler drops nothing, so what drops in training is not the policy that answered. The config
+    as it was is kept for `export`.
+    """
+    model.source_config = copy.deepcopy(model.config)
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    for holder in (*model.modules(), *configs):
+        layer = "Dropout" in type(holder).__name__
+        for name, value in list(vars(holder).items()):
+            chance = re.search("drop|jitter", name) or (layer and name == "p")
+            if chance and type(value) in (int, float):
+                setattr(holder, name, type(value)(0))
 
 
 def compute_dtype(name):
@@ -1107,18 +1178,38 @@ def choose_run(args):
     out = gather([out])[0]  # two ranks' clocks may differ
     goes_on = (out / "args.json").exists()
     problem, base = None, next(p for p in (out, *out.parents) if p.exists())
-    first = {"toy_data", "args.json.part"}  # what a run writes before its args.json
+    first = {"toy_data", "trial.part", "args.json.part"}  # what a run writes before its args.json
     if not base.is_dir() or not os.access(base, os.W_OK | os.X_OK):
         problem = f"cannot be written in {base}"
     elif not goes_on and out.exists() and {p.name for p in out.iterdir()} - first:
         problem = "is not empty and holds no run"
-    elif goes_on and json.loads((out / "args.json").read_text()) != run_arguments(args, out):
-        problem = "holds a run with other arguments"
+    elif goes_on and (other := other_arguments(out, args)):
+        problem = f"holds a run with other arguments ({other})"
     elif goes_on and (out / "result.json").exists():
         problem = "holds a finished run"
     if any(gather([problem])):  # after the ranks have all looked, before rank 0 writes
         raise UserError(f"--out {out} {problem}; give a new folder.")
     return out, goes_on
+
+
+def other_arguments(out, args):
+    """How the run in `out` was called otherwise, in words; "" where `args` mean the same.
+
+    A path may be written in any way and the folder may have moved; a flag that the run did not know
+    yet had its default, and one that is gone since meant nothing.
+    """
+    def meant(value):  # paths made absolute and free of links; other words fare alike
+        words = re.split("[,:]", value) if isinstance(value, str) else None
+        return [os.path.realpath(word) for word in words] if words else value
+
+    try:
+        before = json.loads((out / "args.json").read_text())
+        before = {f.name: f.default for f in fields(args)} | before
+    except (ValueError, TypeError):
+        return "its args.json is no JSON object"
+    return ", ".join(f"{name} was {before.get(name)!r}, is {value!r}"
+                     for name, value in run_arguments(args, out).items()
+                     if name != "out" and meant(before.get(name)) != meant(value))
 
 
 def run_arguments(args, out):
@@ -1198,6 +1289,75 @@ def whole_checkpoint(out):
     return path
 
 
+def export(folder, model, processor, weights, dtype):
+    """Write `weights`, by name, as a Hugging Face folder in `dtype` that says so, like its source.
+
+    A tied head is written once. The generation config is the source's even where transformers would
+    not save it: vicuna's and LLaVA's have a temperature without do_sample.
+    """
+    once = dict(model.named_parameters())  # what is tied has its first name here
+    again = dict(model.named_parameters(remove_duplicate=False)).keys() - once
+    weights = {name: weight.to(dtype) if name in once else weight  # buffers stay as they are
+               for name, weight in weights.items() if name not in again}
+    config, generation = model.config, model.generation_config
+    model.config = getattr(model, "source_config", config)
+    model.generation_config = GenerationConfig()
+    try:
+        model.save_pretrained(folder, state_dict=weights)
+    finally:
+        model.config, model.generation_config = config, generation
+    generation.to_json_file(folder / "generation_config.json")
+    processor.save_pretrained(folder)
+    name = {"dtype": str(dtype).removeprefix("torch.")}  # not that of the master weights
+    said = json.loads((folder / "config.json").read_text(),
+                      object_hook=lambda part: part | name if "dtype" in part else part)
+    write_json(folder / "config.json", said)
+    for path in folder.glob("*.safetensors"):  # written for their owner alone
+        shutil.copymode(folder / "config.json", path)
+
+
+def try_saving(out, policy, processor, dtype, total, args):
+    """Try before step 1 what a run does first at its end. UserError; nothing stays. COLLECTIVE.
+
+    Writes the files that a checkpoint has beside its weights, and looks whether these have room.
+    """
+    problem = None
+    if rank() == 0:
+        trial = Path(out) / "trial.part"
+        made = [p for p in (trial, *trial.parents) if not p.exists()]
+        try:
+            for half in Path(out).glob("checkpoints/*.part"):  # of a crash, and in the way
+                shutil.rmtree(half)
+            export(trial, policy.model, processor, {}, dtype)
+            problem = lack_of_room(out, policy, dtype, total, args)
+        except OSError as error:
+            problem = f"--out {out}: a checkpoint cannot be written there ({error}); mend that."
+        except Exception as error:  # transformers reads some files that it refuses to write
+            reason = str(error).strip().split("\n")[0]
+            problem = (f"--model {args.model}: what it holds cannot be saved again "
+                       f"({type(error).__name__}: {reason}); correct its files.")
+        shutil.rmtree(made[-1] if made else trial, ignore_errors=True)
+    if problem := gather([problem])[0]:
+        raise UserError(problem)
+
+
+def lack_of_room(out, policy, dtype, total, args):
+    """A sentence where the disk has no room for one checkpoint; that later ones have none is said.
+
+    One holds the weights in `dtype`, and the float32 master weights and optimiser states.
+    """
+    size = sum(p.numel() * (dtype.itemsize + 4 + 8 * p.requires_grad) for p in policy.parameters())
+    saves = -(-total // (args.save_every or total))
+    most = min(saves, args.keep + 1) if args.keep else saves  # an old one goes after a new one came
+    free = shutil.disk_usage(out).free
+    needs = f"a checkpoint takes {size / 2**20:,.0f} MB, and {free / 2**20:,.0f} MB are free there"
+    if free < size:
+        return f"--out {out}: {needs}; free some or give another folder."
+    if free < size * most:
+        print0(f"--out {out}: {needs}: {most} of them will not fit; see --keep and --save_every.")
+    return None
+
+
 def save_checkpoint(out, step, policy, processor, optimizer, dtype, keep=0):
     """Write `checkpoints/step_N`, complete or not at all; then delete all but the newest `keep`.
 
@@ -1207,14 +1367,12 @@ def save_checkpoint(out, step, policy, processor, optimizer, dtype, keep=0):
     part = path.with_name(path.name + ".part")
     whole = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = dcp_state.get_model_state_dict(policy.model, options=whole)  # empty but on rank 0
-    weights = {name: weight.to(dtype) for name, weight in weights.items()}
     model_state, optimizer_state = dcp_state.get_state_dict(policy, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
     try:
         if rank() == 0:
             shutil.rmtree(part, ignore_errors=True)
-            policy.model.save_pretrained(part, state_dict=weights)
-            processor.save_pretrained(part)
+            export(part, policy.model, processor, weights, dtype)
         dist.barrier()
         dcp.save(state, checkpoint_id=part / "resume")
         dist.barrier()
