@@ -9,17 +9,22 @@ import copy
 import importlib
 import json
 import math
+import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import sys
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 import conftest
 import evaluate
@@ -31,6 +36,8 @@ import utils
 from conftest import answered, png
 from test_parity import (
     ARGS, Probe, assert_same_gradients, by_id, gradients, mixed, plain_inputs, plain_logprobs)
+from conftest import answered, load_tiny, png
+from test_parity import ARGS, Probe, assert_same_gradients, by_id, gradients, mixed
 from utils import Policy, collate
 
 
@@ -886,3 +893,106 @@ def test_a_batch_that_is_not_finite_is_still_kept(qwen, tmp_path, monkeypatch):
     said = utils.save_failed_batch([replace(qwen.samples[0], reward=math.inf, advantage=math.nan)], "loss: nan")
     row = json.loads((tmp_path / "failed_batch_rank0.jsonl").read_text(), parse_constant=pytest.fail)
     assert (row["reward"], row["advantage"], row["id"]) == ("Infinity", "NaN", "rgb") and "failed_batch_rank0" in said
+# What outside eyes found: checkpoints and runs
+
+
+def change_json(path, **values):
+    utils.write_json(path, json.loads(path.read_text()) | values)
+
+
+def test_a_weight_that_is_not_there(qwen, tmp_path):
+    """Ours: a checkpoint without one tensor trained from random weights, with exit code 0 and
+    transformers' load report for a hint. Now it is refused, and the tensor named."""
+    folder = shutil.copytree(qwen.path, tmp_path / "lacking")
+    weights = load_file(folder / "model.safetensors")
+    name = next(n for n in weights if n.endswith("layers.0.mlp.up_proj.weight"))
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    buggy = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = AutoModelForImageTextToText.from_pretrained(folder)
+        buggy.append(model.get_decoder().layers[0].mlp.up_proj.weight)
+    assert differ(*buggy)
+    with pytest.raises(utils.UserError, match=r"1 missing \(\S+layers.0.mlp.up_proj.weight\)"):
+        utils.load_model(folder)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_dropout_of_a_config(family, tiny_paths, data_path, tmp_path, recompute):
+    """Ours: a dropout probability in a checkpoint's config was active in `.train()`, and two passes
+    over one batch were 1.9 nats apart: what was trained was not the policy that had answered."""
+    folder = shutil.copytree(tiny_paths[family], tmp_path / "dropping")
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    change_json(folder / "config.json", text_config=text | {"attention_dropout": 0.5})
+    tiny = load_tiny(folder, data_path)
+    samples = answered(tiny.samples, tiny.processor)
+
+    def passes(model, shared):
+        if recompute:
+            model.gradient_checkpointing_enable()
+        policy = Policy(model, tiny.processor, shared=shared)
+        results = []
+        for mode in (True, True, False):  # the last is how it answered
+            policy.train(mode)
+            results.append(policy(policy.batch(samples), 1.0)[0])
+            results[-1].sum().backward()
+        return results
+
+    for shared in (False, True):
+        first, again, answering = passes(tiny.model, shared)
+        assert torch.equal(first, again) and torch.equal(first, answering)
+    first, again, _ = passes(AutoModelForImageTextToText.from_pretrained(folder), False)
+    assert differ(first, again, 0.1)
+    utils.export(tmp_path / "out", tiny.model, tiny.processor, {}, torch.float32)  # and stays said
+    said = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert said["text_config"]["attention_dropout"] == 0.5
+
+
+def test_dropout_wherever_it_hides():
+    """The same for layers, for numbers that a module or a config holds, and for a router's noise."""
+    config = SimpleNamespace(hidden_dropout=0.1, classifier_dropout=None, jitter_noise=0.1, p=0.3)
+    path = torch.nn.Identity()
+    path.drop_prob, path.token_dropout, path.config = 0.2, True, config
+    model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.AlphaDropout(0.5), path,
+                                torch.nn.MultiheadAttention(4, 2, dropout=0.5))
+    model.config = config
+    utils.drop_nothing(model.train())
+    assert (model[0].p, model[1].p, model[3].dropout, path.drop_prob) == (0, 0, 0, 0)
+    assert vars(config) == {
+        "hidden_dropout": 0.0, "classifier_dropout": None, "jitter_noise": 0.0, "p": 0.3}
+    assert path.token_dropout is True and model.source_config.hidden_dropout == 0.1
+    x = torch.ones(1, 64)
+    assert torch.equal(model[:2](x), x) and differ(torch.nn.Dropout(0.5)(x), x)
+
+
+def test_a_checkpoint_that_says_float32_and_has_its_head_twice(tiny, tmp_path):
+    """Ours: master weights were cast and handed to transformers, which asks the model for its dtype:
+    config.json said float32 over bfloat16, so that it loaded into twice the memory; a cast parts
+    what shares storage, so the tied head was written again; and the file was for its owner alone."""
+    model = tiny.model
+    cast = {name: weight.bfloat16() for name, weight in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "buggy", state_dict=cast)
+    utils.export(tmp_path / "ours", model, tiny.processor, cast, torch.bfloat16)
+    said, held = {}, {}
+    for name in ("buggy", "ours"):
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        said[name] = {config["dtype"], config["text_config"]["dtype"], config["vision_config"]["dtype"]}
+        held[name] = load_file(tmp_path / name / "model.safetensors")
+    assert said == {"buggy": {"float32"}, "ours": {"bfloat16"}}
+    assert len(held["buggy"]) == len(held["ours"]) + 1 == len(model.state_dict())
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "ours").iterdir()}
+    assert modes == {0o666 & ~current_umask()}
+    found = AutoModelForImageTextToText.from_pretrained(tmp_path / "ours", dtype="auto")
+    assert found.dtype == torch.bfloat16
+    assert found.get_output_embeddings().weight is found.get_input_embeddings().weight
+    assert all(torch.equal(weight, cast[name]) for name, weight in found.state_dict().items())
+    tiny.processor.save_pretrained(tmp_path / "buggy")  # what was written before can be gone on from
+    old = utils.load_model(tmp_path / "buggy")
+    assert old.get_output_embeddings().weight is old.get_input_embeddings().weight
+
+
+def current_umask():
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
