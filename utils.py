@@ -160,8 +160,8 @@ def run_script(main, Args):
         reason = str(error).split("\n")[0]
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if full or "can't allocate memory" in reason:
-            end_run(f"rank {rank()}: out of memory {reason}; lower --micro_batch_tokens, "
-                    "--rollout_batch_size or --max_new_tokens.", 1)
+            end_run(f"rank {rank()}: out of memory{reason and f' ({reason})'}; lower "
+                    "--micro_batch_tokens, --rollout_batch_size or --max_new_tokens.", 1)
         if not re.search("gloo|NCCL", str(error)):  # what speaks when a collective fails
             raise
         end_run(f"rank {rank()}: another rank is gone ({reason}).", 1)
@@ -256,7 +256,8 @@ def start_ranks():
     share_cores()
     transformers_logging.disable_progress_bar()
     loading = transformers_logging.get_logger("transformers.modeling_utils")
-    loading.addFilter(lambda record: "LOAD REPORT" not in record.getMessage())  # see `load_model`
+    loading.addFilter(  # what `load_model` says in a sentence
+        lambda record: not re.search("LOAD REPORT|seem corrupted", record.getMessage()))
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     else:

@@ -289,6 +289,21 @@ def test_ctrl_c_ends_all_ranks_and_names_the_checkpoint(data, tmp_path):
     assert not (out / "result.json").exists()
 
 
+@pytest.mark.parametrize("script, place", [
+    *((name, " dataclasses") for name in ("train_grpo", "train_sft", "rollout", "evaluate", "report", "toy")),
+    ("reward", " decimal"), ("report", " numpy"), ("evaluate", " torch._C"), ("toy", " torch")])
+def test_ctrl_c_during_imports(tmp_path, script, place):
+    """From the first line on: silence and exit code 130. -X importtime says where Python is."""
+    words = [sys.executable, "-X", "importtime", f"{script}.py", "--out", tmp_path / "run"]
+    process = subprocess.Popen(list(map(str, words)), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    said = next(line for line in process.stderr if line.endswith(f"{place}\n"))
+    process.send_signal(signal.SIGINT)
+    said += process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert [line for line in said.splitlines() if not line.startswith("import time:")] == []
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_mistake_is_one_sentence(data, tmp_path, ranks):
     """Exit code 2 (torchrun makes it 1), the sentence once, no traceback of ours."""

@@ -18,13 +18,15 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401  # which a run would load late
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_commands import TINY, all_finite, data, group_of, splits, timeless  # noqa: F401
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -482,3 +484,338 @@ def test_more_mistakes_at_the_command_line(whole, tmp_path, monkeypatch, one_ran
         (model / name).unlink()
     with pytest.raises(utils.UserError, match="cannot be loaded .* with its processor files"):
         utils.load_processor(model)
+
+
+# ---------------------------------------------------------------------------------------------
+# What is given as a checkpoint, and what becomes of it
+
+
+def toy_weights(change):
+    """A fault of a folder's weights: `change` is called with them and one of their names."""
+    def act(folder):
+        weights = load_file(folder / "model.safetensors")
+        change(weights, "model.layers.1.mlp.up_proj.weight")
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return act
+
+
+NAME = r"model.language_model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (lambda w, name: w.pop(name), rf"1 missing \({NAME}\);"),
+    (lambda w, name: [w.pop(n) for n in list(w) if "up_proj" in n and "layers" in n],
+     r"4 missing \(\S+up_proj.weight, \S+up_proj.weight, \S+up_proj.weight ...\);"),
+    (lambda w, name: w.update(extra=torch.ones(2)), r"1 without a place \(extra\);"),
+    (lambda w, name: w.update(renamed=w.pop(name)), rf"1 missing \({NAME}\), 1 without a place \(renamed\);"),
+    (lambda w, name: w.update({name: w[name][1:].clone()}), rf"1 of another shape \({NAME}\);"),
+    (lambda w, name: w[name][3].fill_(math.nan), rf"1 not finite \({NAME}\);"),
+    (lambda w, name: w[name][3].fill_(-math.inf), rf"1 not finite \({NAME}\);"),
+    (lambda w, name: [w.pop(n) for n in list(w) if "embed" in n], r"3 missing \(lm_head.weight, \S+embed_tokens.weight, \S+patch_embed\S+\);")])
+def test_weights_that_config_json_does_not_tell_of(tmp_path, change, sentence):
+    folder = shutil.copytree(ROOT / "toy_model", tmp_path / "model")
+    toy_weights(change)(folder)
+    with pytest.raises(utils.UserError, match=f"--model {folder}: its weights .*{sentence}.* download it again"):
+        utils.load_model(folder)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_that_is_or_is_not_there(tmp_path, tied):
+    """A tied head may stand in the file or not; one that is not tied must."""
+    folder = shutil.copytree(ROOT / "toy_model", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = tied
+    utils.write_json(folder / "config.json", config)
+    if tied:
+        utils.load_model(folder)
+        toy_weights(lambda w, _: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))(folder)
+        utils.load_model(folder)  # as ours were written before
+    else:
+        with pytest.raises(utils.UserError, match=r"1 missing \(lm_head.weight\)"):
+            utils.load_model(folder)
+
+
+FILES = ("config.json", "generation_config.json", "processor_config.json", "tokenizer.json",
+         "tokenizer_config.json", "model.safetensors", "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("content", [b"", b"[]", b'"text"', b"\xff\xfe\x00", b"[" * 100_000, "half"])
+def test_a_torn_file_of_a_checkpoint_is_named(tmp_path, name, content):
+    """Whichever is loaded, and also where transformers would go on without it in silence."""
+    folder = shutil.copytree(ROOT / "toy_model", tmp_path / "model")
+    path = folder / name
+    if content == "half":
+        content = path.read_bytes()[:path.stat().st_size // 2] if path.exists() else b'{"weight_map": {'
+    path.write_bytes(content)
+    for load in (utils.load_processor, utils.load_model):
+        with pytest.raises(utils.UserError, match=f"--model {folder}: its file {name} is torn .* again"):
+            load(folder)
+
+
+@pytest.mark.parametrize("name, content, load", [
+    ("config.json", '{"model_type": "abacus"}', "load_model"), ("config.json", "{}", "load_model"),
+    ("tokenizer.json", "{}", "load_processor"), ("chat_template.jinja", "", "load_processor"),
+    ("generation_config.json", '{"watermarking_config": {"a": 1}}', "load_model"),
+    ("generation_config.json", '{"early_stopping": "sometimes"}', "load_model"),
+    ("model.safetensors.index.json", '{"metadata": {}, "weight_map": {"a": "b.safetensors"}}', "load_model"),
+    ("model.safetensors.index.json", "{}", "load_model")])
+def test_a_file_of_a_checkpoint_that_means_nothing(tmp_path, name, content, load):
+    """Whatever transformers makes of it: KeyError, TypeError, its own exceptions."""
+    folder = shutil.copytree(ROOT / "toy_model", tmp_path / "model")
+    (folder / name).write_text(content)
+    if "index" in name:
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(utils.UserError, match=f"^--model {folder}: .*; give a"):
+        getattr(utils, load)(folder)
+
+
+def test_a_mistake_in_a_checkpoint_is_one_line(whole, tmp_path):
+    """And transformers' own table of what is missing does not stand above it."""
+    folder = shutil.copytree(ROOT / "toy_model", tmp_path / "model")
+    toy_weights(lambda w, name: w.pop(name))(folder)
+    code, said = run([*whole[0], "--model", folder], tmp_path / "run")
+    assert code == 2 and len(said.splitlines()) == 1 and "1 missing" in said, said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def policy(one_rank):
+    return utils.Policy(utils.load_model(ROOT / "toy_model"), utils.load_processor(ROOT / "toy_model"))
+
+
+SETTINGS = (  # of vicuna and LLaVA, and others that transformers reads and does not write
+    {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}, {"do_sample": False, "temperature": 0.3},
+    {"early_stopping": True, "num_beams": 1}, {"pad_token_id": -1}, {"output_scores": True})
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_generation_config_that_transformers_would_not_save(tmp_path, one_rank, settings):
+    """The source's comes out as it went in."""
+    folder = shutil.copytree(ROOT / "toy_model", tmp_path / "model")
+    utils.write_json(folder / "generation_config.json", settings)
+    policy = utils.Policy(utils.load_model(folder), utils.load_processor(folder))
+    with pytest.raises(ValueError, match="GenerationConfig is invalid"):
+        policy.model.save_pretrained(tmp_path / "wrong")
+    utils.try_saving(tmp_path / "run", policy, policy.processor, torch.float32, 4, train_grpo.Args())
+    assert not (tmp_path / "run").exists()
+    utils.export(tmp_path / "out", policy.model, policy.processor, policy.model.state_dict(), torch.float32)
+    said = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert settings.items() <= said.items()
+    assert utils.load_model(tmp_path / "out").generation_config.to_dict() == policy.model.generation_config.to_dict()
+
+
+def raises(error):
+    def act(*_, **__):
+        raise error
+    return act
+
+
+@pytest.mark.parametrize("place, error, sentence", [
+    ("utils.write_json", OSError(errno.EROFS, "Read-only file system"), "--out {out}: .*Read-only file system"),
+    ("transformers.PreTrainedConfig.save_pretrained", ValueError("generation parameters\nare set"),
+     "--model toy_model: what it holds cannot be saved again \\(ValueError: generation parameters\\)"),
+    ("transformers.Qwen2_5_VLProcessor.save_pretrained", KeyError("a"), "--model toy_model: .*KeyError: 'a'")])
+@pytest.mark.parametrize("before", [[], ["args.json", "toy_data/a.jsonl", "checkpoints/step_000001/a"]])
+def test_saving_is_tried_before_step_1(policy, tmp_path, monkeypatch, place, error, sentence, before):
+    """What is read but cannot be written is said then; nothing stays of the trial, and all else does."""
+    out = tmp_path / "runs" / "run"
+    for name in before:
+        utils.write_text(out / name, "")
+    module, _, name = place.rpartition(".")
+    owner, _, part = module.partition(".")
+    owner = importlib.import_module(owner)
+    monkeypatch.setattr(getattr(owner, part) if part else owner, name, raises(error))
+    with pytest.raises(utils.UserError, match=sentence.format(out=out)):
+        utils.try_saving(out, policy, policy.processor, torch.float32, 4, train_grpo.Args())
+    assert sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()) == sorted(before)
+    assert out.parent.exists() == bool(before)
+
+
+def free_bytes(monkeypatch, n):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=n))
+
+
+def test_the_size_of_a_checkpoint_is_foretold(whole, policy, monkeypatch):
+    """What `save_checkpoint` wrote, to a few percent: of these weights a part is frozen."""
+    utils.freeze(policy.model, False, False, True)
+    folder = whole[1] / "checkpoints" / "step_000004"
+    real = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    said = []
+    for n in (1.05, 0.95):
+        free_bytes(monkeypatch, int(n * real))
+        said.append(utils.lack_of_room(whole[1], policy, torch.float32, 1, train_grpo.Args()))
+    assert said[0] is None and re.search(r"a checkpoint takes 16 MB, and 1\d MB are free there; free", said[1]), said
+
+
+@pytest.mark.parametrize("save_every, keep, room, warns", [
+    (0, 0, 1.1, ""), (1, 0, 3.9, "4 of them"), (1, 0, 4.5, ""), (3, 0, 1.9, "2 of them"),
+    (1, 1, 1.9, "2 of them"), (1, 1, 2.2, ""), (1, 2, 2.5, "3 of them"), (0, 3, 1.1, "")])
+def test_later_checkpoints_that_will_not_fit_are_said(
+        policy, tmp_path, monkeypatch, capsys, save_every, keep, room, warns):
+    """Of a run of 4 steps; an old one goes after a new one has come."""
+    free_bytes(monkeypatch, int(room * 12 * 4 * policy.model.num_parameters() / 3))
+    args = train_grpo.Args(save_every=save_every, keep=keep)
+    assert utils.lack_of_room(tmp_path, policy, torch.float32, 4, args) is None
+    said = capsys.readouterr().err
+    assert warns in said and bool(said) == bool(warns)
+
+
+def small_disk():
+    shutil.disk_usage = lambda path: SimpleNamespace(free=10 * 2**20)
+
+
+@pytest.mark.parametrize("words, ranks", [(GRPO, 1), (GRPO, 2), (SFT, 1)])
+def test_a_disk_without_room_for_one_checkpoint(data, tmp_path, words, ranks):  # noqa: F811
+    """No run folder, one sentence, exit code 2 on every rank; both trainers ask."""
+    codes, said = run([*words, *splits(data)[:2]], tmp_path / "run", small_disk, ranks)
+    assert codes in (2, [2, 2]) and said.count("MB, and 10 MB are free there; free some or") == 1, said
+    assert "Traceback" not in said and not (tmp_path / "run").exists()
+
+
+def test_what_a_crash_left_half_written_does_not_count_as_used(policy, tmp_path):
+    utils.write_text(tmp_path / "checkpoints" / "step_000002.part" / "model.safetensors", "half")
+    utils.write_text(tmp_path / "trial.part" / "config.json", "half")
+    utils.try_saving(tmp_path, policy, policy.processor, torch.float32, 4, train_grpo.Args())
+    assert [p.name for p in tmp_path.rglob("*")] == ["checkpoints"]
+
+
+def umask_of_a_group():
+    os.umask(0o027)
+
+
+@pytest.mark.parametrize("ranks, dtype", [(1, "bfloat16"), (2, "float32"), (2, "bfloat16")])
+def test_what_is_exported(data, tmp_path, ranks, dtype):  # noqa: F811
+    """On 1 rank and 2, in both dtypes: a tied head once, the dtype as it is, the umask's modes."""
+    words = [*GRPO, *splits(data)[:2], "--max_steps", 1, "--dtype", dtype]
+    codes, said = run(words, tmp_path / "run", umask_of_a_group, ranks)
+    assert codes in (0, [0, 0]), said
+    folder = tmp_path / "run" / "checkpoints" / "step_000001"
+    weights = load_file(folder / "model.safetensors")
+    assert len(weights) == 80 and not any("lm_head" in name for name in weights)
+    assert {str(weight.dtype) for weight in weights.values()} == {f"torch.{dtype}"}
+    config = json.loads((folder / "config.json").read_text())
+    parts = (config, config["text_config"], config["vision_config"])
+    assert {part["dtype"] for part in parts} == {dtype}
+    paths = [folder, *folder.rglob("*")]
+    assert {p.stat().st_mode & 0o777 for p in paths if p.is_file()} == {0o640}
+    assert {p.stat().st_mode & 0o777 for p in paths if p.is_dir()} == {0o750}
+
+
+# ---------------------------------------------------------------------------------------------
+# One run by many names
+
+
+def test_a_run_by_another_name_is_the_same(tmp_path, one_rank, monkeypatch):
+    """Relative, absolute, through a link, with a slash, moved; so are its model, data and rewards."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.jsonl", "model/config.json", "judge.py"):
+        utils.write_text(tmp_path / name, "")
+    (tmp_path / "link").symlink_to(tmp_path)
+    given = dict(model="model", train_data="mine.jsonl", rewards="accuracy:1.0,judge.py:f:2", out="run")
+    args = train_grpo.Args(**given)
+    utils.write_json(tmp_path / "run" / "args.json", utils.run_arguments(args, Path("run")))
+
+    def goes_on(**changed):
+        return utils.choose_run(train_grpo.Args(**given | changed))[1]
+
+    assert goes_on()
+    for out in (tmp_path / "run", "run/", "./run", "link/run", tmp_path / "link" / "run", "model/../run"):
+        assert goes_on(out=str(out)), out
+    for place in (".", tmp_path, "link", "model/.."):
+        assert goes_on(model=f"{place}/model/", train_data=f"{place}/mine.jsonl"), place
+        assert goes_on(rewards=f"accuracy:1.0,{place}/judge.py:f:2"), place
+    os.rename("run", "moved")
+    assert goes_on(out="moved") and goes_on(out=str(tmp_path / "moved"))
+    for changed in ({"model": "link"}, {"train_data": "link/model"}, {"lr": 0.5},
+                    {"rewards": "accuracy:1.0,judge.py:g:2"}, {"rewards": "accuracy:1.0"}):
+        name, value = next(iter(changed.items()))
+        old = getattr(args, name)
+        with pytest.raises(utils.UserError, match=re.escape(
+                f"--out moved holds a run with other arguments ({name} was {old!r}, is {value!r}); give")):
+            goes_on(out="moved", **changed)
+
+
+def test_flags_that_came_or_went_make_no_other_run(tmp_path, one_rank):
+    args = train_grpo.Args(out=str(tmp_path), keep=2)
+    before = utils.run_arguments(args, tmp_path)
+    utils.write_json(tmp_path / "args.json", before | {"gone_since": True})
+    assert utils.choose_run(args)[1]
+    del before["clip_high"]
+    utils.write_json(tmp_path / "args.json", before)
+    assert utils.choose_run(args)[1]
+    with pytest.raises(utils.UserError, match="other arguments .clip_high was 0.2, is 0.3.; give"):
+        utils.choose_run(train_grpo.Args(out=str(tmp_path), keep=2, clip_high=0.3))
+    with pytest.raises(utils.UserError, match="seed was 0, is 1, keep was 2, is 0"):
+        utils.choose_run(train_grpo.Args(out=str(tmp_path), seed=1))
+    with pytest.raises(utils.UserError, match="script was 'train_sft', is '"):
+        utils.write_json(tmp_path / "args.json", before | {"script": "train_sft"})
+        utils.choose_run(args)
+    for content in ("{", "[]", "null"):
+        (tmp_path / "args.json").write_text(content)
+        with pytest.raises(utils.UserError, match="its args.json is no JSON object"):
+            utils.choose_run(args)
+
+
+def test_a_moved_run_goes_on_by_its_absolute_name(whole, tmp_path, monkeypatch):
+    """And it ends with the same bits."""
+    out = stopped(whole, tmp_path / "run", 2)
+    utils.write_json(out / "args.json", json.loads((out / "args.json").read_text()) | {"out": "runs/elsewhere"})
+    code, said = run(whole[0], out)
+    assert code == 0 and "Continuing after step 2." in said, said
+    assert fingerprint(out) == fingerprint(whole[1])
+
+
+# ---------------------------------------------------------------------------------------------
+# Ends of a process
+
+
+def test_a_group_waits_longer_than_any_flag(monkeypatch):
+    """A rank may wait for another's reward or engine, which have time limits of their own."""
+    given = {}
+    monkeypatch.setattr(utils.dist, "init_process_group", lambda *_, **options: given.update(options))
+    utils.start_ranks()
+    longest = 10**8  # seconds, three years
+    assert given["timeout"].total_seconds() > longest
+    assert threading.TIMEOUT_MAX > given["timeout"].total_seconds()
+
+
+def interrupt(original, *values):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(*values)
+    except BaseException as error:  # as some imports and destructors do with a KeyboardInterrupt
+        raise ImportError("cannot be imported") from error
+
+
+def test_ctrl_c_before_a_run_begins(whole, tmp_path):
+    code, said = run(whole[0], tmp_path / "run", partial(at_call, 1, "utils.load_processor", interrupt))
+    assert (code, said) == (130, "\nStopped. No run folder was written.\n")
+    assert not (tmp_path / "run").exists()
+
+
+def leave(original, *_):
+    print("half a line", end="")
+    sys.exit(0)
+
+
+def fill_memory(original, *_):
+    print("half a line", end="")
+    raise MemoryError
+
+
+def fill_tensors(original, *_):
+    torch.empty(2**50)
+
+
+@pytest.mark.parametrize("act, sentence", [
+    (leave, r"half a line|rank 0: something called sys.exit\(0\), a reward perhaps\."),
+    (fill_memory, "half a line|rank 0: out of memory; lower --micro_batch_tokens"),
+    (fill_tensors, "rank 0: out of memory \\(.*allocate memory.*\\); lower --micro_batch_tokens")])
+def test_ends_that_are_no_bug(whole, tmp_path, act, sentence):
+    """A run never ends with exit code 0 before its end; what was printed before is not lost."""
+    code, said = run(whole[0], tmp_path / "run", partial(at_call, 3, "train_grpo.update", act))
+    assert code == 1 and "Traceback" not in said, said
+    for part in sentence.split("|"):
+        assert re.search(part, said), said
+    assert re.search(r"The last whole checkpoint is \S+step_000002\.", said), said
