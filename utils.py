@@ -584,11 +584,14 @@ def load_model(path, dtype=torch.float32):
 
     UserError where weights and config.json do not fit each other, or a weight is no number.
     """
-    model, info = load_pretrained(AutoModelForImageTextToText, path, dtype=dtype,
-                                  output_loading_info=True, ignore_mismatched_sizes=True)
+    model, info = load_pretrained(
+        AutoModelForImageTextToText, path, dtype=dtype, attn_implementation="sdpa",
+        output_loading_info=True, ignore_mismatched_sizes=True)
     model = model.to(device())
     wrong = {"missing": info["missing_keys"], "without a place": info["unexpected_keys"],
              "of another shape": [name for name, *_ in info["mismatched_keys"]],
+             "quantised": [name for name, weight in model.named_parameters()
+                           if weight.dtype not in (dtype, torch.float32)],
              "not finite": [name for name, weight in model.named_parameters()
                                 if not weight.sum(dtype=torch.float32).isfinite()]}
     said = [f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{' ...' * (len(names) > 3)})"

@@ -519,6 +519,16 @@ def test_weights_that_config_json_does_not_tell_of(tmp_path, change, sentence):
         utils.load_model(folder)
 
 
+def test_weights_that_stay_quantised_are_refused(monkeypatch):
+    """Where the packages for it are there, transformers loads what a quantization_config says, and nothing trains."""
+    model = utils.load_model(ROOT / "toy_model")
+    model.get_decoder().norm.weight = torch.nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+    info = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+    monkeypatch.setattr(utils, "load_pretrained", lambda *_, **__: (model, info))
+    with pytest.raises(utils.UserError, match=r"1 quantised \(model.language_model.norm.weight\)"):
+        utils.load_model("anywhere")
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_head_that_is_or_is_not_there(tmp_path, tied):
     """A tied head may stand in the file or not; one that is not tied must."""
