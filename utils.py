@@ -184,6 +184,7 @@ def end_run(reason, code):
         where += f" The same command with --out {run_folder[0]} goes on."
     try:  # not by print0: whoever holds its lock may be waiting in a collective
         sys.stderr.write(f"\n{reason} {where}\n")
+        forget_toy()
         # what was printed so far; whoever holds stdout's lock may wait for a reader that is gone
         flushing = threading.Thread(target=sys.stdout.flush, daemon=True)
         flushing.start()
