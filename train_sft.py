@@ -95,7 +95,7 @@ def with_golden_responses(samples, processor, max_new_tokens, eos):
     """Samples completed by golden responses and `eos`: a model that never sees it never stops."""
     done = []
     for s in samples:
-        ids = processor.tokenizer(s.solution)["input_ids"] if s.solution.strip() else []
+        ids = utils.tokenise(processor.tokenizer, s.solution) if s.solution.strip() else []
         if not ids:
             raise UserError(f'prompt {s.id}: the field "solution" is empty; add a golden response.')
         if len(ids) >= max_new_tokens:

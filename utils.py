@@ -31,6 +31,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args, get_origin
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -47,12 +48,21 @@ from transformers import (
     GenerationConfig)
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.processing_utils import TextKwargs
 from transformers.utils import logging as transformers_logging
 
+# what a call of a tokenizer says for itself, since a checkpoint's files may say otherwise
+BARE = {"add_special_tokens": False, "padding": False, "truncation": False, "max_length": None}
 # the one prompt template: training, evaluation and every engine use it
 INSTRUCTION = "Think step by step and put the final answer in \\boxed{}."
 IMAGE_MARK = "<image>"
 TOY_DATA = ("toy:train", "toy:validation", "toy:test")  # data sets that toy.py writes when asked
+PICTURES = ("images", "image", "decoded_image")  # the fields whose pictures a row is about
+# a text that is a picture (group 1) or the name of one; a video or a sound
+PICTURE = re.compile(r"^(data:image/|iVBORw0KGgo|/9j/|R0lGOD|UklGR)|\.(png|jpe?g|gif|bmp|tiff?|webp"
+                     r"|avif|heic|jp2|p[gp]m|svg)(\?\S*)?$", re.I)
+VIDEO = re.compile(r"^data:(video|audio)/|\.(mp4|m4v|avi|mov|mkv|webm|mpe?g|wmv|flv|wav|mp3|flac"
+                   r"|ogg|m4a)(\?\S*)?$", re.I)
 HEAD_NUMBERS = 2**27  # of [completion tokens, vocabulary], that exist at one time
 run_folder = []  # of this process, once `begin_run` has written it: what an error message names
 made_folders = []  # for the toy's data, deepest first: what goes again where no run begins
@@ -397,29 +407,40 @@ def forget_toy():
             folder.rmdir()
 
 
+@functools.cache
+def say_once(sentence):
+    print0(sentence)
+
+
+def unlike_fields(pairs):
+    """A JSON object, of whose fields Python would keep the last one of a name."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError("two fields have one name")
+    return row
+
+
 def read_rows(path):
     """Yield `(place, row)` for every row of a .jsonl or .parquet file; `place` is for messages."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the path of a .jsonl or .parquet data set.")
-    if path.suffix == ".parquet":  # as hiyouga/geometry3k has it
+    if path.suffix == ".parquet":
         try:
             import pyarrow.parquet
 
-            table = pyarrow.parquet.read_table(path)
+            rows = pyarrow.parquet.read_table(path).to_pylist()
         except ImportError:
             raise UserError(f"{path}: reading parquet needs pyarrow; run `pip install pyarrow`.")
-        except ValueError as error:
-            raise UserError(f"{path}: not a parquet file ({error}); replace it.")
-        for n, row in enumerate(table.to_pylist(), 1):
-            row["images"] = [image["bytes"] for image in row.get("images") or []]
-            yield f"{path}, row {n}", {"question": row.get("problem")} | row
+        except (ValueError, OSError, NotImplementedError) as error:
+            raise UserError(f"{path}: cannot be read as parquet ({first_line(error)}); replace it.")
+        yield from ((f"{path}, row {n}", row) for n, row in enumerate(rows, 1))
         return
     for n, line in enumerate(path.read_bytes().splitlines(), 1):
         place = f"{path}, line {n}"
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=unlike_fields)
         except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or brackets for ever
             raise UserError(f"{place}: not valid JSON ({error}); correct or remove the line.")
         if not isinstance(row, dict):
@@ -427,16 +448,40 @@ def read_rows(path):
         yield place, row
 
 
+def first_line(error):
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 def open_image(source):
     """Decode a path or bytes to RGB: EXIF rotation applied, transparency laid on white."""
     image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    deep = image.mode.startswith("I;16") or image.format == "PPM"
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # 16-bit grey, which convert would clip to white
-        image = image.point(lambda value: value / 256).convert("L")
+    if image.mode[0] in "IF":
+        return grey_of_8_bits(image, [65535] if deep else [1, 255, 65535]).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def grey_of_8_bits(image, tops):
+    """A grey picture of 16 or 32 bits, which Pillow's own conversion would clip to white or black.
+
+    32 bits do not say their range: it ends at the first of `tops` that holds all values. Where none
+    does, they are stretched from the lowest to the highest.
+    """
+    values = np.asarray(image, float)
+    low, high = values.min(), values.max()
+    if not math.isfinite(high - low):
+        raise ValueError("it holds values that are not finite")
+    top = next((top for top in tops if 0 <= low and high <= top), None)
+    if top:
+        grey = values * {1: 255, 255: 1, 65535: 1 / 256}[top]
+    else:
+        grey = (values - low) * 255 / (high - low) if high > low else values * 0 + 128
+    grey[values == image.info.get("transparency")] = 255  # laid on white, as above
+    return Image.fromarray(grey.astype(np.uint8))
 
 
 def as_png(image):
@@ -446,21 +491,96 @@ def as_png(image):
     return file.getvalue()
 
 
+def leaves(value):
+    """What a field holds in its lists and dictionaries, however deep; not None, not ""."""
+    stack = [value]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, (dict, list)):
+            stack.extend(value.values() if isinstance(value, dict) else value)
+        elif value is not None and value != "":
+            yield value
+
+
+def row_images(row, path, place):
+    """The pictures of a row, each as a path or bytes; UserError where fields disagree."""
+
+    def source(part):  # a struct as `datasets` writes it: where it has bytes, its path is a name
+        if not isinstance(part, dict) or not part.keys() & {"bytes", "path"}:
+            return part
+        return part.get("path") if part.get("bytes") is None else part["bytes"]
+
+    def nowhere(parts):
+        return all(isinstance(p, str) and not os.path.isfile(path.parent / p) for p in parts)
+
+    given = {}
+    for name in PICTURES:
+        value = row.get(name)
+        if name == "images" and isinstance(value, str):
+            raise UserError(f"{place}: images must be a list of paths; correct it.")
+        if any(True for _ in leaves(value)):
+            given[name] = [source(part) for part in (value if type(value) is list else [value])]
+    kept = next((n for n in given if all(isinstance(p, bytes) for p in given[n])), None)
+    for name in [n for n in given if kept and nowhere(given[n])]:  # as MathVista has it
+        if len(given[name]) == len(given[kept]):
+            say_once(f"{path}: images are those of {kept}; {name} names files that are not there.")
+            del given[name]
+    first = next(iter(given.values()), [])
+    if any(parts != first for parts in given.values()):
+        raise UserError(f"{place}: {' and '.join(given)} hold different images; keep one of them.")
+    return first
+
+
+def refuse_lost_images(row, read, images, path, place):
+    """UserError where a field that nobody reads holds a picture, a video or a sound.
+
+    The name of a file that is not there is said and passed over, as metadata, where the row has
+    its pictures and the field has no picture's name.
+    """
+    known = [text for name in PICTURES for text in leaves(row.get(name)) if isinstance(text, str)]
+    known = {*known, *map(os.path.basename, known)}
+    for name, leaf in ((n, leaf) for n in row if n not in read for leaf in leaves(row[n])):
+        text = leaf if isinstance(leaf, str) else ""
+        what = f'{place}: the field "{name}" holds'
+        if VIDEO.search(text) or re.fullmatch("(video|audio)s?", name, re.I) and leaf:
+            raise UserError(f"{what} a video or sound ({leaf!a:.40}); only text and images are "
+                            "read, remove the row.")
+        looks, file = PICTURE.search(text), path.parent / text
+        if leaf in known or not (isinstance(leaf, bytes) or looks or is_image(file)):
+            continue
+        picture = re.fullmatch(r"(image|img|picture|pic|photo|figure)s?_?\d*", name, re.I)
+        if not images or not looks or looks[1] or picture or os.path.isfile(file):
+            raise UserError(f"{what} a picture ({leaf!a:.40}) that would be lost; rename the field "
+                            "to image or images, or remove it.")
+        say_once(f"{path}: {name} names images that are not there; it is taken for metadata.")
+
+
+def is_image(file):
+    """Whether there is a file that begins as a picture does."""
+    if not os.path.isfile(file):
+        return False
+    try:
+        Image.open(file).close()
+    except Exception:  # Pillow's plug-ins raise what they like
+        return False
+    return True
+
+
 def checked_image(image, folder, place):
     """A row's image, checked: its absolute path in the folder, or its bytes; and the picture."""
     name = "image bytes"
-    if not isinstance(image, (str, bytes)) or "\0" in str(image):
-        raise UserError(f"{place}: an image is given as {image!r}; give its path as text.")
-    if isinstance(image, str):
-        name, image = f"image {image}", str((folder / image).resolve())
+    if not isinstance(image, bytes):
+        if not isinstance(image, str) or re.search("[\0\ud800-\udfff]", image):
+            raise UserError(f"{place}: an image is given as {image!a:.60}; give its path as text.")
+        name, image = f"image {image:.100}", os.path.realpath(folder / image)
         if not Path(image).is_relative_to(folder.resolve()):
             raise UserError(f"{place}: {name} lies outside {folder}; move it inside.")
-        if not Path(image).is_file():
+        if not os.path.isfile(image):
             raise UserError(f"{place}: {name} does not exist in {folder}; correct the path.")
     try:
         return image, open_image(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{place}: {name} cannot be read ({error}); replace it.")
+    except Exception as error:  # Pillow's plug-ins raise what they like
+        raise UserError(f"{place}: {name} cannot be read ({first_line(error)}); replace it.")
 
 
 def conversation(question):
@@ -471,53 +591,116 @@ def conversation(question):
     return [{"role": "user", "content": [*content, {"type": "text", "text": f"\n{INSTRUCTION}"}]}]
 
 
+def tokenise(tokenizer, text):
+    """A text's ids, whole and bare, whatever the checkpoint's files say.
+
+    No special token is put around it, and nothing is cut, filled up, or spelt out.
+    """
+    return tokenizer(text, **BARE, split_special_tokens=False)["input_ids"]
+
+
+def text_of(row, name, place):
+    """A field as text, "" where there is none; UserError where it is no text or number."""
+    value = row.get(name)
+    if value is None:
+        return ""
+    number = type(value) is int or type(value) is float and math.isfinite(value)
+    if not number and not isinstance(value, str):
+        raise UserError(f'{place}: field "{name}" is missing, empty or no text; correct it.')
+    if re.search("[\ud800-\udfff]", str(value)):
+        raise UserError(f'{place}: field "{name}" holds half a character ({value!a:.40}); correct '
+                        "it.")
+    return str(value)
+
+
+def refuse_marks(text, what, place, processor):
+    """UserError where a text holds what would be a mark of the chat or of an image to the model."""
+    tokenizer = processor.tokenizer
+    marks = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    marks |= {*tokenizer.all_special_ids, *banned_ids(processor)} - {tokenizer.unk_token_id}
+    for i in tokenise(tokenizer, text):
+        if i in marks:
+            mark = tokenizer.convert_ids_to_tokens(i)
+            raise UserError(f"{place}: the {what} holds the model's mark {mark}; remove it.")
+
+
+def written_prompt(question, place, processor):
+    """The prompt's text, complete: with what the tokenizer puts before a text, such as BOS."""
+    tokenizer, refused = processor.tokenizer, ""
+    try:
+        prompt = processor.apply_chat_template(
+            conversation(question), add_generation_prompt=True, tokenize=False)
+        lost = [t for t in (*question.split(IMAGE_MARK), INSTRUCTION) if t.strip() not in prompt]
+        mark = getattr(processor, "image_token", None)
+        if lost:
+            refused = f"loses or changes the text {lost[0]!a:.40}"
+        elif mark and prompt.count(mark) != question.count(IMAGE_MARK):
+            refused = f"writes {mark} {prompt.count(mark)} times"
+    except Exception as error:  # a template raises what it likes
+        refused = f"fails ({first_line(error)})"
+    if refused:
+        raise UserError(f"{place}: the model's chat template {refused}; give a model whose "
+                        "template takes a user's text and images.")
+    bare = tokenise(tokenizer, prompt)
+    whole = tokenizer(prompt, **BARE | {"add_special_tokens": True})["input_ids"]
+    start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    begin = "".join(tokenizer.convert_ids_to_tokens(whole[:start]))
+    return prompt if prompt.lstrip().startswith(begin) else begin + prompt
+
+
 def make_sample(row, path, place, processor):
     """Check one row and make a sample of it."""
-    for name in ("question", "answer"):
-        text = row.get(name)
-        number = type(text) in (int, float) and math.isfinite(text)
-        if not number and not (isinstance(text, str) and text.strip()):
-            raise UserError(f'{place}: field "{name}" is missing, empty or no text; correct it.')
-    question, images = str(row["question"]), row.get("images")
-    tokenizer, text = processor.tokenizer, question.replace(IMAGE_MARK, "")
-    special = [t for t in tokenizer.get_added_vocab() if t in text]
-    if special:
-        raise UserError(f"{place}: the question holds the model's mark {special[0]}; remove it.")
-    if images is None:
-        images = [row["image"]] if row.get("image") else []
-    if not isinstance(images, list):
-        raise UserError(f"{place}: images must be a list of paths; correct it.")
+    asked = "problem" if row.get("question") is None and "problem" in row else "question"
+    read = (asked, "answer", "solution", "id")
+    question, answer, solution, name = (text_of(row, field, place) for field in read)
+    for field, text in ((asked, question), ("answer", answer)):
+        if not text.strip():
+            raise UserError(f'{place}: field "{field}" is missing, empty or no text; correct it.')
+    refuse_marks(question.replace(IMAGE_MARK, ""), "question", place, processor)
+    refuse_marks(solution, "solution", place, processor)
+    odd = [mark[0] for mark in re.finditer(r"<(image|video|audio)[ _-]?\d*>", question, re.I)
+           if mark[0] != IMAGE_MARK]
+    if odd:
+        raise UserError(f"{place}: the question holds {odd[0]}; images alone are read, each at a "
+                        f"mark {IMAGE_MARK}: write these, or remove the row.")
+    images = row_images(row, path, place)
+    refuse_lost_images(row, (*read, *PICTURES), images, path, place)
     pictures = [checked_image(image, path.parent, place) for image in images]
     images = [source for source, _ in pictures]
+    if IMAGE_MARK not in question:  # then they stand first
+        question = IMAGE_MARK * len(images) + question
     marks = question.count(IMAGE_MARK)
     if marks != len(images):
         raise UserError(f"{place}: {marks} {IMAGE_MARK} marks in the question for {len(images)} "
                         "images; give one mark an image.")
-    prompt = processor.apply_chat_template(
-        conversation(question), add_generation_prompt=True, tokenize=False)
-    if tokenizer.bos_token and tokenizer(prompt)["input_ids"][:2] == [tokenizer.bos_token_id] * 2:
-        prompt = prompt.removeprefix(tokenizer.bos_token)  # which the tokenizer writes too
+    prompt = written_prompt(question, place, processor)
     try:
-        inputs = processor(text=[prompt], images=[picture for _, picture in pictures] or None)
-    except ValueError as error:  # such as a picture 200 times as wide as high
-        raise UserError(f"{place}: the processor refuses the row ({error}); change its images.")
+        inputs = processor(text=[prompt], images=[picture for _, picture in pictures] or None,
+                           **BARE)
+    except Exception as error:  # such as for a picture 200 times as wide as high
+        raise UserError(f"{place}: the processor refuses the row ({first_line(error)}); change its "
+                        "images.")
     ids = list(inputs["input_ids"][0])
     if "image_grid_thw" in inputs:  # one placeholder for every merge x merge block of patches
         merged = sum(int(grid.prod()) for grid in inputs["image_grid_thw"])
         merged //= processor.image_processor.merge_size**2
         held = ids.count(processor.image_token_id)
         assert held == merged, f"{place}: {held} image placeholders for {merged} merged patches"
-    return Sample(str(row.get("id") or place), question, str(row["answer"]),
-                  str(row.get("solution") or ""), images, prompt, ids)
+    return Sample(name or place, question, answer, solution, images, prompt, ids)
 
 
 def load_samples(path, processor, max_prompt_tokens):
     """Read a data set. Prompts longer than `max_prompt_tokens` are dropped, and said; never cut."""
-    samples = [make_sample(row, path, place, processor) for place, row in read_rows(path)]
+    samples, places = [], {}
+    for place, row in read_rows(path):
+        s = make_sample(row, path, place, processor)
+        if s.id in places:
+            raise UserError(f"{places[s.id]} and {place}: two rows have the same id {s.id}; make "
+                            "every id unique.")
+        places[s.id] = place
+        samples.append(s)
     if not samples:
         raise UserError(f"{path}: the file holds no rows; give a data set with at least one.")
-    if len({s.id for s in samples}) < len(samples):
-        raise UserError(f"{path}: two rows have the same id; make every id unique.")
     kept = [s for s in samples if len(s.prompt_ids) <= max_prompt_tokens]
     dropped = [s.id for s in samples if len(s.prompt_ids) > max_prompt_tokens]
     if not kept:
@@ -577,6 +760,12 @@ def load_processor(path):
     if "token_type_ids" in processor.model_input_names:  # without, its answers are silently wrong
         raise UserError(f"--model {path}: this family looks at images in both directions, told by "
                         "token_type_ids; `collate` makes none yet (the README's last exercise).")
+    # what a trainer left in the tokenizer's files would be defaults of each call of the processor
+    tokenizer = processor.tokenizer
+    for kwargs in (TextKwargs, processor.image_processor.valid_kwargs):
+        for name in kwargs.__annotations__:
+            tokenizer.init_kwargs.pop(name, None)
+    tokenizer.split_special_tokens = tokenizer.clean_up_tokenization_spaces = False
     return processor
 
 
@@ -752,7 +941,9 @@ def collate(samples, processor, cache=None):
     the place of the token before it when the rows of `inputs` are laid end to end.
     """
     rows = [s.prompt_ids + s.completion_ids for s in samples]
-    pad = processor.tokenizer.pad_token_id
+    # any id but an image's; some tokenizers have none for padding
+    ids = processor.tokenizer.pad_token_id, processor.tokenizer.eos_token_id, *range(9)
+    pad = next(i for i in ids if i is not None and i not in banned_ids(processor))
     inputs = {"input_ids": padded(rows, pad)}
     inputs["attention_mask"] = padded([[1] * len(r) for r in rows], 0)
     if "mm_token_type_ids" in processor.model_input_names:  # 1 on an image's placeholders
