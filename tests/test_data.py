@@ -6,8 +6,13 @@ import pytest
 from PIL import Image
 
 import utils
+from conftest import png
 
 GOOD = {"question": "<image>How many?", "answer": "3", "id": "a", "image": "images/a.png"}
+
+
+TEXT = {"question": "1 + 1 = ?", "answer": "2"}
+TWO = {"question": "same?", "answer": "0", "images": ["images/a.png", "images/line.png"]}
 
 
 @pytest.fixture
@@ -18,6 +23,7 @@ def folder(tmp_path):
     whole = (tmp_path / "images" / "a.png").read_bytes()
     (tmp_path / "images" / "cut.png").write_bytes(whole[: len(whole) // 2])
     Image.new("RGB", (500, 2), "red").save(tmp_path / "images" / "line.png")
+    (tmp_path / "images" / "bare").write_bytes(whole)
     return tmp_path
 
 
@@ -51,10 +57,40 @@ MISTAKES = [  # (rows, what the sentence must hold)
     ([GOOD | {"answer": float("nan")}], 'field "answer" is missing, empty or no text'),
     ([GOOD | {"image": "images/line.png"}], "line 1: the processor refuses the row"),
     ([GOOD | {"question": "<image><|im_start|>?"}], "holds the model's mark <|im_start|>"),
-    ([GOOD | {"question": "How many?"}], "line 1: 0 <image> marks in the question for 1 images"),
+    ([{"question": "<image>?", "answer": "1"}], "line 1: 1 <image> marks in the question for 0 images"),
     ([GOOD | {"question": "<image><image>?"}], "line 1: 2 <image> marks in the question for 1 images"),
+    ([TWO | {"question": "<image>?"}], "line 1: 1 <image> marks in the question for 2 images"),
     ([GOOD | {"question": "<image>a<|im_end|>"}], "holds the model's mark <|im_end|>"),
-    ([GOOD, GOOD], "two rows have the same id"),
+    ([GOOD, {"question": "?", "answer": "1"}, GOOD], "data.jsonl, line 3: two rows have the same id a;"),
+    ([GOOD | {"id": 0}, GOOD | {"id": "0"}], "two rows have the same id 0; make every id unique"),
+    ([GOOD | {"id": [1]}], 'line 1: field "id" is missing, empty or no text'),
+    ([GOOD | {"solution": ["a"]}], 'line 1: field "solution" is missing, empty or no text'),
+    (['{"question": "?", "answer": "1", "image": "images/a.png", "image": "b.png"}\n'], "two fields have one name"),
+    (['{"question": "?", "answer": 1' + "0" * 5000 + "}\n"], "line 1: not valid JSON (Exceeds the limit"),
+    # half of a pair of UTF-16, which JSON can write and nothing can encode
+    ([GOOD | {"question": "<image>\ud800"}], 'line 1: field "question" holds half a character'),
+    ([GOOD | {"answer": "\udfff"}], 'line 1: field "answer" holds half a character'),
+    ([GOOD | {"solution": "a\ud800"}], 'line 1: field "solution" holds half a character'),
+    ([GOOD | {"id": "\ud800"}], 'line 1: field "id" holds half a character'),
+    ([GOOD | {"image": "\ud800.png"}], "line 1: an image is given as '\\ud800.png'"),
+    ([GOOD | {"image": "a" * 5000}], "a does not exist in"),
+    ([GOOD | {"image": {"bytes": None, "path": "images/b.png"}}], "line 1: image images/b.png does not exist"),
+    ([GOOD | {"image": {"url": "a"}}], "line 1: an image is given as {'url': 'a'}; give its path"),
+    ([TWO | {"images": ["images/a.png", None]}], "line 1: an image is given as None"),
+    # pictures that nobody would look at
+    ([TEXT | {"picture": "images/a.png"}], 'line 1: the field "picture" holds a picture'),
+    ([TEXT | {"img": "not/there.JPG"}], 'line 1: the field "img" holds a picture'),
+    ([TEXT | {"Image": {"bytes": None, "path": "images/a.png"}}], 'the field "Image" holds a picture'),
+    ([TEXT | {"x": "data:image/png;base64,iVBO"}], 'the field "x" holds a picture'),
+    ([TEXT | {"x": [{"y": ["iVBORw0KGgoAAAANSUhEUg"]}]}], 'the field "x" holds a picture'),
+    ([TEXT | {"file_name": "not/there.png"}], 'the field "file_name" holds a picture'),
+    ([TEXT | {"source": "images/bare"}], 'the field "source" holds a picture'),
+    ([GOOD | {"second": "images/line.png"}], 'the field "second" holds a picture'),
+    ([GOOD | {"image2": "not/there.png"}], 'the field "image2" holds a picture'),
+    ([GOOD | {"images": ["images/line.png"]}], "line 1: images and image hold different images; keep one"),
+    ([TEXT | {"question": "<image 1>?"}], "line 1: the question holds <image 1>; images alone are read"),
+    ([GOOD | {"question": "<image>and<image_2>?"}], "line 1: the question holds <image_2>; images alone"),
+    ([GOOD, "\n"] + ["\n"] * 2 + [TEXT | {"videos": [3]}], 'line 5: the field "videos" holds a video or sound'),
     (["\n"], "holds no rows"),
 ]
 
@@ -103,23 +139,176 @@ def test_rows_of_every_kind_become_samples(folder, processor):
     assert pads == [9, 18, 0]  # 84 x 84 pixels: 3 x 3 merged patches
 
 
-def test_grey_of_16_bits_keeps_its_grey(folder):
-    """Pillow's own conversion clips I;16 at 255: nearly everything turns white."""
-    Image.new("I;16", (84, 84), 40_000).save(folder / "images" / "deep.png")
-    assert utils.open_image(folder / "images" / "deep.png").getpixel((0, 0)) == (156,) * 3
+def test_where_no_mark_stands_the_images_stand_first(folder, processor):
+    one, two = load(folder, [GOOD | {"question": "How many?"}, TWO | {"images": ["images/a.png"] * 2}], processor)
+    assert one.prompt_ids == load(folder, [GOOD], processor)[0].prompt_ids
+    assert two.question == "<image><image>same?" and two.prompt_ids.count(processor.image_token_id) == 18
 
 
-def test_parquet_as_hiyouga_has_it(folder, processor):
+def test_metadata_is_no_picture(folder, processor, capsys):
+    """What only sounds like one; what names the picture that the row has; a file that is elsewhere, once said."""
+    (folder / "notes.txt").write_text("a file, but no picture")
+    more = {"source": "geo/12", "file_name": "a.png", "note": "images/a.png", "size": 3, "tags": ["x", None, True],
+            "video": None, "audio": "", "videos": [], "see": "notes.txt", "hash": "data: 9j/", "image_1": None}
+    rows = [GOOD | more | {"id": i, "origin": f"geometry3k/train/{i}.png"} for i in range(3)]
+    assert [len(s.images) for s in load(folder, rows, processor)] == [1, 1, 1]
+    said = capsys.readouterr().err
+    assert said.count("names images that are not there") == said.count("origin names images") == 1
+
+
+def struct(content, path=None):
+    return {"bytes": content, "path": path}
+
+
+def layouts(png, other):
+    """Rows as parquet files of the wild have them, and the pictures that a sample must have of each."""
+    row = {"question": "How many?", "answer": "3"}
+    return [
+        ({"problem": "<image>How many?", "answer": "3", "images": [struct(png)]}, [png]),  # hiyouga/geometry3k
+        (row | {"images": [struct(png, "a.png"), struct(other)]}, [png, other]),
+        (row | {"images": [png, other]}, [png, other]),
+        (row | {"images": ["images/a.png"]}, ["images/a.png"]),
+        (row | {"images": struct(png)}, [png]),
+        (row | {"image": struct(png), "metadata": {"source": "GEOS", "split": "testmini"}}, [png]),  # MathVerse
+        (row | {"image": png}, [png]),
+        (row | {"image": "images/a.png"}, ["images/a.png"]),
+        (row | {"image": struct(None, "images/a.png")}, ["images/a.png"]),
+        (row | {"image": [struct(png)]}, [png]),
+        (row | {"image": None}, []),
+        (row | {"image": struct(None), "images": []}, []),
+        (row | {"image": struct(png), "images": [struct(png)]}, [png]),
+        (row | {"image": "images/1.jpg", "decoded_image": struct(png, "1.jpg")}, [png]),  # MathVista
+        (row | {"image": "images/a.png", "decoded_image": struct(other)}, "hold different images"),
+        (row | {"image": struct(png), "decoded_image": struct(other)}, "hold different images"),
+        (row | {"images": [png, other], "image": "images/1.jpg"}, "hold different images"),
+        (row | {"image": b""}, "image bytes cannot be read"),
+        (row | {"picture": struct(png)}, 'the field "picture" holds a picture'),
+        (row | {"image": struct(png), "photo": other}, 'the field "photo" holds a picture'),
+        (row | {"image_1": struct(png), "image_2": None}, 'the field "image_1" holds a picture'),  # MMMU
+        (row | {"video": struct(b"1", "a.bin")}, 'the field "video" holds a video or sound')]
+
+
+def check_layout(folder, load_one, wanted):
+    if isinstance(wanted, str):
+        with pytest.raises(utils.UserError, match=wanted) as error:
+            load_one()
+        assert ", row 1: " in str(error.value)
+        return
+    sample = load_one()
+    assert sample.images == [str(folder / i) if isinstance(i, str) else i for i in wanted]
+    assert sample.question == utils.IMAGE_MARK * len(wanted) + "How many?"
+
+
+@pytest.mark.parametrize("number", range(22))
+def test_layouts_of_the_wild(folder, processor, number):
+    """What judges columns sees a row alone: nothing here needs pyarrow."""
+    row, wanted = layouts((folder / "images" / "a.png").read_bytes(), png("blue"))[number]
+    path = folder / "x.parquet"
+    check_layout(folder, lambda: utils.make_sample(row, path, f"{path}, row 1", processor), wanted)
+
+
+def test_which_column_was_used_is_said_once(folder, processor, capsys):
+    row = {"question": "How many?", "answer": "3", "image": "images/1.jpg", "decoded_image": png("red")}
+    for _ in range(3):
+        utils.make_sample(row, folder / "x.parquet", "here", processor)
+    assert capsys.readouterr().err.count("images are those of decoded_image; image names files") == 1
+
+
+def test_layouts_of_the_wild_in_files(folder, processor):
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed: parquet is not tested")
     import pyarrow.parquet
 
-    image = {"bytes": (folder / "images" / "a.png").read_bytes(), "path": None}
-    table = pyarrow.Table.from_pylist([{"images": [image], "problem": "<image>How many?", "answer": "3"}])
-    pyarrow.parquet.write_table(table, folder / "data.parquet")
-    (sample,) = utils.load_samples(folder / "data.parquet", processor, 512)
-    assert sample.answer == "3" and sample.prompt_ids.count(processor.image_token_id) == 9
-    batch = utils.collate([sample], processor)
-    assert batch["inputs"]["pixel_values"].shape[0] == 36
+    path = folder / "data.parquet"
+    for row, wanted in layouts((folder / "images" / "a.png").read_bytes(), png("blue")):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+        check_layout(folder, lambda: utils.load_samples(path, processor, 512)[0], wanted)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([layouts(png("red"), None)[0][0]]), path)
+    batch = utils.collate(utils.load_samples(path, processor, 512), processor)
+    assert batch["inputs"]["pixel_values"].shape[0] == 16
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(utils.UserError, match="data.parquet: cannot be read as parquet"):
+        utils.load_samples(path, processor, 512)
+
+
+@pytest.mark.parametrize("mode, value, ending, grey", [
+    ("I;16", 40_000, "png", 156), ("I;16", 200, "png", 0), ("I;16", 40_000, "tiff", 156), ("I;16B", 40_000, "tiff", 156),
+    ("I", 40_000, "tiff", 156), ("I", 200, "tiff", 200), ("I", 40_000, "pgm", 156), ("I", 200, "pgm", 0),
+    ("F", 0.5, "tiff", 127), ("F", 200.0, "tiff", 200), ("F", 40_000.0, "tiff", 156), ("I", 1, "tiff", 255),
+    ("I", 70_000, "tiff", 128), ("F", -3.0, "tiff", 128), ("1", 1, "tiff", 255), ("LA", (9, 0), "png", 255)])
+def test_greys_of_every_depth(folder, mode, value, ending, grey):
+    """16 bits divide by 256; what has 32 bits says its range by its values."""
+    Image.new(mode, (84, 84), value).save(folder / f"deep.{ending}")
+    assert utils.open_image(folder / f"deep.{ending}").getpixel((0, 0)) == (grey,) * 3
+
+
+@pytest.mark.parametrize("mode, low, high", [("F", -1e9, 1e9), ("F", 0, 1e5), ("I", -5, 5), ("I", 0, 2**31 - 1)])
+def test_a_grey_of_unknown_range_is_stretched(folder, mode, low, high):
+    image = Image.new(mode, (84, 84), low)
+    image.paste(high, (0, 0, 42, 84))
+    image.paste((low + high) // 2, (0, 0, 42, 42))
+    image.save(folder / "deep.tiff")
+    shown = utils.open_image(folder / "deep.tiff")
+    assert [shown.getpixel(at)[0] for at in ((60, 60), (20, 20), (20, 60))] == [0, 127, 255]
+
+
+def test_a_grey_that_is_no_number_is_refused(folder, processor):
+    Image.new("F", (84, 84), float("nan")).save(folder / "images" / "nan.tiff")
+    with pytest.raises(utils.UserError, match="nan.tiff cannot be read .*not finite"):
+        load(folder, [GOOD | {"image": "images/nan.tiff"}], processor)
+
+
+def test_a_deep_grey_with_a_transparent_value(folder):
+    image = Image.new("I;16", (84, 84), 40_000)
+    image.putpixel((0, 0), 2_000)
+    image.save(folder / "deep.png", transparency=2_000)
+    shown = utils.open_image(folder / "deep.png")
+    assert shown.getpixel((0, 0)) == (255,) * 3 and shown.getpixel((1, 1)) == (156,) * 3
+
+
+# what a user sees of a template, a tokenizer or a processor that does not fit
+
+PARTS = "{{% for part in messages[0]['content'] %}}{{% if part['type'] == 'image' %}}{}{{% else %}}{}{{% endif %}}{{% endfor %}}"
+PAD, ASKED = "<|image_pad|>", "{{ part['text'] }}"
+
+
+@pytest.mark.parametrize("template, sentence", [
+    ("{{ raise_exception('user and assistant take turns') }}", "fails .user and assistant take turns"),
+    ("{{ messages[0]['content'].a.b }}", "fails .*has no attribute"),
+    ("{{ 'user: ' + messages[0]['content'] }}", "fails .can only concatenate str"),  # one for text alone
+    ("{% for", "fails .unexpected"),
+    (PARTS.format(PAD, ""), "loses or changes the text 'How many"),
+    (PARTS.format("", ASKED), r"writes <\|image_pad\|> 0 times"),
+    (PARTS.format(PAD * 2, ASKED), r"writes <\|image_pad\|> 2 times")])
+def test_a_template_that_does_not_fit(folder, template, sentence):
+    processor = utils.load_processor("toy_model")
+    processor.chat_template = PARTS.format(PAD, "{{ part['text'] | trim }}")  # one that only strips is fine
+    assert utils.INSTRUCTION in load(folder, [GOOD], processor)[0].prompt_text
+    processor.chat_template = template
+    with pytest.raises(utils.UserError, match=f"data.jsonl, line 1: the model's chat template {sentence}"):
+        load(folder, [GOOD], processor)
+
+
+def test_a_processor_that_crashes_for_a_row(folder, monkeypatch):
+    processor = utils.load_processor("toy_model")
+    monkeypatch.setattr(type(processor), "__call__", lambda *_, **__: [][0])
+    with pytest.raises(utils.UserError, match="line 1: the processor refuses the row .list index out of range"):
+        load(folder, [GOOD], processor)
+
+
+@pytest.mark.parametrize("token", [None, "<|image_pad|>"])
+def test_a_tokenizer_without_a_pad_token(folder, token):
+    """Or with an image's placeholder for one: what fills up a row is masked, and is no image's."""
+    processor = utils.load_processor("toy_model")
+    processor.tokenizer.pad_token = token
+    samples = load(folder, [GOOD, TEXT], processor)
+    batch = utils.collate(samples, processor)
+    tail = batch["inputs"]["input_ids"][1, len(samples[1].prompt_ids) :]
+    assert len(tail) and processor.image_token_id not in tail
+    assert batch["inputs"]["attention_mask"].sum(1).tolist() == [len(s.prompt_ids) for s in samples]
+
+
+def test_a_large_number_is_an_answer(folder, processor):
+    assert load(folder, [GOOD | {"answer": 10**400}], processor)[0].answer == str(10**400)
 
 
 @pytest.mark.parametrize("path", ["nowhere", "tests/nowhere", "/nowhere/at/all", "../nowhere"])

@@ -167,19 +167,22 @@ def test_sampler_and_trainer_are_the_models_own_forward(build, tolerance, tmp_pa
         assert (torch.tensor(s.sampler_logprobs) - theirs).abs().max() < tolerance, s.id
 
 
-def test_a_prompt_begins_once(data_path, tmp_path):
+@pytest.mark.parametrize("template_writes_it", [True, False])
+def test_a_prompt_begins_once(data_path, tmp_path, template_writes_it):
     """A template that writes BOS and a tokenizer that adds it made two; unlike chats as they were trained on."""
-    tiny_path = save(llava, tmp_path)
-    processor = utils.load_processor(tiny_path)
-    processor.tokenizer.bos_token = "<|im_start|>"  # what the toy's template begins with
-    bos = processor.tokenizer.bos_token_id
-    once = [s.prompt_ids for s in utils.load_samples(data_path, processor, 2048)]
-    processor.tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<|im_start|> $A", special_tokens=[("<|im_start|>", bos)])
-    assert processor.tokenizer("a")["input_ids"][0] == bos
+    processor = utils.load_processor(save(llava, tmp_path))
+    tokens = processor.tokenizer
+    tokens.add_special_tokens({"bos_token": "<s>"})
+    plain = [s.prompt_ids for s in utils.load_samples(data_path, processor, 2048)]
+    tokens.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A <|im_end|>", special_tokens=[("<s>", tokens.bos_token_id), ("<|im_end|>", tokens.eos_token_id)])
+    assert tokens("a")["input_ids"][:: 2] == [tokens.bos_token_id, tokens.eos_token_id]
+    if template_writes_it:
+        processor.chat_template = "<s>" + processor.chat_template
     samples = utils.load_samples(data_path, processor, 2048)
-    assert [s.prompt_ids for s in samples] == once
-    assert not any(s.prompt_text.startswith("<|im_start|>") for s in samples)  # for a sampler that adds it as well
+    assert [s.prompt_ids for s in samples] == [[tokens.bos_token_id, *ids] for ids in plain]
+    for s in samples:  # the text is complete: a sampler that adds nothing reads the same
+        assert s.images or utils.tokenise(tokens, s.prompt_text) == s.prompt_ids
 
 
 def test_a_family_that_needs_token_types_is_refused(tmp_path):

@@ -19,12 +19,15 @@ import sys
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
+from PIL import Image
 
 import conftest
 import evaluate
@@ -32,6 +35,7 @@ import reward
 import rollout
 import toy
 import train_grpo
+import train_sft
 import utils
 from conftest import answered, png
 from test_parity import (
@@ -996,3 +1000,153 @@ def current_umask():
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
+# What outside eyes found: data
+
+
+def test_pictures_in_a_column_that_is_not_read(qwen):
+    """verl#6599, and ours: a parquet table was asked for its column `images` alone, so that one with
+    `image` or `decoded_image` loaded as text, and a policy was trained to guess. Ours uses every
+    column that has pictures, or refuses the row by the column's name."""
+    row = {"question": "How many?", "answer": "3"}
+    for column in ("image", "decoded_image", "photo"):
+        table_row = row | {column: {"bytes": png("red"), "path": None}}
+        assert [image["bytes"] for image in table_row.get("images") or []] == []  # the buggy form
+        if column == "photo":
+            with pytest.raises(utils.UserError, match='here: the field "photo" holds a picture'):
+                utils.make_sample(table_row, Path("x"), "here", qwen.processor)
+        else:
+            sample = utils.make_sample(table_row, Path("x"), "here", qwen.processor)
+            assert sample.prompt_ids.count(qwen.processor.image_token_id) == 4
+
+
+@pytest.mark.parametrize("field", ["videos", "video", "clip", "audio"])
+def test_a_video_read_as_text(qwen, field):
+    """VILA#87, ms-swift#4772, and ours: a row with a video was read as text, <video> and all."""
+    row = {"question": "<video>What happens?", "answer": "3", field: ["a.mp4"]}
+    buggy = "<video>" in qwen.processor.apply_chat_template(
+        utils.conversation(row["question"]), tokenize=False)
+    assert buggy
+    with pytest.raises(utils.UserError, match="here: the question holds <video>"):
+        utils.make_sample(row, Path("x"), "here", qwen.processor)
+    with pytest.raises(utils.UserError, match=f'here: the field "{field}" holds a video or sound'):
+        utils.make_sample(row | {"question": "What?"}, Path("x"), "here", qwen.processor)
+
+
+LEFT_BEHIND = {  # file: the fields that a trainer left there, one variant after another
+    "tokenizer.json": [
+        {"truncation": {"max_length": 20, "direction": "Right", "strategy": "LongestFirst", "stride": 0}},
+        {"truncation": {"max_length": 20, "direction": "Left", "strategy": "LongestFirst", "stride": 0}},
+        {"padding": {"strategy": {"Fixed": 400}, "direction": "Left", "pad_to_multiple_of": None,
+                     "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}}],
+    "tokenizer_config.json": [
+        {"max_length": 20}, {"truncation": True, "model_max_length": 20}, {"model_max_length": 20},
+        {"padding": "max_length", "max_length": 400, "padding_side": "left"},
+        {"padding": True, "pad_to_multiple_of": 64}, {"split_special_tokens": True},
+        {"max_pixels": 784}, {"size": {"longest_edge": 784, "shortest_edge": 784}},
+        {"return_tensors": "pt"}, {"is_split_into_words": True}, {"clean_up_tokenization_spaces": True,
+         "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": True}],
+    "processor_config.json": [
+        {"padding": "max_length", "max_length": 400, "text_kwargs": {"truncation": True, "max_length": 20}}]}
+
+
+@pytest.mark.parametrize("file, number", [(f, i) for f in LEFT_BEHIND for i in range(len(LEFT_BEHIND[f]))])
+def test_prompts_cut_by_what_a_trainer_left_in_the_tokenizer(qwen, data_path, tmp_path, file, number):
+    """llm-compressor PR#2917, and ours: a processor takes its defaults from the tokenizer's files, so
+    that a checkpoint saved by a trainer that cuts texts gave prompts without their end. Ours: prompts,
+    golden responses and decoded texts are those of the checkpoint without such defaults."""
+    left = LEFT_BEHIND[file][number]
+    qwen.processor.save_pretrained(tmp_path)
+    whole = json.loads((tmp_path / file).read_text())
+    (tmp_path / file).write_text(json.dumps(whole | left))
+    processor = utils.load_processor(tmp_path)
+    samples = utils.load_samples(data_path, processor, 2048)
+    assert samples == qwen.samples
+    text = "It is 4 , or so . " * 20 + "\\boxed{4}"
+    ids = qwen.processor.tokenizer(text)["input_ids"]
+    golden = [replace(s, solution=text) for s in samples[:1]]
+    (done,) = train_sft.with_golden_responses(golden, processor, 2048)
+    assert done.completion_ids == [*ids, processor.tokenizer.eos_token_id]
+    assert processor.tokenizer.decode(ids) == text
+    stranger = transformers.AutoTokenizer.from_pretrained(tmp_path)  # as another engine would have it
+    assert utils.tokenise(stranger, samples[-1].prompt_text) == samples[-1].prompt_ids
+
+
+@pytest.mark.parametrize("left", [LEFT_BEHIND["tokenizer.json"][0], LEFT_BEHIND["tokenizer.json"][2]])
+def test_the_processors_defaults_are_the_tokenizers(qwen, tmp_path, left):
+    """The buggy form of the story above: a bare call of the processor."""
+    sample = by_id(qwen.samples, "text")[0]
+    assert len(sample.prompt_ids) > 20
+    qwen.processor.save_pretrained(tmp_path)
+    whole = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole | left))
+    buggy = transformers.AutoProcessor.from_pretrained(tmp_path)
+    if "truncation" in left:
+        assert len(buggy(text=[sample.prompt_text])["input_ids"][0]) == 20
+    else:
+        assert len(buggy.tokenizer.backend_tokenizer.encode(sample.prompt_text).ids) == 400
+
+
+def test_a_golden_response_between_two_special_tokens(qwen):
+    """generative_data_prep PR#60, and ours: a tokenizer that puts BOS and EOS around every text made
+    golden responses begin with BOS and end twice. Ours: a text's own ids, and one end."""
+    tokens = qwen.processor.tokenizer
+    bos, eos = tokens.convert_tokens_to_ids("<|im_start|>"), tokens.eos_token_id
+    bare = tokens("\\boxed{4}")["input_ids"]
+    tokens.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", bos), ("<|im_end|>", eos)])
+    buggy = tokens("\\boxed{4}")["input_ids"] + [eos]
+    assert buggy == [bos, *bare, eos, eos]
+    golden = [replace(s, solution="\\boxed{4}") for s in qwen.samples[:1]]
+    (done,) = train_sft.with_golden_responses(golden, qwen.processor, 96)
+    assert done.completion_ids == [*bare, eos]
+
+
+@pytest.mark.parametrize("mark", ["<|im_end|>", "<|im_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>",
+                                  "<|vision_end|>", "<|endoftext|>"])
+def test_marks_in_a_golden_response(qwen, mark):
+    """Ours: `\\boxed{4}<|im_end|>\\n<|im_start|>user` in a solution taught the model to go on in the
+    user's name; an image's placeholder ended the run in its middle. The question had been checked, the
+    solution not. Tokens that a tokenizer has for text, as <think>, are text."""
+    tokens = qwen.processor.tokenizer
+    row = {"question": "1 + 3?", "answer": "4", "solution": f"\\boxed{{4}}{mark}more"}
+    assert tokens.convert_tokens_to_ids(mark) in tokens(row["solution"])["input_ids"]  # the buggy form
+    with pytest.raises(utils.UserError, match=f"here: the solution holds the model's mark {re.escape(mark)}; remove"):
+        utils.make_sample(row, Path("x"), "here", qwen.processor)
+    tokens.add_tokens(["<think>", "</think>", "<tool_call>"])
+    text = "<think>3 + 1 = 4</think>\\boxed{4}"
+    row |= {"question": "What does <tool_call> mean?", "solution": text}
+    sample = utils.make_sample(row, Path("x"), "here", qwen.processor)
+    assert sample.solution == text and tokens.convert_tokens_to_ids("<tool_call>") in sample.prompt_ids
+
+
+def test_an_image_mark_in_a_golden_response(qwen):
+    """Where the mark of our data sets is the family's own token, as LLaVA's; elsewhere it is text."""
+    row = {"question": "1 + 3?", "answer": "4", "solution": "as <image> shows"}
+    assert utils.make_sample(row, Path("x"), "here", qwen.processor).solution == row["solution"]
+    qwen.processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    with pytest.raises(utils.UserError, match="here: the solution holds the model's mark <image>"):
+        utils.make_sample(row, Path("x"), "here", qwen.processor)
+
+
+def test_deep_greys_clipped_to_white_and_black(tmp_path):
+    """Pillow#3159, and ours: `convert` clips greys of 32 bits at 255, so that a scan or a depth map
+    becomes a white page, and one in floats from 0 to 1 a black one. Ours keeps its steps."""
+    for mode, values, clipped, kept in (
+            ("I", [0, 20_000, 40_000, 65_535], [0, 255, 255, 255], [0, 78, 156, 255]),
+            ("F", [0.0, 0.25, 0.5, 1.0], [0, 0, 0, 1], [0, 63, 127, 255])):
+        image = Image.new(mode, (4, 1))
+        image.putdata(values)
+        image.save(tmp_path / "deep.tiff")
+        assert [*Image.open(tmp_path / "deep.tiff").convert("RGB").tobytes()[::3]] == clipped
+        assert [*utils.open_image(tmp_path / "deep.tiff").tobytes()[::3]] == kept
+
+
+def test_what_is_false_is_not_missing(qwen):
+    """Ours: `row.get("id") or place`. The id 0 became a file's line, and with it the prompt's random
+    numbers; the solution 0 became no solution."""
+    row = {"question": "1 - 1?", "answer": 0, "id": 0, "solution": 0}
+    assert [row.get(name) or "missing" for name in ("id", "solution")] == ["missing"] * 2
+    sample = utils.make_sample(row, Path("x"), "here", qwen.processor)
+    assert (sample.id, sample.answer, sample.solution) == ("0", "0", "0")
+    for nothing in (None, ""):
+        assert utils.make_sample(row | {"id": nothing}, Path("x"), "here", qwen.processor).id == "here"
