@@ -19,6 +19,8 @@ The policy:
   of 21\\sqrt{3} \\approx 36.37); two names must agree; an equation (2x = 10, a^2 + b = 0), an
   inequality and a ratio of three are text.
 - (B), b, \\text{B}, B. and B. 45 are choice B; B. 45 is 45 too.
+- An answer that says nothing (\\boxed{}, \\text{}, ?, -, $$) equals nothing, itself neither. A sign
+  (<, +, \\infty) does say something, \\{\\} is the empty set.
 - Extraction: the last balanced \\boxed{}, even an empty one (a box that is cut off is no answer);
   else what follows the last "answer is" or ####; else a choice the response opens with (B. 12);
   else the last number with its sum, ratio or bracket; else the last lone A to H. Nothing inside a
@@ -106,6 +108,7 @@ SPELLINGS = [(re.compile(pattern, re.ASCII), meaning) for pattern, meaning in (
     (r"\\(?:text(?!color)|math|mbox|operatorname|underline|boldsymbol)[a-z]*\s*\{([^{}]*)\}",
      r" \1 "),
     (r"\\!", ""),
+    (r"\\\{\s*(?:\\right\s*)?\\\}|\\(?:emptyset|varnothing)(?![A-Za-z])", "∅"),
     (r"(?<!\\)\b(?:left|right)(?=\s*\\?[()\[\]{}|])", ""),
     (r"^\W*(?:[Oo]ption|[Cc]hoice)\b", ""),
     # degrees, powers of units, big numbers
@@ -135,6 +138,21 @@ MEANING = dict.fromkeys(  # of a spelling; these have none
         r"|\in =|is =|are =|equals =|\le ≤|\leq ≤|<= ≤|\ge ≥|\geq ≥|>= ≥|\lt <|\gt >|!= ≠|\ne ≠"
         r"|\neq ≠|\not= ≠").split("|"))
 
+MUTE = re.compile(  # what may stand in an answer and says nothing by itself
+    r"\\(?:[hv]?(?:space|phantom)|(?:text)?color|begin|end)\*?\s*\{[^{}]*\}"
+    r"|\\[A-Za-z]+\s*(?=\{)"  # a command with an argument says what the argument says
+    r"|\\(?:[a-z]*(?:quad|space|skip|style|box|boxed|dots|fill|line)|(?:text|math)[a-z]*"
+    r"|[bB]igg?[lrm]?|left|right|middle|limits|rm|bf|it|sf|tt|[dtc]?frac|sqrt|cdot|ast|circ"
+    r"|bullet|prime|mid|[lr]?[vV]ert|[lL]arge|small|null|strut|relax)(?![A-Za-z])"
+    r"|\\[^A-Za-z{}]|[−∗∘∙⋅∶∣⋮-⋱\u115f\u1160\u3164\uffa0]")
+# a letter or a digit; a sign, an arrow, a shape, an emoji; the empty set
+SAYS = re.compile(r"[^\W_]|[<=>+×÷±¬℀-⏿■-⟿⤀-⯿🀀-🫿]|\\\{\s*\\\}")
+
+
+def says_nothing(answer: str) -> bool:
+    """Is there no letter, digit or sign in an answer, LaTeX's spacing, fonts and frames aside?"""
+    return not SAYS.search(MUTE.sub(" ", answer))
+
 
 def tokenise(text: str) -> list[str]:
     r"""Cut an answer into tokens: "\dfrac12 \text{ cm}" -> \frac, 12, cm."""
@@ -145,7 +163,9 @@ def tokenise(text: str) -> list[str]:
     for pattern, meaning in SPELLINGS:
         text = pattern.sub(meaning, text)
     text = text.lstrip(" \t\n*_:=`\"").rstrip(" \t\n*_:.,`\"\\")
-    tokens = [MEANING.get(token, token) for token in TOKEN.findall(text)]
+    word = text.isascii() and text.isalpha() and text != "pi"  # "and" by itself is no comma
+    meaning = {} if word else MEANING
+    tokens = [meaning.get(token, token) for token in TOKEN.findall(text)]
     return [token.translate(GROUPING) if token[0].isdigit() else token for token in tokens if token]
 
 
@@ -279,31 +299,33 @@ CHOICE = re.compile(  # B, (B), or B with what it stands for: B. 45
 def is_equal(prediction: str, reference: str) -> bool:
     """Do two answers say the same, under the policy at the top of this file?"""
     prediction, reference = prediction.strip(), reference.strip()
-    if prediction == reference:
-        return True
     if PLAIN.fullmatch(prediction) and PLAIN.fullmatch(reference):
         return float(prediction) == float(reference)  # a double tells 15 digits apart
     prediction, reference = prediction[-LONGEST_RESPONSE:], reference[-LONGEST_RESPONSE:]
     prediction, reference = (
         extract_answer(answer) or "" if "\\boxed" in answer or "answer is" in answer else answer
         for answer in (prediction, reference))
+    if prediction == reference:
+        return not says_nothing(prediction)
     if max(len(prediction), len(reference)) > LONGEST_ANSWER:
-        return prediction == reference
+        return False
     with decimal.localcontext(PRECISE):
         (letter, said), (wanted_letter, wanted) = understand(prediction), understand(reference)
         if letter and wanted_letter and not (said and wanted):
             return letter == wanted_letter
-        return same(said, wanted)
+        return bool(said and wanted) and same(said, wanted)  # nothing equals nothing
 
 
 @lru_cache(maxsize=10_000)  # the responses to one prompt share a reference, and often an answer
 def understand(answer: str) -> tuple:
-    """An answer, under PRECISE, as (choice letter or "", all else: a Number, a Group or text)."""
+    """An answer, under PRECISE, as (choice letter or "", else: Number, Group, text; "" if none)."""
     tokens = tokenise(answer)
     letter = ""
     if choice := CHOICE.fullmatch(" ".join(tokens)):
         letter, tokens = (choice[1] or choice[2]).upper(), (choice[3] or "").split()
     text = "".join(tokens)
+    if says_nothing(text if letter else answer):
+        return letter, ""
     if "±" in text:  # two answers, one with each sign
         tokens = " ".join(tokens)
         tokens = f"{tokens.replace('±', '+')} , {tokens.replace('±', '-')}".split()
@@ -360,7 +382,8 @@ def rounds(value: Decimal, wanted: Number) -> bool:
 
 def accuracy_reward(completion: str, answer: str) -> float | None:
     """1.0 for the right answer, else 0.0; None (cannot be scored) where the data has no answer."""
-    if not (answer or "").strip():
+    answer = answer or ""
+    if not is_equal(answer, answer):  # it says nothing, so that no answer could be right
         return None
     found = extract_answer(completion)
     return float(found is not None and is_equal(found, answer))
@@ -379,7 +402,7 @@ def format_reward(completion: str) -> float:
     text = completion.rpartition("</think>")[2][-LONGEST_RESPONSE:]
     boxes = BOX.findall(text)
     one = len(boxes) == text.count("\\boxed") == 1
-    return float(one and any(boxes[0]) and "<think>" not in text)
+    return float(one and not says_nothing("".join(boxes[0])) and "<think>" not in text)
 
 
 def unfinished_penalty(samples: list, min_tokens: int = 1) -> list[float]:
