@@ -39,13 +39,16 @@ import decimal
 import json
 import math
 import re
-import runpy
 import sys
 import time
+import traceback
+import types
 import unicodedata
 from collections import Counter, namedtuple
+from contextlib import contextmanager
 from decimal import Decimal
 from functools import lru_cache, partial
+from typing import SupportsFloat
 
 # Bounds on work: hostile text meets one of them, a real answer does not.
 LONGEST_ANSWER, LONGEST_RESPONSE = 400, 6_000  # characters; of a response the end is read
@@ -424,12 +427,16 @@ REWARDS = {  # what --rewards can name: functions of the samples, a number or No
     "unfinished": unfinished_penalty, "overlong": overlong_penalty}
 
 
+LARGEST_REWARD = 1e15  # float32, in which advantages are computed, still holds its square
+HOMES = {os.path.dirname(os.path.abspath(__file__)): {}}  # folder: modules loaded from it, by name
+
+
 def load_rewards(spec: str, max_new_tokens: int = 2048) -> dict[str, tuple]:
     """"accuracy:1.0,my_file.py:my_function:0.5" -> {name: (function of the samples, weight)}."""
     from utils import UserError
 
     overlong = partial(overlong_penalty, max_length=max_new_tokens, buffer=max_new_tokens / 4)
-    rewards = {}
+    rewards, files = {}, {"": REWARDS | {"overlong": overlong}}
     for part in spec.split(","):
         source, _, weight = part.strip().rpartition(":")
         path, _, name = source.rpartition(":")
@@ -437,13 +444,115 @@ def load_rewards(spec: str, max_new_tokens: int = 2048) -> dict[str, tuple]:
             raise UserError(f"reward {part!r} has no weight, or its name is there twice: write "
                             "name:weight for each, as in accuracy:1.0,language:0.5")
         if path and not os.path.isfile(path):
-            raise UserError(f"reward file {path!r} does not exist: give the path of a Python file")
-        known = runpy.run_path(path) if path else REWARDS | {"overlong": overlong}
-        if not callable(known.get(name)):
+            what = "is a folder" if os.path.isdir(path) else "does not exist"
+            raise UserError(f"reward file {path!r} {what}: give the path of a Python file")
+        if path not in files:
+            files[path] = load_file(path)
+        function = files[path].get(name)
+        if not callable(function):
             raise UserError(f"{path or 'reward.py'} has no reward {name!r}: take one of "
                             f"{', '.join(REWARDS)}, or file.py:function:weight with your own")
-        rewards[name] = (known[name], float(weight))
+        if path:
+            function = imports_beside(os.path.abspath(path))(function)
+            function.path = os.path.abspath(path)  # for score's sentence
+        rewards[name] = (function, float(weight))
     return rewards
+
+
+def load_file(path: str) -> dict:
+    """Run a reward file, once, as a module of its own name, and give what it defines."""
+    from utils import UserError
+
+    whole = os.path.abspath(path)
+    folder, name = os.path.dirname(whole), os.path.basename(path).partition(".")[0]
+    with imports_beside(whole):
+        if name in sys.modules and name not in HOMES[folder]:
+            name = f"reward_{name}"  # there must be no second json, or torch
+        module = types.ModuleType(name)
+        module.__file__ = whole
+        sys.modules[name] = HOMES[folder][name] = module
+        try:
+            with open(whole, encoding="utf-8-sig") as file:
+                exec(compile(file.read(), whole, "exec"), vars(module))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever a user's file can raise, sys.exit too
+            raise UserError(f"reward file {path!r} cannot be loaded{place(error, whole)}: "
+                            f"{shown(error)}. Mend that line, or install what it needs.")
+    return vars(module)
+
+
+@contextmanager
+def imports_beside(path: str):
+    """While code of a reward file runs, imports find what lies beside it before all else.
+
+    Files of two such folders, and ours, may have one name. Process pools find the file's functions
+    under its plain name: forked workers in sys.modules, spawned ones by sys.path.
+    """
+    folder = os.path.dirname(path)
+    own = HOMES.setdefault(folder, {})
+    near = {entry.removesuffix(".py") for entry in os.listdir(folder)}
+
+    def lies_in(home, name, module):
+        file = getattr(module, "__file__", None) or ""
+        return file.startswith(os.path.join(home, name.partition(".")[0]))
+
+    aside = {name: module for name, module in list(sys.modules.items())
+             if own.get(name, module) is not module or name.partition(".")[0] in near
+             and any(lies_in(home, name, module) for home in HOMES if home != folder)}
+    for name in aside:
+        del sys.modules[name]
+    before = {*sys.modules}
+    sys.modules.update(own)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+        own.update((name, module) for name, module in list(sys.modules.items())
+                   if name not in before and lies_in(folder, name, module))
+        sys.modules.update(aside)
+
+
+def place(error: BaseException, path: str) -> str:
+    """Where an error left a user's file, or else a file beside it: " (FILE, line N)"."""
+    passed = [(frame.f_code.co_filename, line)
+              for frame, line in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, UnicodeDecodeError):  # of the file itself, if no line of it was passed
+        passed.insert(0, (path, error.object.count(b"\n", 0, error.start) + 1))
+    if isinstance(error, SyntaxError) and error.lineno:
+        passed.append((str(error.filename), error.lineno))
+    near = [x for x in passed if os.path.dirname(x[0]) == os.path.dirname(path)]
+    near = [x for x in near if x[0] == path] or near
+    return " ({}, line {})".format(*near[-1]) if near else ""
+
+
+def shown(thing) -> str:
+    """What a user's code raised or returned, on one short line, whatever it holds."""
+    kind = f"{type(thing).__name__}: " if isinstance(thing, BaseException) else ""
+    try:
+        text = " ".join(str(thing).split())
+    except Exception as error:  # an int of 5,000 digits, a __str__ of the user's
+        text = f"what cannot be shown ({type(error).__name__})"
+    text = (kind + text[:300]).removesuffix(": ")
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def as_floats(column, count: int, weight: float) -> list | None:
+    """A reward's values as floats, None staying None; None for all that is no such list.
+
+    A number is what float() takes, text aside: int, float, bool, Decimal, Fraction, and NumPy's and
+    torch's scalars. It is at most LARGEST_REWARD, with its weight and without.
+    """
+    if not isinstance(column, list) or len(column) != count:
+        return None
+    try:
+        column = [x if x is None else float(x) if isinstance(x, SupportsFloat) else math.nan
+                  for x in column]
+    except Exception:  # 10**400, an array of two
+        return None
+    known = [x for x in column if x is not None]
+    return column if all(max(1, abs(weight)) * abs(x) <= LARGEST_REWARD for x in known) else None
 
 
 def score(samples: list, rewards: dict[str, tuple], timeout: int = 3600) -> None:
@@ -454,18 +563,22 @@ def score(samples: list, rewards: dict[str, tuple], timeout: int = 3600) -> None
     from utils import RunError, watchdog
 
     values = {}
-    for name, (function, _) in rewards.items():
+    for name, (function, weight) in rewards.items():
         try:
             with watchdog(timeout, f"reward {name!r} took {timeout} s; see --reward_timeout."):
-                values[name] = column = function(samples)
-        except Exception as error:  # whatever a user's function can raise
+                column = function(samples)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever a user's function can raise, sys.exit too
             tb = error.__traceback__.tb_next  # None where it could not even be called
-            place = f" ({tb.tb_frame.f_code.co_filename}, line {tb.tb_lineno})" if tb else ""
-            raise RunError(f"reward {name!r}{place} failed: {type(error).__name__}: {error}.")
-        if not isinstance(column, list) or len(column) != len(samples) or not all(
-                x is None or isinstance(x, (int, float)) and math.isfinite(x) for x in column):
+            path = getattr(function, "path", tb and tb.tb_frame.f_code.co_filename)
+            at = place(error, path) if path else ""
+            raise RunError(f"reward {name!r}{at} failed: {shown(error)}.")
+        values[name] = as_floats(column, len(samples), weight)
+        if values[name] is None:
             raise RunError(f"reward {name!r} must return a list of {len(samples)} finite numbers "
-                           f"(None for what cannot be scored): it returned {str(column)[:80]}.")
+                           f"(None for what cannot be scored; {LARGEST_REWARD:.0e} at most, weighed "
+                           f"too): it returned {shown(column)[:80]}.")
     for sample, *row in zip(samples, *values.values()):
         sample.rewards = dict(zip(values, row))
         parts = {name: rewards[name][1] * x for name, x in sample.rewards.items() if x is not None}

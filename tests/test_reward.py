@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -465,10 +466,205 @@ def test_a_wrong_spec_is_one_sentence(spec, sentence):
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("values", [[1.0], [1.0, math.nan], [1.0, math.inf], [1.0, "2"], None, (1.0, 2.0)])
+HELPED = """import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+import utils
+from helper import g
+
+
+def work(text):
+    from later import h
+    return g() + h() + utils.OWN
+
+
+def plain(samples):
+    from later import h
+    return [work(s) for s in samples]
+
+
+def pooled(samples):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        return list(pool.map(work, samples))
+
+
+def spawned(samples):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.map(work, samples)
+"""
+
+
+def two_of_a_name(tmp_path):
+    """Folders a and b: mine.py, its helper, a module it imports late, and one that has the name of ours."""
+    for name, value in (("a", 1), ("b", 2)):
+        (tmp_path / name / "later").mkdir(parents=True)
+        for file, text in (("mine.py", HELPED), ("helper.py", f"def g():\n    return {value}\n"), ("utils.py", f"OWN = {100 * value}\n"),
+                           ("later/__init__.py", "from .deep import h\n"), ("later/deep.py", f"def h():\n    return {10 * value}\n")):
+            (tmp_path / name / file).write_text(text)
+    return tmp_path / "a" / "mine.py", tmp_path / "b" / "mine.py"
+
+
+def test_helpers_beside_reward_files_of_one_name(tmp_path, monkeypatch):
+    """And of one name with a stage; after the call everything stands as before, wherever the process is then."""
+    first, second = two_of_a_name(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    rewards = reward.load_rewards("a/mine.py:plain:1,b/mine.py:pooled:1")
+    monkeypatch.chdir("/")
+    path, before = list(sys.path), {name: sys.modules[name] for name in ("utils", "reward", "json")}
+    for _ in range(2):
+        samples = [sample("x"), sample("y")]
+        reward.score(samples, rewards)
+        assert [s.rewards for s in samples] == [{"plain": 111.0, "pooled": 222.0}] * 2
+    assert sys.path == path and all(sys.modules[name] is module for name, module in before.items())
+    # the same file anew, after it was changed
+    first.write_text("def plain(samples):\n    return [5] * len(samples)\n")
+    reward.score(samples, reward.load_rewards(f"{first}:plain:1,{second}:pooled:1"))
+    assert samples[0].rewards == {"plain": 5.0, "pooled": 222.0}
+
+
+def test_workers_of_a_process_pool_find_the_file(tmp_path):
+    """Forked and spawned; the second file of that name too."""
+    first, second = two_of_a_name(tmp_path)
+    samples = [sample("x"), sample("y")]
+    reward.score(samples, reward.load_rewards(f"{first}:pooled:1,{second}:spawned:1"))
+    assert [s.rewards for s in samples] == [{"pooled": 111.0, "spawned": 222.0}] * 2
+
+
+def test_a_reward_file_may_have_any_name(tmp_path):
+    """That of a module of Python or of ours, one with dots or a hyphen, and no ending."""
+    for name in ("json.py", "reward.py", "torch.py", "my-judge.v2.py", "judge", "1.py"):
+        (tmp_path / name).write_text("import pickle\n\n\ndef f(samples):\n    pickle.dumps(f)\n    return [7] * len(samples)\n")
+        samples = [sample("x")]
+        reward.score(samples, reward.load_rewards(f"{tmp_path / name}:f:1"))
+        assert samples[0].reward == 7.0
+        assert sys.modules["json"] is json and sys.modules["reward"] is reward
+
+
+@pytest.mark.parametrize("text, line, sentence", [
+    ("x = 1\n\ndef f(samples:\n    return 1\n", 3, r"SyntaxError: '\(' was never closed"),
+    ("def f(samples):\nreturn 1\n", 2, "IndentationError: expected an indented block"),
+    ("import os\nimport nothing_of_this_name\n", 2, "ModuleNotFoundError: No module named 'nothing_of_this_name'"),
+    ("\nfrom broken import g\n", 2, r"SyntaxError: '\(' was never closed \(broken.py, line 1\)"),
+    ("import sys\n\n\nsys.exit(3)\n", 4, "SystemExit: 3"),
+    ("class Stop(BaseException):\n    pass\n\nraise Stop('so\\nit \\ud800 is')\n", 4, r"Stop: so it \\ud800 is"),
+    ("raise GeneratorExit\n", 1, "GeneratorExit"),
+    ("import json\n\njson.loads('{')\n", 3, "JSONDecodeError"),
+    (b"# one\n# caf\xe9\n", 2, "UnicodeDecodeError: 'utf-8' codec"),
+    ("def f(samples):\n    return []\n".encode("utf-16"), 1, "UnicodeDecodeError"),
+])
+def test_a_reward_file_that_cannot_be_loaded_is_one_sentence(tmp_path, text, line, sentence):
+    (tmp_path / "broken.py").write_text("x = (\n")
+    path = tmp_path / "mine.py"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
+    before = list(sys.path)
+    with pytest.raises(utils.UserError) as error:
+        reward.load_rewards(f"accuracy:1.0,{path}:f:1.0")
+    said = str(error.value)
+    assert f"reward file '{path}' cannot be loaded ({path}, line {line}): " in said and "\n" not in said
+    assert re.search(sentence, said) and sys.path == before
+
+
+def test_no_file_and_no_function(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.py").mkdir()
+    (tmp_path / "three.py").write_text("f = 3\n")
+    (tmp_path / "zero.py").write_bytes(b"f = 3\0\n")
+    for path, sentence in (("folder.py", "'folder.py' is a folder"), ("three.py", "three.py has no reward 'f'"),
+                           ("zero.py", "null bytes"), ("\ud800.py", "does not exist"), ("a\0b.py", "does not exist")):
+        with pytest.raises(utils.UserError, match=sentence):
+            reward.load_rewards(f"{path}:f:1")
+
+
+def test_an_interrupt_is_no_failed_reward(tmp_path):
+    (tmp_path / "mine.py").write_text("def f(samples):\n    raise KeyboardInterrupt\n")
+    (tmp_path / "now.py").write_text("raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt):
+        reward.score([sample("a")], reward.load_rewards(f"{tmp_path}/mine.py:f:1"))
+    with pytest.raises(KeyboardInterrupt):
+        reward.load_rewards(f"{tmp_path}/now.py:f:1")
+
+
+RAISES = """import json
+import sys
+from functools import partial, wraps
+
+from helper import boom
+
+
+class Stop(BaseException):
+    def __str__(self):
+        raise ValueError
+
+
+def decorated(function):
+    @wraps(function)
+    def inner(samples):
+        return function(samples)
+    return inner
+
+
+@decorated
+def f(samples):
+    ACT
+    return [0.0]
+
+
+def g(samples, again):
+    return f(samples)
+
+
+h = partial(g, again=True)
+"""
+
+
+@pytest.mark.parametrize("name", "fh")
+@pytest.mark.parametrize("act, sentence", [
+    ("sys.exit(3)", "SystemExit: 3."), ("raise Stop", "Stop: what cannot be shown (ValueError)."),
+    ("raise GeneratorExit", "GeneratorExit."), ("boom()", "KeyError: 'x'."), ("raise StopIteration", "StopIteration."),
+    ("raise ValueError('a \\ud800\\n b')", "ValueError: a \\ud800 b."), ("json.loads('{')", "JSONDecodeError: "),
+    ("from nowhere_at_all import x", "ModuleNotFoundError: "), ("f(samples)", "RecursionError: ")])
+def test_a_reward_that_raises_is_one_sentence(tmp_path, name, act, sentence):
+    """With the line of the user's file, under its decorators and above what it calls."""
+    (tmp_path / "helper.py").write_text("def boom():\n    {}['x']\n")
+    path = tmp_path / "mine.py"
+    path.write_text(RAISES.replace("ACT", act))
+    with pytest.raises(utils.RunError) as error:
+        reward.score([sample("a")], reward.load_rewards(f"{path}:{name}:1"))
+    said = str(error.value)
+    assert re.match(rf"reward '{name}' \({path}, line (22|16)\) failed: {re.escape(sentence)}", said) and "\n" not in said
+    assert act == "f(samples)" or "line 22" in said
+    said.encode("utf-8")
+
+
+def test_numbers_that_a_reward_may_return():
+    """All become floats, which JSON can write: a run's samples are kept with them."""
+    np, torch = pytest.importorskip("numpy"), pytest.importorskip("torch")
+    for value in (0.5, Fraction(1, 2), Decimal("0.5"), np.float16(0.5), np.float32(0.5), np.float64(0.5), torch.tensor(0.5)):
+        samples = [sample("a"), sample("b"), sample("c")]
+        reward.score(samples, {"mine": (lambda samples: [value, None, 2], 2.0)})
+        assert [s.reward for s in samples] == [1.0, None, 4.0] and type(samples[0].rewards["mine"]) is float
+    for value in (True, 1, np.int64(1), np.bool_(True), np.uint8(1), 10**15):
+        samples = [sample("a")]
+        reward.score(samples, {"mine": (lambda samples: [value], 1.0)})
+        assert json.dumps(samples[0].rewards) == json.dumps({"mine": float(value)})
+
+
+HUGE = 10**400
+WRONG = [HUGE, -HUGE, 10**5000, Fraction(HUGE), Decimal("NaN"), Decimal("sNaN"), Decimal("Infinity"), Decimal("1e400"), 1e300, 1j, b"1",
+         "\ud800", [1.0], object()]
+
+
+@pytest.mark.parametrize("values", [[1.0], [1.0, math.nan], [1.0, math.inf], [1.0, "2"], None, (1.0, 2.0),
+                                    *([1.0, x] for x in WRONG), iter([1.0, 2.0])], ids=lambda x: "")
 def test_a_wrong_reward_is_one_sentence(values):
     with pytest.raises(utils.RunError, match="reward 'mine' must return a list of 2 finite numbers"):
         reward.score([sample("a"), sample("b")], {"mine": (lambda samples: values, 1.0)})
+
+
+def test_a_reward_too_large_with_its_weight():
+    """float32 would make it infinite, and the step's advantages nan."""
+    with pytest.raises(utils.RunError, match="1e.15 at most, weighed too"):
+        reward.score([sample("a")], {"mine": (lambda samples: [1e10], 1e10)})
 
 
 # ---- the command line
