@@ -14,6 +14,7 @@ import pickle
 import random
 import re
 import shutil
+import runpy
 import signal
 import sys
 import threading
@@ -1150,3 +1151,60 @@ def test_what_is_false_is_not_missing(qwen):
     assert (sample.id, sample.answer, sample.solution) == ("0", "0", "0")
     for nothing in (None, ""):
         assert utils.make_sample(row | {"id": nothing}, Path("x"), "here", qwen.processor).id == "here"
+# What outside eyes found: rewards
+
+
+def test_the_master_key():
+    """Ours, until it was tried from outside: a lone letter and an empty answer were both parsed as
+    "and nothing else", nothing equalled nothing, and so \\boxed{}, \\boxed{.} or an echo of our own
+    instruction earned full marks on every multiple-choice question. Now nothing equals nothing."""
+
+    def buggy(prediction, reference):
+        (letter, said), (wanted_letter, wanted) = map(reward.understand, (prediction, reference))
+        if letter and wanted_letter and not (said and wanted):
+            return letter == wanted_letter
+        return reward.same(said, wanted)
+
+    empty = ["\\boxed{}", "\\boxed{.}", "\\boxed{\\text{}}", "\\boxed{*}", "\\boxed{$$}"]
+    for text in (*empty, utils.INSTRUCTION):
+        for wanted in "ABCDEFGH":
+            assert buggy(reward.extract_answer(text), wanted)
+            assert reward.accuracy_reward(text, wanted) == 0.0
+    assert not buggy("A", "B") and buggy("(B)", "B")
+    assert reward.accuracy_reward("\\boxed{(B)}", "B") == 1.0
+
+
+def test_a_reference_that_says_nothing_is_unscored():
+    """The same bug from the other side: with "*" or "\\text{}" as the reference, whoever wrote
+    nothing was right and whoever answered was punished. Now, as no answer could be right, none is
+    wrong."""
+
+    def buggy(completion, answer):
+        return float(reward.extract_answer(completion) == answer) if answer.strip() else None
+
+    for wanted in ("*", "\\text{}", "?", "\\boxed{}", "-"):
+        empty, full = f"\\boxed{{{wanted}}}", "\\boxed{5}"
+        assert (buggy(empty, wanted), buggy(full, wanted)) == (1.0, 0.0)
+        assert reward.accuracy_reward(empty, wanted) is reward.accuracy_reward(full, wanted) is None
+
+
+def test_two_helpers_of_one_name(tmp_path, monkeypatch):
+    """The half cure of a reward file that imports what lies beside it, its folder on sys.path:
+    Python keeps one module of a name, and the second file silently scores with the first one's
+    helper. Ours: each file finds its own."""
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "scale_of_reward.py").write_text(f"SCALE = {value}\n")
+        (tmp_path / name / "mine.py").write_text(
+            f"from scale_of_reward import SCALE\n\ndef {name}(samples):\n    return [SCALE]\n")
+    ours = {}
+    for name in "ab":
+        ours |= reward.load_rewards(f"{tmp_path / name / 'mine.py'}:{name}:1")
+    assert [function([None]) for function, _ in ours.values()] == [[1.0], [2.0]]
+    sys.modules.pop("scale_of_reward", None)
+    buggy = {}
+    for name in "ab":
+        monkeypatch.syspath_prepend(tmp_path / name)
+        buggy |= runpy.run_path(str(tmp_path / name / "mine.py"))
+    assert [buggy[name]([None]) for name in "ab"] == [[1.0], [1.0]]
+    sys.modules.pop("scale_of_reward")
