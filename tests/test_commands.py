@@ -513,7 +513,8 @@ def test_little_data_can_be_measured_and_trained_on(script, tmp_path):
 
 PICKY = """
 def first(samples):
-    return [float(samples[0].answer == s.answer) for s in samples]
+    wanted = samples[0].answer
+    return [float(s.answer == wanted) for s in samples]
 """
 
 
