@@ -195,7 +195,8 @@ def end_run(reason, code):
     try:  # not by print0: whoever holds its lock may be waiting in a collective
         sys.stderr.write(f"\n{reason} {where}\n")
         forget_toy()
-        # what was printed so far; whoever holds stdout's lock may wait for a reader that is gone
+        # what was printed so far; whoever holds stdout's lock may wait for a reader for ever
+        threading.excepthook = lambda _: None  # or have lost it
         flushing = threading.Thread(target=sys.stdout.flush, daemon=True)
         flushing.start()
         flushing.join(2)
