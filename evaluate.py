@@ -55,7 +55,6 @@ class Args:
     engine: Literal["auto", "hf", "vllm"] = "auto"  # sampler; auto: vllm on CUDA, else embedded
     rollout_batch_size: int = 256  # completions sampled at one time on a rank
     vllm_memory: float = 0.85  # share of a GPU's memory for vLLM, in (0, 1)
-    seed_requests: bool = False  # vLLM: randomness by prompt, not by rank; slower
     engine_timeout: int = 3600  # seconds that one call of vLLM may take
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, else float32
     seed: int = 0  # same seed, same completions
@@ -277,7 +276,7 @@ def chosen_settings(names):
 
 
 def main(args):
-    from rollout import make_engine, rehearse
+    from rollout import check_images, make_engine, rehearse
 
     settings = chosen_settings(args.settings)
     out, _ = utils.choose_run(args)
@@ -285,6 +284,7 @@ def main(args):
     utils.check_data(args)
     samples = utils.load_samples(utils.data_path(args.data, out), processor, args.max_prompt_tokens)
     samples = perturbed(samples[: args.limit or None], args.perturb, args.seed)
+    check_images(samples, args.engine)
     engine = make_engine(args.engine, None, processor, args)
     rehearse(engine, samples, args)
     utils.begin_run(out, args)

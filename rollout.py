@@ -25,6 +25,7 @@ if __name__ == "__main__":  # Ctrl-C is no traceback, not even during the import
 import copy
 import hashlib
 import importlib.util
+import math
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -57,8 +58,7 @@ class Args:
     rewards: str = "accuracy:1.0"  # name:weight or file.py:function:weight, joined by commas
     engine: Literal["auto", "hf", "vllm"] = "auto"  # sampler; auto: vllm on CUDA, else embedded
     rollout_batch_size: int = 256  # completions sampled at one time on a rank
-    vllm_memory: float = 0.85  # share of a GPU's memory for vLLM, in (0, 1)
-    seed_requests: bool = False  # vLLM: randomness by prompt, not by rank; slower
+    vllm_memory: float = 0.85  # share of a GPU's memory, in (0, 1); with --doctor 0.4 at most
     engine_timeout: int = 3600  # seconds that one call of vLLM may take
     doctor: bool = False  # compare this sampler with the trainer instead, and say what differs
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, else float32
@@ -366,13 +366,12 @@ class VLLMEngine:
 
     Left out: an engine over several GPUs (tensor parallelism) and a server; a model must fit on one
     GPU beside its shard of the trainer. vLLM expands image placeholders by itself, so it gets the
-    prompt as text with one for each image, and its expansion is compared with the trainer's.
+    prompt's ids with one for each image, and its expansion is compared with the trainer's.
     """
 
     def __init__(self, path, processor, args):
         LLM, self.SamplingParams = import_vllm()
-        self.processor, self.seed_requests = processor, args.seed_requests
-        self.seconds = args.engine_timeout
+        self.processor, self.seconds = processor, args.engine_timeout
         self.dtype = utils.compute_dtype(args.dtype)
         self.sleeps = torch.cuda.is_available()  # vLLM has no sleep on a CPU
         self.asleep = False
@@ -381,6 +380,7 @@ class VLLMEngine:
             "max_model_len": args.max_prompt_tokens + args.max_new_tokens,
             "max_num_seqs": args.rollout_batch_size,
             "limit_mm_per_prompt": {"image": MOST_IMAGES, "video": 0},
+            "mm_processor_kwargs": {"truncation": False},  # which a tokenizer.json may ask for
             # what the trainer computes: after temperature, top-p and bans
             "logprobs_mode": "processed_logprobs",
             "seed": rank(), "disable_log_stats": True}
@@ -404,7 +404,8 @@ class VLLMEngine:
     def sleep(self):
         """Leave the memory to the trainer until the next sync: weights to the host, cache gone."""
         if self.sleeps and not self.asleep:
-            self.llm.sleep(level=1)
+            with guarded("going to sleep", self.seconds):
+                self.llm.sleep(level=1)
             self.asleep = True
 
     @torch.no_grad()
@@ -416,6 +417,7 @@ class VLLMEngine:
         """
         with guarded("taking over weights", self.seconds):
             if self.asleep:
+                torch.cuda.empty_cache()  # HAZARD: vLLM cannot map what PyTorch keeps in reserve
                 self.llm.wake_up(tags=["weights"])
             stream = ((name, whole.to(self.dtype)) for name, whole in whole_weights(model))
             self.llm.collective_rpc(reload_weights, args=(stream,))
@@ -424,6 +426,7 @@ class VLLMEngine:
             engine.reset_mm_cache()
             engine.reset_encoder_cache()
             if self.asleep:
+                torch.cuda.empty_cache()
                 self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
 
@@ -431,23 +434,21 @@ class VLLMEngine:
         """Return n completed copies of every sample, prompt by prompt."""
         assert not self.asleep, "the sampler sleeps: sync it before it answers"
         assert not any(s.completion_ids for s in samples), "these samples are answered already"
-        bans = {i: -100.0 for i in utils.banned_ids(self.processor)}
-        base = self.SamplingParams(n=n, temperature=temperature, top_p=top_p, logprobs=0,
-                                   max_tokens=max_new_tokens, logit_bias=bans, detokenize=False)
-        prompts, params = [], []
-        for s in samples:
-            prompts.append({"prompt": s.prompt_text})
-            if len(s.images) > MOST_IMAGES:
-                raise RunError(f"the prompt {s.id} has {len(s.images)} images, vLLM is set up for "
-                               f"{MOST_IMAGES}; raise MOST_IMAGES in rollout.py.")
+        asked = n if temperature else 1  # greedy answers to a prompt are one and the same
+        prompts = []
+        for s in samples:  # as ids: no default of the checkpoint's tokenizer can cut or pad them
+            prompts.append({"prompt_token_ids": utils.tokenise(self.processor.tokenizer,
+                                                               s.prompt_text)})
             if s.images:
                 pictures = [utils.open_image(image) for image in s.images]
                 prompts[-1]["multi_modal_data"] = {"image": pictures}
-            params.append(base.clone())
-            if self.seed_requests:  # vLLM gives the n answers of a request the seeds after it
-                params[-1].seed = seed_number(seed, s.id)
-        torch.manual_seed(seed_number(seed, rank()))  # all else draws from the global generator
+        common = {"n": asked, "temperature": temperature, "top_p": top_p, "logprobs": 0,
+                  "max_tokens": max_new_tokens, "detokenize": False, "stop_token_ids": self.eos,
+                  "logit_bias": {i: -100.0 for i in utils.banned_ids(self.processor)}}
         with guarded("answering", self.seconds):
+            # HAZARD: without a seed a request draws its noise from a generator of vLLM's own, which
+            # each run starts anew. The n answers of a request get the seeds from this one on
+            params = [self.SamplingParams(seed=seed_number(seed, s.id), **common) for s in samples]
             answered = self.llm.generate(prompts, params, use_tqdm=False)
         done = []
         for s, answer in zip(samples, answered, strict=True):
@@ -457,11 +458,22 @@ class VLLMEngine:
                 raise RunError(f"vLLM reads the prompt {s.id} as {read.count(image)} image "
                                f"placeholders, the trainer as {s.prompt_ids.count(image)}, or "
                                "other text: sampler and trainer have different processors.")
-            for output in answer.outputs:
-                logprobs = [step[t].logprob for t, step in zip(output.token_ids, output.logprobs)]
+            for output in answer.outputs * (n // asked):
+                logprobs = finite_logprobs(output, s)
                 done.append(completed(s, list(output.token_ids), logprobs, self.eos,
                                       self.processor))
         return done
+
+
+def finite_logprobs(output, sample):
+    """The log-probabilities of a vLLM output's tokens, each of them a number: NaN answers too."""
+    steps = zip(output.token_ids, output.logprobs or [])
+    logprobs = [step[t].logprob for t, step in steps if t in step]
+    whole = output.token_ids and len(logprobs) == len(output.token_ids)
+    if not whole or not math.isfinite(sum(logprobs)):
+        raise RunError(f"vLLM's log-probabilities on the prompt {sample.id} are missing or not "
+                       "finite: look for NaN in the weights, try --dtype float32 or --engine hf.")
+    return logprobs
 
 
 def import_vllm():
@@ -514,6 +526,14 @@ def choose_engine(kind):
         if torch.cuda.is_available() and importlib.util.find_spec("vllm"):
             kind = "vllm"
     return kind
+
+
+def check_images(samples, kind):
+    """UserError, before anything is loaded, where a prompt has more images than vLLM takes."""
+    for s in samples if choose_engine(kind) == "vllm" else ():
+        if len(s.images) > MOST_IMAGES:
+            raise UserError(f"the prompt {s.id} has {len(s.images)} images, vLLM is set up for "
+                            f"{MOST_IMAGES}: raise MOST_IMAGES in rollout.py, or give --engine hf.")
 
 
 def make_engine(kind, model, processor, args, cache=None):
@@ -755,7 +775,9 @@ def main(args):
     utils.check_data(args)
     samples = utils.load_samples(utils.data_path(args.data, out), processor, args.max_prompt_tokens)
     samples = samples[: args.limit or None]
+    check_images(samples, args.engine)
     if args.doctor:
+        args.vllm_memory = min(args.vllm_memory, 0.4)  # the rest is the trainer's
         policy = utils.Policy(utils.load_model(args.model), processor)
         engine = make_engine(args.engine, policy.model, processor, args)
         policy = utils.shard(policy, utils.compute_dtype(args.dtype)).eval()

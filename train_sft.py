@@ -54,7 +54,6 @@ class Args:
     max_new_tokens: int = 96  # completions are cut off here; longer golden responses are refused
     rollout_batch_size: int = 256  # completions sampled at one time on a rank
     vllm_memory: float = 0.4  # share of a GPU's memory for vLLM, in (0, 1); the rest trains
-    seed_requests: bool = False  # vLLM: randomness by prompt, not by rank; slower
     engine_timeout: int = 3600  # seconds that one call of vLLM may take
     # Optimiser
     epochs: int = 3  # passes over the training prompts
@@ -184,7 +183,7 @@ def check_args(args):
 
 def main(args):
     from evaluate import before_and_after, chosen_settings, evaluate_splits
-    from rollout import end_ids, generation_config, make_engine, rehearse
+    from rollout import check_images, end_ids, generation_config, make_engine, rehearse
 
     check_args(args)
     utils.check_wandb(args.wandb)
@@ -200,6 +199,7 @@ def main(args):
     data = {split: utils.load_samples(path, processor, args.max_prompt_tokens)
             for split, path in paths.items()}
     prompts = [s for split in data.values() for s in split]
+    check_images(prompts, args.engine)
     eos = end_ids(generation_config(args.model), processor)[0]  # where every sampler stops
     train = with_golden_responses(data.pop("train"), processor, args.max_new_tokens, eos)
     steps_per_epoch = len(train) // args.batch_size
@@ -231,6 +231,7 @@ def main(args):
 
     start = 0
     if continues and (newest := utils.whole_checkpoint(out)):
+        engine.sleep()  # or the optimiser's state finds no room
         start = utils.load_resume_state(newest, policy, optimizer)
         print0(f"Continuing after step {start}.")
     utils.cut_logs(out, start)
@@ -242,6 +243,7 @@ def main(args):
     for step in (bar := tqdm(steps, "SFT", total, initial=start, disable=rank() > 0)):
         epoch, k = divmod(step - 1, steps_per_epoch)
         seconds = defaultdict(float)
+        utils.forget_peak_memory()
         batch = epoch_batches(train, args.batch_size, args.seed, epoch)[k]
         samples = batch[rank() :: world_size()]
 

@@ -303,10 +303,21 @@ def keep_memory():
         mallopt(name, 2**31 - 1)
 
 
-def peak_memory():
-    """The most memory this process has held, in bytes: the GPU's where there is one."""
+def forget_peak_memory():
+    """From here on `peak_memory` counts anew, on a GPU."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory():
+    """The most memory this process has held, in bytes: the GPU's, without vLLM's pool; or its own.
+
+    HAZARD: PyTorch counts vLLM's weights and cache at all times, also when they are asleep.
+    """
+    if torch.cuda.is_available():
+        cumem = sys.modules.get("vllm.device_allocator.cumem")
+        pool = cumem and cumem.CuMemAllocator.instance
+        return torch.cuda.max_memory_allocated() - (pool.get_current_usage() if pool else 0)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts kilobytes
 
 
@@ -713,6 +724,11 @@ def load_samples(path, processor, max_prompt_tokens):
         print0(f"{path}: left out {len(dropped)} of {len(samples)} prompts that are longer than "
                f"{max_prompt_tokens} tokens: {', '.join(dropped[:5])}{' ...' * (len(dropped) > 5)}")
     return kept
+
+
+def tokenise(tokenizer, text):
+    """The ids of a text as it stands: no special tokens around it, nothing cut or padded."""
+    return tokenizer(text, add_special_tokens=False, truncation=False, padding=False)["input_ids"]
 
 
 # ---------------------------------------------------------------------------------------------

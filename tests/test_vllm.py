@@ -82,6 +82,21 @@ def test_greedy_answers_are_those_of_the_embedded_engine(pair):
         (s.completion_text, s.finish_reason) for s in ours]
 
 
+def test_several_greedy_answers_are_copies(pair):
+    engine, _, samples, _ = pair
+    one, three = (engine.generate(samples[:4], n, 0, 1.0, 32, 0) for n in (1, 3))
+    assert [s.completion_ids for s in three] == [s.completion_ids for s in one for _ in range(3)]
+
+
+def test_weights_that_hold_nan_end_with_a_sentence(pair):
+    """They answer as any others do."""
+    engine, policy, samples, _ = pair
+    policy.model.get_decoder().norm.weight.data.fill_(torch.nan)
+    engine.sync(policy.model)
+    with pytest.raises(utils.RunError, match=f"prompt {samples[0].id} are missing or not finite"):
+        engine.generate(samples[:4], 2, 1.0, 1.0, 16, 0)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_log_probabilities_are_the_trainers(pair, temperature):
     assert gap(*pair, temperature) < 1e-3
@@ -199,19 +214,17 @@ def test_a_seed_repeats_and_steps_differ(pair):
     engine, _, samples, _ = pair
     first, again, other = ([s.completion_ids for s in engine.generate(samples, 2, 1.0, 1.0, 64, x)]
                            for x in ("0 1", "0 1", "0 2"))
-    assert first == again and first != other
+    assert first == again and sum(a == b for a, b in zip(first, other)) < len(first) / 4
     assert len({tuple(ids) for ids in first}) > len(first) / 2  # siblings differ
 
 
-def test_seeded_requests_do_not_depend_on_the_batch(pair):
+def test_randomness_is_of_the_prompt_and_not_of_the_batch(pair):
+    """Whatever torch's generator holds, and whoever else is asked."""
     engine, _, samples, _ = pair
-    engine.seed_requests = True
-    try:
-        together = engine.generate(samples[:16], 2, 1.0, 1.0, 64, 7)
-        apart = [s for part in (samples[8:16], samples[:8])
-                 for s in engine.generate(part[::-1], 2, 1.0, 1.0, 64, 7)]
-    finally:
-        engine.seed_requests = False
+    together = engine.generate(samples[:16], 2, 1.0, 1.0, 64, 7)
+    torch.manual_seed(1)
+    apart = [s for part in (samples[8:16], samples[:8])
+             for s in engine.generate(part[::-1], 2, 1.0, 1.0, 64, 7)]
     by_id = {}
     for s in apart:
         by_id.setdefault(s.id, []).append(s.completion_ids)
