@@ -2,6 +2,7 @@
 around a mock of vllm (test_vllm.py has the real one), and the weights that mend what is left."""
 
 import copy
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,17 +11,22 @@ from unittest import mock
 
 import pytest
 import torch
+from tokenizers import processors
 
+import evaluate
 import rollout
 import test_parity as parity
 import toy
 import train_grpo
+import train_sft
 import utils
 from conftest import ROOT
 from utils import Policy, RunError, UserError
 
 ARGS = rollout.Args(max_new_tokens=8)
 IMAGE = toy.SPECIAL.index("<|image_pad|>")
+ANY = mock.ANY
+GROUPS = {train_grpo: {"mini_batch_size": 2, "group_size": 2, "max_new_tokens": 4}, train_sft: {}}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -171,15 +177,19 @@ def test_vllm_is_asked_and_answers_as_the_embedded_engine(served, kind):
     assert got == want and {s.finish_reason for s in got} == {"stop", "length"}
     seen = [p.tobytes() for asked in (two, one) for p in asked["multi_modal_data"]["image"]]
     assert seen == [utils.open_image(i).tobytes() for s in served.prompts for i in s.images]
-    assert text == {"prompt": served.prompts[1].prompt_text}
+    assert text == {"prompt_token_ids": served.prompts[1].prompt_ids}
+    assert [p["prompt_token_ids"].count(IMAGE) for p in (two, one)] == [2, 1]  # vLLM expands them
     asked = {"n": 8, "temperature": 1.0, "top_p": 1.0, "max_tokens": 8,
+             "stop_token_ids": [a, b] if kind == "several" else [a],
              "logit_bias": {IMAGE: -100, served.processor.video_token_id: -100}}
     assert served.engine.seconds == 3600 and all(asked.items() <= vars(p).items() for p in params)
     assert served.vllm.LLM.call_args.kwargs["logprobs_mode"] == "processed_logprobs"
 
 
-def test_sleep_and_sync(served):
-    """Weights before the cache that depends on them, and nothing that the old ones computed."""
+def test_sleep_and_sync(served, monkeypatch):
+    """Weights before the cache that depends on them, and nothing that the old ones computed; what
+    PyTorch holds in reserve is given back before vLLM maps either."""
+    monkeypatch.setattr(torch.cuda, "empty_cache", served.llm.empty_cache)
     assert [served.engine.sleep() or served.engine.asleep  # on a CPU vLLM cannot; twice is once
             for served.engine.sleeps in (False, True, True)] == [False, True, True]
     with pytest.raises(AssertionError, match="sync it before"):
@@ -187,22 +197,80 @@ def test_sleep_and_sync(served):
     served.engine.sync(served.model)
     done, cached = mock.call, mock.call.llm_engine
     assert served.llm.mock_calls == [
-        done.sleep(level=1), done.wake_up(tags=["weights"]),
+        done.sleep(level=1), done.empty_cache(), done.wake_up(tags=["weights"]),
         done.collective_rpc(rollout.reload_weights, args=mock.ANY), cached.reset_prefix_cache(),
-        cached.reset_mm_cache(), cached.reset_encoder_cache(), done.wake_up(tags=["kv_cache"])]
+        cached.reset_mm_cache(), cached.reset_encoder_cache(), done.empty_cache(),
+        done.wake_up(tags=["kv_cache"])]
     loaded = dict(*served.llm.collective_rpc.call_args.kwargs["args"])
     assert all(torch.equal(w, loaded[name]) for name, w in served.model.named_parameters())
     assert ask(served, served.prompts)[1] == ask(served, served.prompts)[1]  # twice after one sync
 
 
-def test_randomness_is_of_the_step_or_of_the_prompt(served):
-    """Whatever the order of the prompts, when each has a seed of its own."""
-    states = [ask(served, served.prompts, s) and bytes(torch.get_rng_state()) for s in (1, 1, 2)]
-    assert states[0] == states[1] != states[2]
-    served.engine.seed_requests = True
+def test_randomness_is_of_seed_step_and_prompt(served):
+    """Each request has a seed of its own, whatever the order of the prompts; torch's is let be."""
+    before = torch.get_rng_state()
     seeds = [[params.seed for params in ask(served, served.prompts[::order], step)[-1]]
-             for order, step in ((1, 1), (-1, 1), (1, 2))]
-    assert seeds[0] == seeds[1][::-1] and len({*seeds[0], *seeds[2]}) == 6
+             for order, step in ((1, "0 1"), (-1, "0 1"), (1, "0 2"), (1, "1 1"))]
+    assert seeds[0] == seeds[1][::-1] and len({*seeds[0], *seeds[2], *seeds[3]}) == 9
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("setting", [
+    lambda rust: rust.enable_truncation(5), lambda rust: rust.enable_padding(length=999),
+    lambda rust: setattr(rust, "post_processor", processors.TemplateProcessing(
+        single="<|im_end|> $A <|im_end|>", special_tokens=[("<|im_end|>", 2)]))])
+def test_no_default_of_the_tokenizer_touches_a_prompt(served, setting):
+    """A trainer's truncation and padding stay in tokenizer.json, llama's adds BOS: vLLM gets ids that
+    were made without, and its own processor, which makes a text for each image, is to cut nothing."""
+    tokenizer = served.engine.processor.tokenizer
+    wanted = [asked["prompt_token_ids"] for asked in ask(served, served.prompts)[2]]
+    setting(tokenizer.backend_tokenizer)
+    encoded = tokenizer.backend_tokenizer.encode(served.prompts[1].prompt_text).ids
+    assert encoded != served.prompts[1].prompt_ids == wanted[1]
+    assert [asked["prompt_token_ids"] for asked in ask(served, served.prompts)[2]] == wanted
+    assert served.vllm.LLM.call_args.kwargs["mm_processor_kwargs"] == {"truncation": False}
+
+
+def test_several_greedy_answers_are_asked_for_once(served):
+    """vLLM refuses n > 1 at temperature 0: the answer is repeated, each time an object of its own."""
+    ask(served, served.prompts[:1])
+    served.llm.generate.return_value[0].outputs[1:] = []
+    done = served.engine.generate(served.prompts[:1], 3, 0, 1.0, 8, 0)
+    assert served.llm.generate.call_args.args[1][0].n == 1
+    assert len(done) == 3 and done[0] == done[1] == done[2] and len({*map(id, done)}) == 3
+    assert len({id(s.completion_ids) for s in done}) == len({id(s.rewards) for s in done}) == 3
+
+
+def test_more_pictures_than_vllm_takes_are_refused_at_load(served):
+    prompt = replace(served.prompts[0], images=served.prompts[0].images * 5)
+    rollout.check_images([prompt], "hf")
+    rollout.check_images([replace(prompt, images=prompt.images[:8])], "vllm")
+    with pytest.raises(UserError, match="^the prompt two has 10 images, vLLM .* for 8: .* hf[.]$"):
+        rollout.check_images([served.prompts[1], prompt], "vllm")
+
+
+@pytest.mark.parametrize("stage", [rollout, evaluate, train_grpo, train_sft])
+def test_every_stage_refuses_them_before_it_loads_a_model(stage, qwen, data_path, tmp_path, one_rank):
+    row = {"id": "nine", "question": "<image>" * 9, "answer": "1", "images": ["images/rgb.png"] * 9}
+    (data_path.parent / "nine.jsonl").write_text(json.dumps(row) + "\n")
+    data, given = str(data_path.parent / "nine.jsonl"), {"data": str(data_path.parent / "nine.jsonl")}
+    if stage in GROUPS:
+        given = {"train_data": str(data_path), "validation_data": data, "test_data": ""}
+    with pytest.raises(UserError, match="^the prompt nine has 9 images"):
+        stage.main(stage.Args(model=str(qwen.path), engine="vllm", out=str(tmp_path / "out"), **given))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("asked, given", [(0.85, 0.4), (0.3, 0.3)])
+def test_the_doctors_engine_leaves_room_for_the_trainer(qwen, data_path, one_rank, monkeypatch, asked,
+                                                        given):
+    """vLLM wants its share of the whole GPU free at its start, and a model is loaded by then."""
+    make = mock.Mock(side_effect=InterruptedError)
+    monkeypatch.setattr(rollout, "make_engine", make)
+    with pytest.raises(InterruptedError):
+        rollout.main(rollout.Args(model=str(qwen.path), data=str(data_path), doctor=True,
+                                  vllm_memory=asked))
+    assert make.call_args.args[3].vllm_memory == given
 
 
 def test_failures_are_told_in_one_line(served, monkeypatch):
@@ -213,6 +281,12 @@ def test_failures_are_told_in_one_line(served, monkeypatch):
     served.llm.generate.side_effect = RuntimeError("CUDA out of memory\nand 40 more lines")
     with pytest.raises(RunError, match="^vLLM .*answering .CUDA out of memory.* --vllm_memory .*$"):
         ask(served, served.prompts)
+    monkeypatch.setattr(served.engine, "SamplingParams", mock.Mock(side_effect=ValueError("n!")))
+    with pytest.raises(RunError, match="^vLLM failed while answering .n!."):
+        ask(served, served.prompts)
+    served.engine.sleeps, served.llm.sleep.side_effect = True, MemoryError()
+    with pytest.raises(RunError, match="^vLLM failed while going to sleep .MemoryError."):
+        served.engine.sleep()
     served.vllm.LLM.side_effect = RuntimeError("no driver\nand 40 more lines")
     with pytest.raises(UserError, match="^--engine vllm: .* starting .no driver.* --engine hf[.]$"):
         rollout.VLLMEngine(served.path, served.processor, ARGS)
@@ -273,6 +347,38 @@ def test_choice_and_seeds(cuda, found, monkeypatch):
     assert [rollout.choose_engine(kind) for kind in ("auto", "hf", "vllm")] == want
     assert [rollout.seed_number(i, "two") for i in ("0 1", 7)] == [1939820100, 280970847]
     assert 2**30 < max(map(rollout.seed_number, range(100))) < 2**31
+
+
+@pytest.mark.parametrize("trainer", [train_grpo, train_sft])
+def test_the_sampler_sleeps_before_a_run_goes_on(qwen, data_path, tmp_path, one_rank, monkeypatch,
+                                                 trainer):
+    """The optimiser's state is made where a sampler that is awake would leave no room."""
+    calls = mock.Mock()
+    calls.load.side_effect = InterruptedError
+    monkeypatch.setattr(rollout, "make_engine", lambda *_: calls.engine)
+    for name, found in (("choose_run", (tmp_path, True)), ("whole_checkpoint", tmp_path),
+                        ("begin_run", None)):
+        monkeypatch.setattr(utils, name, mock.Mock(return_value=found))
+    monkeypatch.setattr(utils, "load_resume_state", calls.load)
+    with pytest.raises(InterruptedError):
+        trainer.main(trainer.Args(model=str(qwen.path), train_data=str(data_path), batch_size=2,
+                                  validation_data="", test_data="", **GROUPS[trainer]))
+    assert calls.mock_calls == [mock.call.engine.sleep(), mock.call.load(tmp_path, ANY, ANY)]
+
+
+@pytest.mark.parametrize("trainer", [train_grpo, train_sft])
+def test_memory_is_counted_anew_at_each_step(qwen, data_path, tmp_path, one_rank, monkeypatch,
+                                             trainer):
+    calls, update = [], trainer.update
+    monkeypatch.setattr(utils, "forget_peak_memory", lambda: calls.append("forget"))
+    monkeypatch.setattr(trainer, "update", lambda *a: calls.append("update") or update(*a))
+    monkeypatch.setattr(utils, "peak_memory", lambda: calls.append("peak") or 1e9)
+    for name, found in (("choose_run", (tmp_path, False)), ("begin_run", None),
+                        ("save_checkpoint", None)):
+        monkeypatch.setattr(utils, name, mock.Mock(return_value=found))
+    trainer.main(trainer.Args(model=str(qwen.path), train_data=str(data_path), batch_size=2,
+                              max_steps=2, validation_data="", test_data="", **GROUPS[trainer]))
+    assert calls == ["forget", "update", "peak"] * 2
 
 
 @pytest.mark.parametrize("cap, strays", [(1.5, True), (0.0, True), (1.5, False)])

@@ -854,14 +854,15 @@ def test_step_metrics_are_means_over_tokens_and_completions(qwen):
                for i, (r, n) in enumerate(zip(rewards, lengths))]
     sums = train_grpo.rollout_sums(samples, 2)
     sums |= {"update_tokens": 40, "divisor": 40, "loss": 8.0, "entropy": 80.0}  # two passes over the 20 tokens
-    sums |= {"sampler_gap": 4.0, "sampler_ratio": 40.0, "sampler_ratio_squared": 80.0}
+    sums |= {"sampler_gap": 4.0, "sampler_ratio": 40.0, "sampler_ratio_squared": 80.0,
+             "sampler_gap_clipped": 2.0}
     got = train_grpo.step_metrics(sums, [1.0, 3.0], {"rollout": 0.5}, 1e-4)
     assert got["reward"] == got["reward/accuracy"] == 0.5  # 1.5 of 3, not of 4
     assert (got["length"], got["truncated"], got["unscored"]) == (5, 0.25, 0.25)
     assert got["groups_all_alike"] == 0.5
     assert (got["loss"], got["entropy"], got["grad_norm"]) == (0.2, 2.0, 2.0)
     assert "kl" not in got and got["seconds_rollout"] == 0.5
-    assert (got["sampler_gap"], got["sampler_ratio"]) == (0.1, 1.0)
+    assert (got["sampler_gap"], got["sampler_gap_clipped"], got["sampler_ratio"]) == (0.1, 0.05, 1)
     assert got["sampler_effective_size"] == 0.5  # 40^2 / (40 * 80): as if half the tokens counted
 
 
@@ -875,19 +876,57 @@ def test_importance_weights_by_hand():
     assert not close(flipped, [[1.2]])  # the classic slip: sampler over trainer
 
 
-@pytest.mark.parametrize("ratio, size, stops", [
-    (1.0, 1.0, False), (0.98, 0.9, False), (0.3, 1.0, True), (2.5, 0.9, True), (1.0, 0.1, True),
-    (3e-7, 0.5, True), (math.nan, math.nan, True), (math.inf, 0.0, True)])
-def test_a_sampler_that_strays_ends_the_run(ratio, size, stops):
-    metrics = {"sampler_ratio": ratio, "sampler_effective_size": size, "sampler_gap": 0.1}
+def strays(gaps):
+    """What the guard makes of one step with these differences, in nats, one a token."""
+    sums = Counter({"completions": 1, "groups": 1, "update_tokens": len(gaps)})
+    sums.update(train_grpo.gap_sums(torch.tensor(gaps)))
+    train_grpo.stop_if_sampler_strays(train_grpo.step_metrics(sums, [1.0], {}, 1e-4))
+
+
+@pytest.mark.parametrize("gaps, stops", [
+    ([0.0] * 50, False), ([0.05, -0.05] * 50, False), ([0.0] * 99 + [-500.0], False),
+    ([0.0] * 9471 + [5.5], False), ([0.0] * 9471 + [12.0], False), ([0.0] * 9471 + [500.0], False),
+    ([1.0, -1.0] * 50, True), ([0.0, 0.3] * 50, True), ([0.0, -2.0] * 50, True),
+    ([0.11] * 50, True), ([-0.11] * 50, True), ([0.09] * 50, False)])
+def test_a_sampler_that_strays_ends_the_run(gaps, stops):
+    """Many tokens that are off by a little, or half of them by much; never one of many."""
     if stops:
         with pytest.raises(utils.RunError, match="strayed from the policy.*not taken over"):
-            train_grpo.stop_if_sampler_strays(metrics)
+            strays(gaps)
     else:
-        train_grpo.stop_if_sampler_strays(metrics)
+        strays(gaps)
+
+
+@pytest.mark.parametrize("gap", [math.nan, math.inf, -math.inf])
+def test_a_difference_that_is_no_number_ends_the_run_by_its_own_sentence(gap):
+    with pytest.raises(utils.RunError, match="not finite: look for NaN in the weights"):
+        strays([0.0] * 1000 + [gap])
 
 
 def test_a_step_without_a_token_to_train_on_does_not_stray():
     """All completions were cut off and masked: nothing was compared, so nothing disagreed."""
-    nothing = {"sampler_ratio": 0.0, "sampler_effective_size": 0.0, "sampler_gap": 0.0}
-    train_grpo.stop_if_sampler_strays(nothing)
+    strays([])
+
+
+def test_what_differs_is_summed_by_hand():
+    # 0.5, -2 and 0 nats: 2.5 in all, 1.5 where a token counts at most 1; ratios 1.6487, 0.1353, 1
+    sums = train_grpo.gap_sums(torch.tensor([0.5, -2.0, 0.0]))
+    assert sums == pytest.approx({"sampler_gap": 2.5, "sampler_gap_clipped": 1.5,
+                                  "sampler_ratio": 2.7841, "sampler_ratio_squared": 3.7366}, rel=1e-4)
+    for value in train_grpo.gap_sums(torch.full((1000,), 60.0)).values():
+        assert math.isfinite(value)  # JSON has no Infinity; e^120 is none of float32's numbers
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 100, 101, 9472, 1_000_001])
+def test_the_99th_percentile_is_torchs(count):
+    values = torch.rand(count, generator=torch.Generator().manual_seed(count))
+    assert train_grpo.percentile_99(values) == values.quantile(0.99).item()
+
+
+def test_the_99th_percentile_of_none_and_of_more_than_torch_takes():
+    assert train_grpo.percentile_99(torch.zeros(0)) == 0
+    many = torch.zeros(2**24 + 1)
+    many[: 2**18] = 1.0  # 1.6 % of them
+    with pytest.raises(RuntimeError, match="too large"):
+        many.quantile(0.99)
+    assert train_grpo.percentile_99(many) == 1.0

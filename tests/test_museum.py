@@ -18,10 +18,12 @@ import runpy
 import signal
 import sys
 import threading
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -42,6 +44,7 @@ from conftest import answered, png
 from test_parity import (
     ARGS, Probe, assert_same_gradients, by_id, gradients, mixed, plain_inputs, plain_logprobs)
 from conftest import answered, load_tiny, png
+from test_engines import ask, served  # noqa: F401  (served is a fixture)
 from test_parity import ARGS, Probe, assert_same_gradients, by_id, gradients, mixed
 from utils import Policy, collate
 
@@ -1208,3 +1211,134 @@ def test_two_helpers_of_one_name(tmp_path, monkeypatch):
         buggy |= runpy.run_path(str(tmp_path / name / "mine.py"))
     assert [buggy[name]([None]) for name in "ab"] == [[1.0], [1.0]]
     sys.modules.pop("scale_of_reward")
+# What outside eyes found: vLLM and the guard
+
+
+def test_seeds_that_never_reach_the_sampler(served):
+    """Ours, until outside eyes looked: vLLM's second model runner draws an unseeded request's noise
+    from numpy's generator, which each engine seeds alike at its start; `torch.manual_seed` reached
+    nothing. All values of --seed shared one stream, and a resumed run began it anew. Now a request
+    has a seed of its own, from seed, step and prompt."""
+    buggy, ours = {}, {}
+    for seed in ("0 1", "0 2", "1 1"):  # --seed and step
+        np.random.seed(0)  # what the engine's start leaves behind
+        torch.manual_seed(rollout.seed_number(seed, 0))
+        buggy[seed] = np.random.randint(-2**63, 2**63 - 1, 3).tolist()  # SamplingStates.add_request
+        ours[seed] = [params.seed for params in ask(served, served.prompts, seed)[-1]]
+        assert ours[seed] == [params.seed for params in ask(served, served.prompts, seed)[-1]]
+    assert buggy["0 1"] == buggy["0 2"] == buggy["1 1"]
+    assert len({n for numbers in ours.values() for n in numbers}) == 9
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda steps: steps[0].update({t: SimpleNamespace(logprob=math.nan) for t in steps[0]}),
+    lambda steps: steps[-1].update({t: SimpleNamespace(logprob=-math.inf) for t in steps[-1]}),
+    lambda steps: steps[0].clear(), lambda steps: steps.pop()], ids=["nan", "inf", "gone", "short"])
+def test_answers_without_a_probability(served, spoil):
+    """vllm#14126, Qwen3-VL#71: weights that hold NaN answer with token 0 for ever, an evaluation says
+    0.0 % and exits with 0. Ours ends, and names the prompt, where vLLM's log-probability of a token
+    that it drew is no number, or not there."""
+    honest = ask(served, served.prompts)[1]
+    assert all(math.isfinite(x) for s in honest for x in s.sampler_logprobs)
+    answer = served.llm.generate.return_value[1]  # of the prompt "text"
+    spoil(answer.outputs[0].logprobs)
+    buggy = zip(answer.outputs[0].token_ids, answer.outputs[0].logprobs)
+    said = [getattr(step.get(t), "logprob", 0.0) for t, step in buggy]
+    assert said != honest[8].sampler_logprobs  # which went on into the update
+    with pytest.raises(utils.RunError, match="prompt text are missing or not finite"):
+        served.engine.generate(served.prompts, 8, 1.0, 1.0, 8, 0)
+
+
+def strayed(gaps):
+    """The guard's sentence on these differences of log-probabilities, in nats, or None."""
+    sums = Counter({"completions": 1, "groups": 1, "update_tokens": len(gaps)})
+    sums.update(train_grpo.gap_sums(gaps))
+    try:
+        train_grpo.stop_if_sampler_strays(train_grpo.step_metrics(sums, [1.0], {}, 1e-4))
+    except utils.RunError as error:
+        return str(error)
+
+
+def buggy_guard(gaps):
+    """Ours, as it was: an unbounded second moment as a kill switch."""
+    ratio = gaps.exp()
+    size = ratio.mean() ** 2 / ratio.square().mean()
+    return not (0.5 < ratio.mean() < 2 and size > 0.2)
+
+
+@pytest.mark.parametrize("off", [5.5, 12.0, -12.0])
+def test_one_token_that_ends_a_run(off):
+    """vllm#47425, verl#2996, and ours: of 9,472 tokens one was 5.5 nats off, its squared ratio was
+    most of the sum, and the guard ended a healthy run. Now a token counts at most 1 nat."""
+    gaps = 0.02 * torch.randn(9472, generator=torch.Generator().manual_seed(0))  # of bfloat16
+    assert not buggy_guard(gaps) and strayed(gaps) is None
+    gaps[4711] = off
+    assert buggy_guard(gaps) == (off > 0) and strayed(gaps) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["stale", "temperature", "images"])
+def test_a_guard_that_sleeps(tiny, how):
+    """The other half of the story: what the guard is for still ends a run, in half of the samples
+    too. Most of these passed the old one: where a sampler reports what it drew from, the mean ratio
+    is 1 by construction, however far it has strayed."""
+    sampler, asked = copy.deepcopy(tiny.model), [s for s in tiny.samples if s.images]
+    if how == "stale":
+        for p in sampler.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    seen = [replace(s, images=[white(i) for i in s.images]) for s in asked] if how == "images" else asked
+    temperature = 0.7 if how == "temperature" else 1.0
+    gaps = {}
+    for name, model, prompts, t in (("honest", tiny.model, asked, 1.0),
+                                    (how, sampler, seen, temperature)):
+        done = rollout.HFEngine(model, tiny.processor, 64).generate(prompts, 4, t, 1.0, 8, 0)
+        done = [replace(d, images=s.images) for d, s in zip(done, [s for s in asked for _ in range(4)])]
+        theirs = rollout.trainer_logprobs(Policy(tiny.model, tiny.processor), done, tiny.processor)
+        gaps[name] = [torch.tensor(a) - torch.tensor(s.sampler_logprobs) for a, s in zip(theirs, done)]
+    assert strayed(torch.cat(gaps["honest"])) is None
+    assert "strayed from the policy" in strayed(torch.cat(gaps[how]))
+    half = torch.cat([g for i, g in enumerate(gaps["honest"]) if i % 2] + gaps[how][::2])
+    assert "strayed from the policy" in strayed(half)
+    assert how == "stale" or not buggy_guard(half)
+
+
+def white(path):
+    """The bytes of an empty picture of the same size."""
+    return utils.as_png(Image.new("RGB", utils.open_image(path).size, "white"))
+
+
+def test_memory_that_is_asleep_or_long_gone(monkeypatch):
+    """Ours: `peak_memory_gb` was PyTorch's peak since the start, so that it showed the loading of the
+    model for ever; and it held vLLM's weights and cache, which PyTorch counts while they sleep."""
+    live, peak, pool = 30, 60, 20  # GB; of them vLLM's
+    card = {"is_available": lambda: True, "max_memory_allocated": lambda: peak,
+            "reset_peak_memory_stats": lambda: resets.append(live)}
+    resets = []
+    for name, function in card.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    assert utils.peak_memory() == 60  # the buggy form's, and right without vLLM
+    allocator = SimpleNamespace(get_current_usage=lambda: pool)
+    cumem = SimpleNamespace(CuMemAllocator=SimpleNamespace(instance=None))
+    monkeypatch.setitem(sys.modules, "vllm.device_allocator.cumem", cumem)
+    assert utils.peak_memory() == 60  # imported, and never slept
+    cumem.CuMemAllocator.instance = allocator
+    assert utils.peak_memory() == 40
+    utils.forget_peak_memory()
+    assert resets == [30]
+
+
+def test_old_log_probabilities_that_are_no_numbers(qwen, one_rank):
+    """Ours: NaN of a spoilt reference went through the pass into the rewards (k1), where it stood for
+    "not scored", and the run went on. Now the pass ends it, and names the prompts."""
+    samples = [replace(s, reward=1.0) for s in answered(qwen.samples[:4], qwen.processor)]
+    policy, ref = Policy(qwen.model, qwen.processor), {id(s): [math.nan] for s in samples}
+    train_grpo.subtract_divergence(samples, {id(s): [-1.0] for s in samples}, ref, 0.1)
+    advantages = train_grpo.grpo_advantages(torch.tensor([[s.reward for s in samples]]))
+    assert (advantages == 0).all()  # nothing learnt, nothing said
+    assert train_grpo.logprob_pass(policy, samples, ARGS).keys() == {id(s) for s in samples}
+    word = samples[2].completion_ids[0]
+    samples = [replace(s, completion_ids=[word + (s.id != samples[2].id)] * 2) for s in samples]
+    qwen.model.get_output_embeddings().register_forward_hook(
+        lambda module, args, out: out.index_fill(-1, torch.tensor([word]), -math.inf))
+    with pytest.raises(utils.RunError, match=rf"log-probability is -inf on the prompts .'{samples[2].id}'.;"):
+        train_grpo.logprob_pass(policy, samples, ARGS)
