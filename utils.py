@@ -726,11 +726,6 @@ def load_samples(path, processor, max_prompt_tokens):
     return kept
 
 
-def tokenise(tokenizer, text):
-    """The ids of a text as it stands: no special tokens around it, nothing cut or padded."""
-    return tokenizer(text, add_special_tokens=False, truncation=False, padding=False)["input_ids"]
-
-
 # ---------------------------------------------------------------------------------------------
 # Models
 
