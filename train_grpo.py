@@ -498,7 +498,7 @@ def stop_if_sampler_strays(metrics):
     if rank() == 0 and not math.isfinite(metrics["sampler_gap"]):
         raise RunError("a log-probability of the sampler or of the trainer is not finite: look for "
                        "NaN in the weights; rollout.py --doctor compares the two.")
-    if rank() == 0 and gap > 0.15:
+    if rank() == 0 and gap > 0.1:
         raise RunError(
             f"the sampler has strayed from the policy: mean difference {gap:.3g} nats, mean ratio "
             f"{ratio:.3g}. Likely causes: weights that were not taken over, images or positions "
