@@ -522,6 +522,18 @@ def test_helpers_beside_reward_files_of_one_name(tmp_path, monkeypatch):
     assert samples[0].rewards == {"plain": 5.0, "pooled": 222.0}
 
 
+def test_a_helper_is_imported_once(tmp_path):
+    """A model that it loads is not loaded anew at each step, though another file has a helper of that name."""
+    first, second = two_of_a_name(tmp_path)
+    for file in (first, second):
+        (file.parent / "later" / "deep.py").write_text(f"open({str(tmp_path / 'log')!r}, 'a').write('x')\ndef h():\n    return 0\n")
+    rewards = reward.load_rewards(f"{first}:plain:1") | {"second": reward.load_rewards(f"{second}:plain:1")["plain"]}
+    for _ in range(3):
+        samples = [sample("x")]
+        reward.score(samples, rewards)
+    assert samples[0].rewards == {"plain": 101.0, "second": 202.0} and (tmp_path / "log").read_text() == "xx"
+
+
 def test_workers_of_a_process_pool_find_the_file(tmp_path):
     """Forked and spawned; the second file of that name too."""
     first, second = two_of_a_name(tmp_path)
