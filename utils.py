@@ -629,7 +629,7 @@ def refuse_marks(text, what, place, processor):
     """UserError where a text holds what would be a mark of the chat or of an image to the model."""
     tokenizer = processor.tokenizer
     marks = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    marks |= {*tokenizer.all_special_ids, *banned_ids(processor)} - {tokenizer.unk_token_id}
+    marks = {*marks, *banned_ids(processor)} - {tokenizer.unk_token_id}
     for i in tokenise(tokenizer, text):
         if i in marks:
             mark = tokenizer.convert_ids_to_tokens(i)

@@ -85,6 +85,7 @@ MISTAKES = [  # (rows, what the sentence must hold)
     ([TEXT | {"x": [{"y": ["iVBORw0KGgoAAAANSUhEUg"]}]}], 'the field "x" holds a picture'),
     ([TEXT | {"file_name": "not/there.png"}], 'the field "file_name" holds a picture'),
     ([TEXT | {"source": "images/bare"}], 'the field "source" holds a picture'),
+    ([GOOD | {"x": "data:image/png;base64,iVBO"}], 'the field "x" holds a picture'),
     ([GOOD | {"second": "images/line.png"}], 'the field "second" holds a picture'),
     ([GOOD | {"image2": "not/there.png"}], 'the field "image2" holds a picture'),
     ([GOOD | {"images": ["images/line.png"]}], "line 1: images and image hold different images; keep one"),

@@ -1076,14 +1076,15 @@ def test_prompts_cut_by_what_a_trainer_left_in_the_tokenizer(qwen, data_path, tm
 
 
 @pytest.mark.parametrize("left", [LEFT_BEHIND["tokenizer.json"][0], LEFT_BEHIND["tokenizer.json"][2]])
-def test_the_processors_defaults_are_the_tokenizers(qwen, tmp_path, left):
-    """The buggy form of the story above: a bare call of the processor."""
+def test_the_processors_defaults_are_the_tokenizers(qwen, data_path, tmp_path, left):
+    """The buggy form of the story above: a bare call of the processor, whoever loaded it."""
     sample = by_id(qwen.samples, "text")[0]
     assert len(sample.prompt_ids) > 20
     qwen.processor.save_pretrained(tmp_path)
     whole = json.loads((tmp_path / "tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole | left))
     buggy = transformers.AutoProcessor.from_pretrained(tmp_path)
+    assert utils.load_samples(data_path, copy.deepcopy(buggy), 2048) == qwen.samples
     if "truncation" in left:
         assert len(buggy(text=[sample.prompt_text])["input_ids"][0]) == 20
     else:
