@@ -534,6 +534,13 @@ def test_a_helper_is_imported_once(tmp_path):
     assert samples[0].rewards == {"plain": 101.0, "second": 202.0} and (tmp_path / "log").read_text() == "xx"
 
 
+def test_a_file_with_two_rewards_is_run_once(tmp_path):
+    log = str(tmp_path / "log")
+    (tmp_path / "mine.py").write_text(f"open({log!r}, 'a').write('x')\n\ndef f(samples):\n    return [1]\n\ng = f\n")
+    reward.load_rewards(f"{tmp_path}/mine.py:f:1,{tmp_path}/mine.py:g:1")
+    assert Path(log).read_text() == "x"
+
+
 def test_workers_of_a_process_pool_find_the_file(tmp_path):
     """Forked and spawned; the second file of that name too."""
     first, second = two_of_a_name(tmp_path)
