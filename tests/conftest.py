@@ -49,7 +49,7 @@ def one_rank():
 
 
 # ---------------------------------------------------------------------------------------------
-# Models: hidden size 64, two layers of language and two of vision, in three families. As in real
+# Models: hidden size 128, two layers of language and two of vision, in three families. As in real
 # checkpoints several query heads share a key-value head, of which there are several; the head is
 # tied to the embeddings (as in Qwen2.5-VL 3B), in Qwen3-VL a matrix of its own (as in its 8B)
 
@@ -68,18 +68,20 @@ def build_processor(family):
     return Processor(images, base.tokenizer, Videos(), chat_template=toy.CHAT_TEMPLATE)
 
 
-def build_model(family, processor, heads=(4, 2), head_dim=16, **more):
+def build_model(family, processor, heads=(4, 2), head_dim=32, **more):
     """A random model; weights larger than usual, so that its distributions are far from uniform.
 
     `heads` are query heads and key-value heads; `more` goes into the config of the language model.
+    vLLM has no kernel for heads below 32 on a CPU.
     """
     ids = processor.tokenizer.convert_tokens_to_ids
-    hidden, quarter, tied = heads[0] * head_dim, head_dim // 8, family != "qwen3_vl"
+    hidden, part, tied = heads[0] * head_dim, 3 * head_dim // 16, family != "qwen3_vl"
     rope = {"rope_type": "default", "rope_theta": 100.0,
-            "mrope_section": [2 * quarter, quarter, quarter]}
+            "mrope_section": [head_dim // 2 - 2 * part, part, part]}
     text = {"vocab_size": len(processor.tokenizer), "hidden_size": hidden, "intermediate_size": 64,
             "num_hidden_layers": 2, "num_attention_heads": heads[0], "num_key_value_heads": heads[1],
-            "max_position_embeddings": 4096, "tie_word_embeddings": tied, "initializer_range": 0.2,
+            "max_position_embeddings": 4096, "tie_word_embeddings": tied,
+            "initializer_range": 1.6 / hidden**0.5,
             "bos_token_id": None, "eos_token_id": ids("<|im_end|>"),
             "pad_token_id": ids("<|endoftext|>"), "rope_parameters": rope}
     vision = {"depth": 2, "num_heads": 2, "hidden_size": 32, "initializer_range": 0.2}

@@ -123,7 +123,7 @@ def test_chunks_of_the_head_change_nothing(qwen, monkeypatch):
         logprobs, _ = Policy(qwen.model, qwen.processor)(collate(samples, qwen.processor), 1.0)
         logprobs.sum().backward()
         results.append((logprobs, gradients(qwen.model)))
-    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=5e-6)
     assert_same_gradients(results[1][1], results[0][1])
 
 

@@ -256,7 +256,7 @@ def test_features_are_computed_once_and_change_nothing(tiny, tmp_path):
     for shared in (True, False, True):
         policy = Policy(tiny.model, tiny.processor, cache, shared)
         got = results(policy, policy.batch(samples), tiny.model)
-        torch.testing.assert_close(got[0], want[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(got[0], want[0], rtol=0, atol=2e-5)
         assert_same_gradients(got[2], want[2], 1e-4)
     assert len(calls) == len(pictures) > 2
     engine = rollout.HFEngine(tiny.model, tiny.processor, 8, cache)
@@ -283,7 +283,7 @@ def test_the_cache_keeps_its_bound(qwen):
     base, images = qwen.model.base_model, [png(colour) for colour in ("red", "white", "blue")]
     cache = utils.vision_cache(qwen.model, qwen.processor)
     each = cache.look(base, images[0])[1][0].nbytes
-    assert each == cache.held == 4 * 64 * 4  # 4 tokens, 64 wide, float32
+    assert each == cache.held == 4 * 128 * 4  # 4 tokens, 128 wide, float32
     cache.limit = 2 * each
     for i in (1, 0, 2):
         cache.look(base, images[i])
@@ -311,7 +311,7 @@ def test_no_cache_where_vision_or_connector_train(tiny, parts):
 def test_the_head_never_holds_all_logits(qwen, monkeypatch, tokens):
     """With a vocabulary of 150,000, the peak is that of one chunk, however many tokens there are."""
     monkeypatch.setattr(utils, "HEAD_NUMBERS", 32 * 150_000)
-    head = torch.nn.Linear(64, 150_000, bias=False)
+    head = torch.nn.Linear(128, 150_000, bias=False)
     monkeypatch.setattr(qwen.model, "get_output_embeddings", lambda: head)
     policy = Policy(qwen.model, qwen.processor)
     samples = [replace(qwen.samples[-1], completion_ids=[9] * 64) for _ in range(tokens // 64)]
@@ -319,7 +319,8 @@ def test_the_head_never_holds_all_logits(qwen, monkeypatch, tokens):
     policy(batch, 1.0)[0].sum().backward()  # the gradient of the head, which stays, is there now
     peak = bench.peak_bytes(lambda: policy(batch, 1.0)[0].sum().backward())
     chunk = 4 * 32 * 150_000
-    assert 2 * chunk < peak < 7 * chunk + 4 * head.weight.numel()  # logits, softmax, its gradient; the head's
+    # logits, softmax, its gradient; the head's, so far and of this chunk
+    assert 2 * chunk < peak < 7 * chunk + 8 * head.weight.numel() < 4 * 256 * 150_000 * 2
 
 
 # ---------------------------------------------------------------------------------------------
