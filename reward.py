@@ -577,8 +577,8 @@ def score(samples: list, rewards: dict[str, tuple], timeout: int = 3600) -> None
         values[name] = as_floats(column, len(samples), weight)
         if values[name] is None:
             raise RunError(f"reward {name!r} must return a list of {len(samples)} finite numbers "
-                           f"(None for what cannot be scored; {LARGEST_REWARD:.0e} at most, weighed "
-                           f"too): it returned {shown(column)[:80]}.")
+                           "(None for what cannot be scored), each, weighed too, at most "
+                           f"{LARGEST_REWARD:.0e}: it returned {shown(column)[:80]}.")
     for sample, *row in zip(samples, *values.values()):
         sample.rewards = dict(zip(values, row))
         parts = {name: rewards[name][1] * x for name, x in sample.rewards.items() if x is not None}

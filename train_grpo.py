@@ -547,12 +547,9 @@ def main(args):
     processor = utils.load_processor(args.model)
 
     # Step I: data flow. Prompts with their images become samples, all checked before step 1
-    names = {"train": args.train_data, "validation": args.validation_data, "test": args.test_data}
-    paths = {split: utils.data_path(name, out) for split, name in names.items()
-             if name or split == "train"}
-    data = {split: utils.load_samples(path, processor, args.max_prompt_tokens)
-            for split, path in paths.items()}
-    check_images([s for part in data.values() for s in part], args.engine)
+    data = utils.load_splits(args, out, processor)
+    prompts = [s for split in data.values() for s in split]
+    check_images(prompts, args.engine)
     train = data.pop("train")
     steps_per_epoch = len(train) // args.batch_size
     if steps_per_epoch == 0:
@@ -583,7 +580,6 @@ def main(args):
     k1 = reference and args.kl == "k1"  # a divergence that is part of what was earned
     keep_old = updates > 1 or k1
     # a few prompts go through all four steps, so that what cannot work is a sentence before step 1
-    prompts = [s for split in (train, *data.values()) for s in split]
     score(rehearse(engine, prompts, args, policy), rewards, args.reward_timeout)
     print0(f"Training {count:,} weights on {len(train)} prompts: {total} steps of "
            f"{args.batch_size} prompts x {args.group_size} answers, on {world_size()} x "

@@ -100,9 +100,8 @@ def with_golden_responses(samples, processor, max_new_tokens, eos):
         if len(ids) >= max_new_tokens:
             raise UserError(f"prompt {s.id}: its golden response has {len(ids)} tokens; raise "
                             f"--max_new_tokens above that, it is {max_new_tokens}.")
-        ids = ids + [eos]
-        given = {"completion_text": s.solution, "finish_reason": "stop"}
-        done.append(replace(s, completion_ids=ids, **given))
+        done.append(replace(s, completion_ids=[*ids, eos], completion_text=s.solution,
+                            finish_reason="stop"))
     return done
 
 
@@ -193,11 +192,7 @@ def main(args):
     processor = utils.load_processor(args.model)
 
     # Step I: data flow. Prompts with their images become samples, all checked before step 1
-    names = {"train": args.train_data, "validation": args.validation_data, "test": args.test_data}
-    paths = {split: utils.data_path(name, out) for split, name in names.items()
-             if name or split == "train"}
-    data = {split: utils.load_samples(path, processor, args.max_prompt_tokens)
-            for split, path in paths.items()}
+    data = utils.load_splits(args, out, processor)
     prompts = [s for split in data.values() for s in split]
     check_images(prompts, args.engine)
     eos = end_ids(generation_config(args.model), processor)[0]  # where every sampler stops

@@ -726,6 +726,14 @@ def load_samples(path, processor, max_prompt_tokens):
     return kept
 
 
+def load_splits(args, out, processor):
+    """A trainer's data sets by split, "train" first; without those whose flag is empty."""
+    names = {"train": args.train_data, "validation": args.validation_data, "test": args.test_data}
+    paths = {split: data_path(name, out) for split, name in names.items() if name}
+    return {split: load_samples(path, processor, args.max_prompt_tokens)
+            for split, path in paths.items()}
+
+
 # ---------------------------------------------------------------------------------------------
 # Models
 

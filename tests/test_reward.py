@@ -682,7 +682,7 @@ def test_a_wrong_reward_is_one_sentence(values):
 
 def test_a_reward_too_large_with_its_weight():
     """float32 would make it infinite, and the step's advantages nan."""
-    with pytest.raises(utils.RunError, match="1e.15 at most, weighed too"):
+    with pytest.raises(utils.RunError, match="weighed too, at most 1e.15"):
         reward.score([sample("a")], {"mine": (lambda samples: [1e10], 1e10)})
 
 
