@@ -646,7 +646,7 @@ def written_prompt(question, place, processor):
         mark = getattr(processor, "image_token", None)
         if lost:
             refused = f"loses or changes the text {lost[0]!a:.40}"
-        elif mark and prompt.count(mark) != question.count(IMAGE_MARK):
+        elif mark and prompt.count(mark) not in (0, question.count(IMAGE_MARK)):
             refused = f"writes {mark} {prompt.count(mark)} times"
     except Exception as error:  # a template raises what it likes
         refused = f"fails ({first_line(error)})"
@@ -693,6 +693,9 @@ def make_sample(row, path, place, processor):
         raise UserError(f"{place}: the processor refuses the row ({first_line(error)}); change its "
                         "images.")
     ids = list(inputs["input_ids"][0])
+    if images and not {*ids} & {*banned_ids(processor)}:
+        raise UserError(f"{place}: the model's chat template loses the images; give a model whose "
+                        "template takes a user's text and images.")
     if "image_grid_thw" in inputs:  # one placeholder for every merge x merge block of patches
         merged = sum(int(grid.prod()) for grid in inputs["image_grid_thw"])
         merged //= processor.image_processor.merge_size**2
