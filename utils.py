@@ -467,7 +467,7 @@ def first_line(error):
 def open_image(source):
     """Decode a path or bytes to RGB: EXIF rotation applied, transparency laid on white."""
     image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-    deep = image.mode.startswith("I;16") or image.format == "PPM"
+    deep = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
         return grey_of_8_bits(image, [65535] if deep else [1, 255, 65535]).convert("RGB")
@@ -504,11 +504,11 @@ def as_png(image):
 
 
 def leaves(value):
-    """What a field holds in its lists and dictionaries, however deep; not None, not ""."""
+    """What a field holds in its lists, maps and structs, however deep; not None, not ""."""
     stack = [value]
     while stack:
         value = stack.pop()
-        if isinstance(value, (dict, list)):
+        if isinstance(value, (dict, list, tuple)):
             stack.extend(value.values() if isinstance(value, dict) else value)
         elif value is not None and value != "":
             yield value

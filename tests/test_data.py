@@ -184,6 +184,7 @@ def layouts(png, other):
         (row | {"images": [png, other], "image": "images/1.jpg"}, "hold different images"),
         (row | {"image": b""}, "image bytes cannot be read"),
         (row | {"picture": struct(png)}, 'the field "picture" holds a picture'),
+        (row | {"views": [("left", png)]}, 'the field "views" holds a picture'),  # a map
         (row | {"image": struct(png), "photo": other}, 'the field "photo" holds a picture'),
         (row | {"image_1": struct(png), "image_2": None}, 'the field "image_1" holds a picture'),  # MMMU
         (row | {"video": struct(b"1", "a.bin")}, 'the field "video" holds a video or sound')]
@@ -200,7 +201,7 @@ def check_layout(folder, load_one, wanted):
     assert sample.question == utils.IMAGE_MARK * len(wanted) + "How many?"
 
 
-@pytest.mark.parametrize("number", range(22))
+@pytest.mark.parametrize("number", range(23))
 def test_layouts_of_the_wild(folder, processor, number):
     """What judges columns sees a row alone: nothing here needs pyarrow."""
     row, wanted = layouts((folder / "images" / "a.png").read_bytes(), png("blue"))[number]
@@ -221,7 +222,11 @@ def test_layouts_of_the_wild_in_files(folder, processor):
 
     path = folder / "data.parquet"
     for row, wanted in layouts((folder / "images" / "a.png").read_bytes(), png("blue")):
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+        table = pyarrow.Table.from_pylist([row])
+        if "views" in row:
+            views = pyarrow.array([row["views"]], pyarrow.map_(pyarrow.string(), pyarrow.binary()))
+            table = pyarrow.table({"question": [row["question"]], "answer": [row["answer"]], "views": views})
+        pyarrow.parquet.write_table(table, path)
         check_layout(folder, lambda: utils.load_samples(path, processor, 512)[0], wanted)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([layouts(png("red"), None)[0][0]]), path)
     batch = utils.collate(utils.load_samples(path, processor, 512), processor)
@@ -235,7 +240,7 @@ def test_layouts_of_the_wild_in_files(folder, processor):
     ("I;16", 40_000, "png", 156), ("I;16", 200, "png", 0), ("I;16", 40_000, "tiff", 156),
     ("I;16B", 40_000, "tiff", 156),
     ("I", 40_000, "tiff", 156), ("I", 200, "tiff", 200), ("I", 40_000, "pgm", 156), ("I", 200, "pgm", 0),
-    ("F", 0.5, "tiff", 127), ("F", 200.0, "tiff", 200), ("F", 40_000.0, "tiff", 156), ("I", 1, "tiff", 255),
+    ("F", 0.5, "tiff", 127), ("F", 200.0, "tiff", 200), ("F", 40_000.0, "tiff", 156), ("I", 1, "tiff", 255), ("F", 0.5, "pfm", 127),
     ("I", 70_000, "tiff", 128), ("F", -3.0, "tiff", 128), ("1", 1, "tiff", 255), ("LA", (9, 0), "png", 255)])
 def test_greys_of_every_depth(folder, mode, value, ending, grey):
     """16 bits divide by 256; what has 32 bits says its range by its values."""
