@@ -806,7 +806,7 @@ def load_model(path, dtype=torch.float32):
              "quantised": [name for name, weight in model.named_parameters()
                            if weight.dtype not in (dtype, torch.float32)],
              "not finite": [name for name, weight in model.named_parameters()
-                                if not weight.sum(dtype=torch.float32).isfinite()]}
+                            if not weight.sum(dtype=torch.float32).isfinite()]}
     said = [f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{' ...' * (len(names) > 3)})"
             for what, names in wrong.items() if names]
     if said:
