@@ -27,6 +27,7 @@ import hashlib
 import importlib.util
 import math
 import time
+import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby, takewhile
@@ -592,7 +593,9 @@ def rehearse(engine, samples, args, policy=None):
                 problem = f"sampler and trainer are {gap:.2g} nats apart on the prompts {names}"
     except Exception as error:  # whatever a family's own code can raise
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        problem = f"{doing} the prompts {names} fails ({reason})"
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}, line {last.lineno}"
+        problem = f"{doing} the prompts {names} fails ({reason}; {where})"
     if problems := [p for p in utils.gather([problem]) if p]:
         raise UserError(f"--model {args.model}: {problems[0]}; give another model or other rows, "
                         "or see the README's families.")
