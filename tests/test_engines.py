@@ -356,6 +356,7 @@ def test_the_sampler_sleeps_before_a_run_goes_on(qwen, data_path, tmp_path, one_
     calls = mock.Mock()
     calls.load.side_effect = InterruptedError
     monkeypatch.setattr(rollout, "make_engine", lambda *_: calls.engine)
+    monkeypatch.setattr(rollout, "rehearse", lambda *_: [])
     for name, found in (("choose_run", (tmp_path, True)), ("whole_checkpoint", tmp_path),
                         ("begin_run", None)):
         monkeypatch.setattr(utils, name, mock.Mock(return_value=found))

@@ -316,7 +316,7 @@ def init(self, *args):
 
     def faulty(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 4 and utils.rank() == 1:
+        if len(calls) == 5 and utils.rank() == 1:  # the first is the rehearsal's
             {fault}
         return generate(*args, **kwargs)
 
@@ -332,7 +332,7 @@ utils.run_script(train_grpo.main, train_grpo.Args)
      r"rank 1: vLLM failed while answering \(CPU out of memory. more\)\. .*--rollout_batch_size\."),
     ("time.sleep(3600)", r"rank 1: vLLM did not end answering in 40 s; see --engine_timeout.")])
 def test_a_failing_engine_ends_all_ranks_with_a_sentence(data, tmp_path, fault, said):  # noqa: F811
-    """The fourth call fails on one rank of two: the checkpoints before it stand."""
+    """The fourth step fails on one rank of two: the checkpoints before it stand."""
     (tmp_path / "faulty.py").write_text(FAULT.format(root=str(ROOT), fault=fault))
     out = tmp_path / "run"
     _, log = run(tmp_path / "faulty.py", *SMALL, *splits(data), "--epochs", 9, "--no-doctor",
@@ -349,7 +349,8 @@ def test_a_missing_model_is_a_sentence_with_vllm_too(tmp_path, data):  # noqa: F
     _, log = run("rollout.py", "--engine", "vllm", "--model", tmp_path / "nowhere", code=2)
     assert "no such folder" in log and "Traceback" not in log
     broken = shutil.copytree(ROOT / "toy_model", tmp_path / "broken")
-    (broken / "model.safetensors").write_bytes(b"x" * 100)
+    config = json.loads((broken / "config.json").read_text())
+    utils.write_json(broken / "config.json", config | {"architectures": ["Nothing"]})
     _, log = run("rollout.py", "--engine", "vllm", "--model", broken, "--data",
                  data / "toy_test.jsonl", "--out", tmp_path / "out", code=2)
     assert "vLLM failed while starting" in log and "--engine hf" in log
