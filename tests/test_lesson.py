@@ -72,7 +72,7 @@ def test_the_first_ten_lines_stand_in_results():
     peers = json.loads((ROOT / "results" / "peers.json").read_text())
     code = {name: found["closure"][2] for name, found in peers.items()}
     assert f"is {code['glassbox']:,} lines of code, there {code['EasyR1']:,}, in TRL {code['trl']:,}" in words
-    assert f"of our size ({code['MAYE']:,}): {peers['glassbox']['tests']} test functions, there none" in words
+    assert f"smaller than ours ({code['MAYE']:,}): {peers['glassbox']['tests']} test functions, there none" in words
     assert peers["MAYE"]["tests"] == 0
 
 
