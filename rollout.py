@@ -126,11 +126,12 @@ def end_ids(config, processor):
     """
     listed, own = ([] if ids is None else ids if isinstance(ids, list) else [ids]
                    for ids in (config.eos_token_id, processor.tokenizer.eos_token_id))
-    ids = list(dict.fromkeys([i for i in own if i in listed] + listed + own))
-    if not ids:
-        raise UserError("--model: neither its generation_config.json nor its tokenizer has an "
-                        "eos_token_id, so that no response would ever end; add one.")
-    return ids
+    ids = [i for i in own if i in listed] + listed + own
+    if not ids or any(type(i) is not int or not 0 <= i < len(processor.tokenizer) for i in ids):
+        raise UserError("--model: the eos_token_id of its generation_config.json and tokenizer is "
+                        f"{ids or 'nowhere'}, so that no response would ever end; name a token's "
+                        "id, or several.")
+    return list(dict.fromkeys(ids))
 
 
 def completed(sample, tokens, logprobs, eos, processor):

@@ -136,6 +136,8 @@ FIELDS = [  # (file, field, value)
     # the generation config: sampling is the flags', an end of a response is from either file
     ("generation_config.json", "eos_token_id", [END]),
     ("generation_config.json", "eos_token_id", DROP),
+    ("generation_config.json", "eos_token_id", -1),
+    ("generation_config.json", "eos_token_id", [END, "<|im_end|>"]),
     ("generation_config.json", "pad_token_id", DROP),
     ("generation_config.json", "temperature", 0.2),
     ("generation_config.json", "do_sample", True),
@@ -227,7 +229,7 @@ EVERYWHERE = [(f, field) for f in FILES for field in leaves(json.loads((TOY / f)
 VALUES = [None, True, False, 0, 1, -1, 3, 0.5, "", "a", "float16", [], [1], {}, {"a": 1}, DROP]
 
 
-@hypothesis.settings(max_examples=60, deadline=None, derandomize=True,
+@hypothesis.settings(max_examples=100, deadline=None, derandomize=True,
                      suppress_health_check=list(hypothesis.HealthCheck))
 @hypothesis.given(where=strategies.sampled_from(EVERYWHERE), value=strategies.sampled_from(VALUES))
 def test_no_field_ends_in_a_traceback(where, value, rows, one_rank, tmp_path_factory):
