@@ -789,6 +789,11 @@ def load_processor(path):
         for name in kwargs.__annotations__:
             tokenizer.init_kwargs.pop(name, None)
     tokenizer.split_special_tokens = tokenizer.clean_up_tokenization_spaces = False
+    try:
+        tokenise(tokenizer, INSTRUCTION)
+    except Exception as error:  # whatever a field of its files makes of transformers
+        raise UserError(f"--model {path}: its tokenizer fails ({first_line(error)}); correct "
+                        "tokenizer_config.json, or give another model.")
     return processor
 
 

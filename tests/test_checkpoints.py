@@ -112,6 +112,7 @@ FIELDS = [  # (file, field, value)
     ("tokenizer.json", "post_processor", around([], ["<|im_end|>"])),
     ("tokenizer.json", "post_processor", around(["<|im_start|>"], [])),  # not its BOS, and the template's first mark
     ("tokenizer_config.json", "model_max_length", 16),
+    ("tokenizer_config.json", "model_max_length", [16]),
     ("tokenizer_config.json", "max_length", 16),
     ("tokenizer_config.json", "truncation", True),
     ("tokenizer_config.json", "padding", "max_length"),
