@@ -638,6 +638,21 @@ def mean_gap(first, second):
     return sum(pairs) / max(1, len(pairs))
 
 
+def together(act, *values):
+    """What `act` gives; its RunError on any rank is everyone's, or their passes would part.
+
+    COLLECTIVE.
+    """
+    given, problem = None, None
+    try:
+        given = act(*values)
+    except RunError as error:
+        problem = str(error)
+    if problems := [p for p in utils.gather([problem]) if p]:
+        raise RunError(problems[0])
+    return given
+
+
 @torch.no_grad()
 def doctor(engine, policy, samples, processor, args):
     """Compare the sampler with the trainer; return rows (check, passed, detail). COLLECTIVE.
@@ -652,7 +667,7 @@ def doctor(engine, policy, samples, processor, args):
 
     def answer(prompts, temperature=1.0, n=1):
         length = min(32, args.max_new_tokens)
-        done = engine.generate(prompts, n, temperature, 1.0, length, "doctor")
+        done = together(engine.generate, prompts, n, temperature, 1.0, length, "doctor")
         for s in done:
             tokens.extend(s.completion_ids)
             clean = [*takewhile(lambda t: t not in banned, s.completion_ids)]
@@ -660,21 +675,20 @@ def doctor(engine, policy, samples, processor, args):
             s.completion_ids, s.sampler_logprobs = clean, s.sampler_logprobs[: len(clean)]
         return done
 
-    problem = None
     try:
-        engine.sync(policy.model)
+        together(engine.sync, policy.model)
         greedy = answer(asked, 0)
-    except RunError as error:
-        problem = str(error)
-    problems = [p for p in utils.gather([problem]) if p]
-    if problems:  # nothing else can be asked then, on any rank
-        return [("weights and prompts", False, problems[0])]
+    except RunError as error:  # nothing else can be asked then
+        return [("weights and prompts", False, str(error))]
     rows = [
         ("every weight taken over", True, f"{len([*policy.model.parameters()])} tensors"),
         ("prompts read alike", True, f"{len(asked)}, token by token"),
-        check_grids(asked, processor),
-        *check_logprobs(answer, greedy, policy, asked, processor, tolerance),
-        *check_sync(answer, greedy, engine, policy, asked, processor, tolerance)]
+        check_grids(asked, processor)]
+    try:
+        rows.extend(check_logprobs(answer, greedy, policy, asked, processor, tolerance))
+        rows.extend(check_sync(answer, greedy, engine, policy, asked, processor, tolerance))
+    except RunError as error:  # the rows so far are kept
+        rows.append(("answers", False, str(error)))
     bad = sum(t in banned for t in tokens)
     return [*rows, ("no placeholder sampled", bad == 0, f"{bad} in {len(tokens)} tokens")]
 
@@ -734,17 +748,20 @@ def check_sync(answer, greedy, engine, policy, asked, processor, tolerance):
         for weight in weights:
             weight.neg_()
         try:
-            engine.sync(policy.model)
+            together(engine.sync, policy.model)
             shift = mean_gap(trainer_logprobs(policy, before, processor), old)
             after = answer(prompts)
             gap = mean_gap(trainer_logprobs(policy, after, processor),
                            [s.sampler_logprobs for s in after])
+            detail = (f"{len(weights)} negated: trainer moved {shift:.1e} nats, sampler "
+                      f"{gap:.1e} off")
+        except RunError as error:  # NaN, say, from what a weight that never came left open
+            gap, detail = math.inf, str(error)
         finally:  # whatever goes wrong, the policy is what it was
             for weight in weights:
                 weight.neg_()
-        detail = f"{len(weights)} negated: trainer moved {shift:.1e} nats, sampler {gap:.1e} off"
         yield f"changed {kind} weights arrive", gap <= tolerance, detail
-    engine.sync(policy.model)
+    together(engine.sync, policy.model)
     same = [s.completion_ids == g.completion_ids for s, g in zip(answer(asked, 0), greedy)]
     detail = f"{sum(same)} of {len(same)} greedy answers as before"
     yield "and go again", sum(same) >= 0.8 * len(same), detail

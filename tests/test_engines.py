@@ -3,6 +3,7 @@ around a mock of vllm (test_vllm.py has the real one), and the weights that mend
 
 import copy
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -86,9 +87,21 @@ def spoils(part, factor):
     return sync
 
 
+def leaves_open(number):
+    """At one sync a weight never comes, and what stands in its place is NaN."""
+    def sync(honest, model):
+        honest(model)
+        sampler = honest.__self__
+        sampler.synced = getattr(sampler, "synced", 0) + 1
+        if sampler.synced == number:
+            next(w for name, w in sampler.model.named_parameters() if "up_proj" in name).data.fill_(math.nan)
+    return sync
+
+
 SABOTAGES = {  # method of the sampler, what stands in its place, a row that fails, one that doesn't
     "never synced": ("sync", lambda honest, model: None,
                      "changed language weights arrive", "log-probabilities, images"),
+    "NaN": ("sync", leaves_open(2), "changed language weights arrive", "and go again"),
     "doubled": ("generate", reads(lambda s: replace(s, prompt_ids=[
         t for t in s.prompt_ids for _ in range(2 if t == IMAGE else 1)])),
         "weights and prompts", "image grids"),
