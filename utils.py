@@ -653,8 +653,8 @@ def written_prompt(question, place, processor):
     if refused:
         raise UserError(f"{place}: the model's chat template {refused}; give a model whose "
                         "template takes a user's text and images.")
-    bare = tokenise(tokenizer, prompt)
-    whole = tokenizer(prompt, **BARE | {"add_special_tokens": True})["input_ids"]
+    bare = tokenise(tokenizer, "a")  # what is put around a text does not depend on it
+    whole = tokenizer("a", **BARE | {"add_special_tokens": True})["input_ids"]
     start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
     begin = "".join(tokenizer.convert_ids_to_tokens(whole[:start]))
     return prompt if prompt.lstrip().startswith(begin) else begin + prompt
@@ -751,7 +751,7 @@ def load_pretrained(loader, path, **kwargs):
     try:
         return loader.from_pretrained(path, **kwargs)
     except Exception as error:  # whatever a file of somebody else's makes of transformers
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         if not isinstance(error, (OSError, ValueError)):
             reason = f"{type(error).__name__}: {reason}"
         raise UserError(f"--model {path}: cannot be loaded ({reason}); give a folder or hub id of "
@@ -1557,9 +1557,8 @@ def try_saving(out, policy, processor, dtype, total, args):
         except OSError as error:
             problem = f"--out {out}: a checkpoint cannot be written there ({error}); mend that."
         except Exception as error:  # transformers reads some files that it refuses to write
-            reason = str(error).strip().split("\n")[0]
             problem = (f"--model {args.model}: what it holds cannot be saved again "
-                       f"({type(error).__name__}: {reason}); correct its files.")
+                       f"({type(error).__name__}: {first_line(error)}); correct its files.")
         shutil.rmtree(made[-1] if made else trial, ignore_errors=True)
     if problem := gather([problem])[0]:
         raise UserError(problem)

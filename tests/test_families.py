@@ -13,6 +13,7 @@ import utils
 from conftest import load_tiny
 
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+CLIP = VISION | {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14}
 TEXT = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 32, "bos_token_id": None}
 
@@ -29,17 +30,21 @@ def language(tokens, kind, **more):
     return TEXT | ids | {"model_type": kind, "vocab_size": len(tokens)} | more
 
 
-def llava(kind="llama", **more):
-    """LLaVA 1.5: no M-RoPE, and its image token is the mark of our data sets. Its language may be any."""
+def llava_processor(Processor, Images, **more):
+    """A tokenizer whose image token is the mark of our data sets, and a LLaVA's processor around it."""
     tokens = tokenizer(image_token="<image>")
-    images = transformers.LlavaImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    images = Images(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, **more)
     template = toy.CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>")
-    processor = transformers.LlavaProcessor(
+    return tokens, Processor(
         images, tokens, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
         chat_template=template)
-    vision = VISION | {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14}
+
+
+def llava(kind="llama", **more):
+    """LLaVA 1.5: no M-RoPE, and its image token is the mark of our data sets. Its language may be any."""
+    tokens, processor = llava_processor(transformers.LlavaProcessor, transformers.LlavaImageProcessor)
     return processor, transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
-        text_config=language(tokens, kind, **more), vision_config=vision, image_seq_length=4,
+        text_config=language(tokens, kind, **more), vision_config=CLIP, image_seq_length=4,
         image_token_index=tokens.convert_tokens_to_ids("<image>")))
 
 
@@ -80,17 +85,11 @@ def gemma3():
 
 def llava_next():
     """LLaVA-NeXT: as many tiles as a picture's shape asks for, so that two pictures are no tensor."""
-    tokens = tokenizer(image_token="<image>")
     pins = [[28, 56], [56, 28], [56, 56]]
-    images = transformers.LlavaNextImageProcessor(
-        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=pins)
-    template = toy.CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>")
-    processor = transformers.LlavaNextProcessor(
-        images, tokens, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-        chat_template=template)
-    vision = VISION | {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14}
+    tokens, processor = llava_processor(
+        transformers.LlavaNextProcessor, transformers.LlavaNextImageProcessor, image_grid_pinpoints=pins)
     return processor, transformers.LlavaNextForConditionalGeneration(transformers.LlavaNextConfig(
-        text_config=language(tokens, "llama"), vision_config=vision, image_grid_pinpoints=pins, image_seq_length=4,
+        text_config=language(tokens, "llama"), vision_config=CLIP, image_grid_pinpoints=pins, image_seq_length=4,
         image_token_index=tokens.convert_tokens_to_ids("<image>")))
 
 
