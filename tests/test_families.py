@@ -1,6 +1,7 @@
 """Families beyond Qwen's: what they compute here is what their own forward says, or they are refused."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -202,6 +203,15 @@ def test_a_family_that_tiles_pictures_is_refused_before_step_1(build, tmp_path, 
     """One tensor of two pictures' tiles, or tiles that nobody asked for: a traceback at the first batch, once."""
     with pytest.raises(utils.UserError, match="^--model .* fails .*; give another model or other rows"):
         rehearsal(load_tiny(save(build, tmp_path), data_path))
+
+
+def test_unlike_prompts_by_hand():
+    """First, shortest and longest with images, most images (neither longest nor shortest), none; each once."""
+    rows = [("first", 1, 20), ("short", 1, 10), ("long", 1, 90), ("many", 5, 50), ("plain", 0, 5), ("other", 0, 6)]
+    samples = [SimpleNamespace(id=i, images=["x"] * n, prompt_ids=[0] * length) for i, n, length in rows]
+    assert [s.id for s in rollout.unlike(samples)] == ["first", "short", "long", "many", "plain"]
+    assert [s.id for s in rollout.unlike(samples[1:2])] == ["short"]
+    assert [s.id for s in rollout.unlike(samples[4:])] == ["plain", "other"]
 
 
 def test_the_rehearsal_asks_unlike_prompts_and_hears_a_stranger(tiny, one_rank):
