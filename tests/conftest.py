@@ -24,7 +24,8 @@ import transformers
 from PIL import Image, ImageDraw
 
 import toy
-import utils
+from data import load_samples
+from policy import load_model, load_processor
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
@@ -137,9 +138,9 @@ def qwen(tiny_paths, data_path):
 
 
 def load_tiny(path, data):
-    processor = utils.load_processor(path)
-    samples = utils.load_samples(data, processor, 2048)
-    model = utils.load_model(path)
+    processor = load_processor(path)
+    samples = load_samples(data, processor, 2048)
+    model = load_model(path)
     return SimpleNamespace(path=path, model=model, processor=processor, samples=samples)
 
 

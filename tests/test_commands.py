@@ -218,7 +218,7 @@ def test_every_algorithm_runs(data, tmp_path, words):
 def test_mixed_precision_with_unequal_work_on_two_ranks(data, tmp_path):
     """bfloat16 compute over float32 master weights, every part training, recomputed layers; every
     other prompt has no picture, and the shuffle gives ranks unequal shares. A hang is a failure."""
-    rows = utils.read_jsonl(data / "toy_train.jsonl")
+    rows = utils.read_jsonl(data / "train.jsonl")
     for i, row in enumerate(rows):
         if i % 2:
             row.update(question=row["question"].replace("<image>", ""), image=None)
@@ -246,7 +246,7 @@ def test_sft_writes_the_same_kind_of_run(data, tmp_path):
     assert metrics[-1]["lr"] == pytest.approx(0)
     assert result["validation_pass1_t0.6"]["after"]["accuracy"] >= 0
     words = ["evaluate.py", "--model", out / "checkpoints" / "step_000008", "--data",
-             data / "toy_validation.jsonl", "--out", tmp_path / "eval"]
+             data / "validation.jsonl", "--out", tmp_path / "eval"]
     result, stderr = run(*words)
     for name, n in (("pass8_t1", 8), ("pass1_t0.6", 1), ("pass1_t0.01", 1)):
         assert result[name]["n"] == 16 and 0 <= result[name][f"pass@{n}"] <= 1
@@ -261,7 +261,7 @@ def test_rollout_is_the_same_on_two_ranks(data, tmp_path):
     texts = []
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
-        result, _ = run("rollout.py", "--model", "toy_model", "--data", data / "toy_test.jsonl", "--n",
+        result, _ = run("rollout.py", "--model", "toy_model", "--data", data / "test.jsonl", "--n",
                         8, "--limit", 5, "--out", out, ranks=ranks)
         assert result["completions"] == 40
         rows = utils.read_jsonl(out / "samples" / "step_000000.jsonl")
@@ -308,7 +308,7 @@ def test_ctrl_c_during_imports(tmp_path, script, place):
 def test_a_mistake_is_one_sentence(data, tmp_path, ranks):
     """Exit code 2 (torchrun makes it 1), the sentence once, no traceback of ours."""
     path = tmp_path / "train.jsonl"
-    path.write_text((data / "toy_train.jsonl").read_text().splitlines()[0] + "\n{broken\n")
+    path.write_text((data / "train.jsonl").read_text().splitlines()[0] + "\n{broken\n")
     shutil.copytree(data / "images", tmp_path / "images")
     words = ["train_grpo.py", "--train_data", path, "--validation_data=", "--test_data=",
              "--out", tmp_path / "run"]
@@ -427,7 +427,7 @@ def test_blanks_around_settings_are_no_part_of_them():
 @pytest.mark.parametrize("stage", [train_grpo, train_sft])
 def test_own_data_beside_the_toys_are_refused(stage, script, tmp_path):
     """All mixtures of three splits: left alone, own, none, or the toy's by name."""
-    ways = {"left": [], "own": ["mine.jsonl"], "none": [""], "toy": ["toy:test"]}
+    ways = {"left": [], "own": ["mine.jsonl"], "none": [""], "toy": ["toy_data/test.jsonl"]}
     for chosen in product(ways, repeat=3):
         given = {f"{name}_data": ways[how] for name, how in zip(("train", "validation", "test"), chosen)}
         if chosen[0] == "none":
@@ -439,7 +439,7 @@ def test_own_data_beside_the_toys_are_refused(stage, script, tmp_path):
             continue
         said = script(stage, *words)
         for name, how in zip(given, chosen):
-            remedy = f"--{name}=toy:train for the toy" if name == "train_data" else f"--{name}= for none"
+            remedy = f"--{name}=toy_data/train.jsonl for the toy" if name == "train_data" else f"--{name}= for none"
             assert (remedy in said) == (how == "left")
         assert "give yours there too, or " in said
     assert list(tmp_path.iterdir()) == []
@@ -453,9 +453,9 @@ def test_an_own_model_is_not_measured_on_the_toy_unasked(stage, script, tmp_path
     model = shutil.copytree(ROOT / "toy_model", tmp_path / "mine")
     said = script(stage, "--model", model)
     assert "--model is your own, but --data would be the toy's" in said
-    assert "or --data=toy:validation for the toy." in said
+    assert "or --data=toy_data/validation.jsonl for the toy." in said
     assert list(tmp_path.iterdir()) == [model]
-    utils.check_data(utils.parse_args(stage.Args, ["--model", "mine", "--data", "toy:validation"]))
+    utils.check_data(utils.parse_args(stage.Args, ["--model", "mine", "--data", "toy_data/validation.jsonl"]))
 
 
 @pytest.mark.parametrize("stage, name", [(evaluate, "data"), (rollout, "data"), (train_sft, "test_data"),
@@ -465,7 +465,7 @@ def test_a_split_that_the_toy_has_not_is_refused_before_it_is_drawn(stage, name,
     model = ROOT / "toy_model"
     for wrong in ("toy:trian", "toy:", "toy:../train"):
         said = script(stage, "--model", model, f"--{name}", wrong)
-        assert f"--{name} {wrong}: the toy has no such split; choose from toy:train, toy:valid" in said
+        assert f"--{name} {wrong}: the toy has no such split; choose from toy_data/train.jsonl, toy:valid" in said
     assert list(tmp_path.iterdir()) == []
     assert utils.TOY_DATA == tuple(f"toy:{split}" for split in toy.SPLITS)
 
@@ -499,7 +499,7 @@ def test_little_data_can_be_measured_and_trained_on(script, tmp_path):
         assert (found["prompts"], found["completions"]) == (n, n)
     toy.write_data(tmp_path / "data")
     one = tmp_path / "data" / "one.jsonl"
-    utils.write_jsonl(one, utils.read_jsonl(tmp_path / "data" / "toy_train.jsonl")[:1])
+    utils.write_jsonl(one, utils.read_jsonl(tmp_path / "data" / "train.jsonl")[:1])
     words = [*model, "--train_data", one, "--validation_data", one, "--test_data", one, "--epochs", 1]
     assert "--batch_size 16 is more than the 1 prompts" in script(train_sft, *words)
     words += ["--batch_size", 1, "--out"]
@@ -521,7 +521,7 @@ def first(samples):
 def test_a_rank_without_prompts_waits_for_the_others(data, tmp_path):
     """One prompt for two ranks, and a reward that looks at the first of its samples."""
     (tmp_path / "picky.py").write_text(PICKY)
-    result, _ = run("rollout.py", "--data", data / "toy_test.jsonl", "--limit", 1, "--n", 2, "--max_new_tokens",
+    result, _ = run("rollout.py", "--data", data / "test.jsonl", "--limit", 1, "--n", 2, "--max_new_tokens",
                     8, "--rewards", f"{tmp_path / 'picky.py'}:first:1", "--out", tmp_path / "run", ranks=2)
     assert (result["prompts"], result["completions"], result["reward"]) == (1, 2, 1.0)
 

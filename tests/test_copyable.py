@@ -12,6 +12,7 @@ import pytest
 
 import toy
 import utils
+from policy import load_model
 from test_house import ROOT, STAGES, section, source
 
 # as scripts they need, beside utils.py, what they import inside their functions
@@ -85,7 +86,7 @@ def test_the_grader_needs_nothing_at_all(tmp_path):
     ("evaluate", ["--settings", "pass1_t0.6", *LITTLE], ["eval.jsonl", "samples/pass1_t0.6.jsonl"])])
 def test_the_copied_sampler_and_evaluation_run(stage, words, files, foreign, tmp_path):
     folder = copy(tmp_path / "project", stage, *imported(stage), "utils")
-    data = foreign / "data" / "toy_validation.jsonl"
+    data = foreign / "data" / "validation.jsonl"
     result = json.loads(python(folder, f"{stage}.py", "--model", foreign / "their_model", "--data", data,
                                "--out", "run", *words))
     assert result.get("prompts", 8) == 8
@@ -100,11 +101,11 @@ def test_the_copied_trainers_train_two_steps(stage, words, foreign, tmp_path):
     """And the copied report reads what they wrote."""
     folder = copy(tmp_path / "project", stage, *imported(stage), "report", "utils")
     splits = [w for name in ("train", "validation", "test")
-              for w in (f"--{name}_data", foreign / "data" / f"toy_{name}.jsonl")]
+              for w in (f"--{name}_data", foreign / "data" / f"{name}.jsonl")]
     more = ["--max_new_tokens", 64, "--max_steps", 2, "--engine", "hf"]
     python(folder, f"{stage}.py", "--model", foreign / "their_model", *splits, *words, *more, "--out", "run")
     assert [row["generation_step"] for row in utils.read_jsonl(folder / "run" / "metrics.jsonl")] == [1, 2]
-    trained = utils.load_model(folder / "run" / "checkpoints" / "step_000002")
-    before = utils.load_model(foreign / "their_model")
+    trained = load_model(folder / "run" / "checkpoints" / "step_000002")
+    before = load_model(foreign / "their_model")
     assert any((a != b).any() for a, b in zip(trained.parameters(), before.parameters()))
     assert json.loads(python(folder, "report.py", "run", "--out", "report"))["runs"] == 1

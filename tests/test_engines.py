@@ -21,6 +21,8 @@ import toy
 import train_grpo
 import train_sft
 import utils
+from data import open_image
+from policy import shard
 from conftest import ROOT
 from utils import Policy, RunError, UserError
 
@@ -50,7 +52,7 @@ def test_an_honest_engine_passes_and_no_weight_changes(pair, case, one_rank):
     """Weights are negated on the way, shards or what was gathered; all come back to the bit."""
     before = {name: weight.detach().clone() for name, weight in pair.model.named_parameters()}
     policy = Policy(pair.model, pair.processor)
-    policy = utils.shard(policy, torch.float32) if "sharded" in case else policy
+    policy = shard(policy, torch.float32) if "sharded" in case else policy
     samples = [s for s in pair.samples if not s.images or "all" in case]
     rows = rollout.consult(pair.engine, policy, samples, pair.processor, ARGS)
     assert len(rows) == (11 if case == "text alone" else 13) and all(row["passed"] for row in rows)
@@ -189,7 +191,7 @@ def test_vllm_is_asked_and_answers_as_the_embedded_engine(served, kind):
     want, got, (two, text, one), params = ask(served, served.prompts)
     assert got == want and {s.finish_reason for s in got} == {"stop", "length"}
     seen = [p.tobytes() for asked in (two, one) for p in asked["multi_modal_data"]["image"]]
-    assert seen == [utils.open_image(i).tobytes() for s in served.prompts for i in s.images]
+    assert seen == [open_image(i).tobytes() for s in served.prompts for i in s.images]
     assert text == {"prompt_token_ids": served.prompts[1].prompt_ids}
     assert [p["prompt_token_ids"].count(IMAGE) for p in (two, one)] == [2, 1]  # vLLM expands them
     asked = {"n": 8, "temperature": 1.0, "top_p": 1.0, "max_tokens": 8,

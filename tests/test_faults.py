@@ -37,6 +37,7 @@ import rollout  # noqa: F401
 import train_grpo
 import train_sft  # noqa: F401
 import utils
+from policy import Policy, freeze, load_model, load_processor
 
 ROOT = Path(__file__).parents[1]
 GRPO = ["train_grpo.py", *TINY, "--max_steps", "4", "--validation_data=", "--test_data="]
@@ -437,7 +438,7 @@ def test_an_image_that_goes_missing(data, tmp_path):  # noqa: F811
     """After the data was checked: the images of step 3 are looked for in vain."""
     folder = shutil.copytree(data, tmp_path / "data")
     fault = partial(at_call, 2, "train_grpo.update", partial(lose_images, folder / "images"))
-    code, said = run([*GRPO, "--train_data", folder / "toy_train.jsonl"], tmp_path / "run", fault)
+    code, said = run([*GRPO, "--train_data", folder / "train.jsonl"], tmp_path / "run", fault)
     assert code == 1 and "Traceback" not in said, said
     assert re.search(rf"rank 0: .*No such file or directory: '{folder}/images/toy_train_\d+.png'\. The "
                      r"last whole checkpoint is \S+step_000002\.", said), said
@@ -483,7 +484,7 @@ def test_more_mistakes_at_the_command_line(whole, tmp_path, monkeypatch, one_ran
     for name in ("processor_config.json", "tokenizer_config.json", "tokenizer.json"):
         (model / name).unlink()
     with pytest.raises(utils.UserError, match="cannot be loaded .* with its processor files"):
-        utils.load_processor(model)
+        load_processor(model)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -516,17 +517,17 @@ def test_weights_that_config_json_does_not_tell_of(tmp_path, change, sentence):
     folder = shutil.copytree(ROOT / "toy_model", tmp_path / "model")
     toy_weights(change)(folder)
     with pytest.raises(utils.UserError, match=f"--model {folder}: its weights .*{sentence}.* download it again"):
-        utils.load_model(folder)
+        load_model(folder)
 
 
 def test_weights_that_stay_quantised_are_refused(monkeypatch):
     """Where the packages for it are there, transformers loads what a quantization_config says, and nothing trains."""
-    model = utils.load_model(ROOT / "toy_model")
+    model = load_model(ROOT / "toy_model")
     model.get_decoder().norm.weight = torch.nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
     info = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
     monkeypatch.setattr(utils, "load_pretrained", lambda *_, **__: (model, info))
     with pytest.raises(utils.UserError, match=r"1 quantised \(model.language_model.norm.weight\)"):
-        utils.load_model("anywhere")
+        load_model("anywhere")
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -537,12 +538,12 @@ def test_a_head_that_is_or_is_not_there(tmp_path, tied):
     config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = tied
     utils.write_json(folder / "config.json", config)
     if tied:
-        utils.load_model(folder)
+        load_model(folder)
         toy_weights(lambda w, _: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))(folder)
-        utils.load_model(folder)  # as ours were written before
+        load_model(folder)  # as ours were written before
     else:
         with pytest.raises(utils.UserError, match=r"1 missing \(lm_head.weight\)"):
-            utils.load_model(folder)
+            load_model(folder)
 
 
 FILES = ("config.json", "generation_config.json", "processor_config.json", "tokenizer.json",
@@ -558,7 +559,7 @@ def test_a_torn_file_of_a_checkpoint_is_named(tmp_path, name, content):
     if content == "half":
         content = path.read_bytes()[:path.stat().st_size // 2] if path.exists() else b'{"weight_map": {'
     path.write_bytes(content)
-    for load in (utils.load_processor, utils.load_model):
+    for load in (load_processor, load_model):
         with pytest.raises(utils.UserError, match=f"--model {folder}: its file {name} is torn .* again"):
             load(folder)
 
@@ -591,7 +592,7 @@ def test_a_mistake_in_a_checkpoint_is_one_line(whole, tmp_path):
 
 @pytest.fixture
 def policy(one_rank):
-    return utils.Policy(utils.load_model(ROOT / "toy_model"), utils.load_processor(ROOT / "toy_model"))
+    return Policy(load_model(ROOT / "toy_model"), load_processor(ROOT / "toy_model"))
 
 
 SETTINGS = (  # of vicuna and LLaVA, and others that transformers reads and does not write
@@ -604,7 +605,7 @@ def test_a_generation_config_that_transformers_would_not_save(tmp_path, one_rank
     """The source's comes out as it went in."""
     folder = shutil.copytree(ROOT / "toy_model", tmp_path / "model")
     utils.write_json(folder / "generation_config.json", settings)
-    policy = utils.Policy(utils.load_model(folder), utils.load_processor(folder))
+    policy = Policy(load_model(folder), load_processor(folder))
     with pytest.raises(ValueError, match="GenerationConfig is invalid"):
         policy.model.save_pretrained(tmp_path / "wrong")
     utils.try_saving(tmp_path / "run", policy, policy.processor, torch.float32, 4, train_grpo.Args())
@@ -612,7 +613,7 @@ def test_a_generation_config_that_transformers_would_not_save(tmp_path, one_rank
     utils.export(tmp_path / "out", policy.model, policy.processor, policy.model.state_dict(), torch.float32)
     said = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert settings.items() <= said.items()
-    assert utils.load_model(tmp_path / "out").generation_config.to_dict() == policy.model.generation_config.to_dict()
+    assert load_model(tmp_path / "out").generation_config.to_dict() == policy.model.generation_config.to_dict()
 
 
 def raises(error):
@@ -648,7 +649,7 @@ def free_bytes(monkeypatch, n):
 
 def test_the_size_of_a_checkpoint_is_foretold(whole, policy, monkeypatch):
     """What `save_checkpoint` wrote, to a few percent: of these weights a part is frozen."""
-    utils.freeze(policy.model, False, False, True)
+    freeze(policy.model, False, False, True)
     folder = whole[1] / "checkpoints" / "step_000004"
     real = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     said = []
@@ -799,7 +800,7 @@ def interrupt(original, *values):
 
 
 def test_ctrl_c_before_a_run_begins(whole, tmp_path):
-    code, said = run(whole[0], tmp_path / "run", partial(at_call, 1, "utils.load_processor", interrupt))
+    code, said = run(whole[0], tmp_path / "run", partial(at_call, 1, "load_processor", interrupt))
     assert (code, said) == (130, "\nStopped. No run folder was written.\n")
     assert not (tmp_path / "run").exists()
 

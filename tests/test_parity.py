@@ -20,6 +20,8 @@ import conftest
 import rollout
 import train_grpo
 import utils
+from data import make_sample, open_image
+from policy import freeze, load_model, shard
 from conftest import answered, png
 from utils import Policy, UserError, collate
 
@@ -37,7 +39,7 @@ def mixed(tiny):
 
 def plain_inputs(sample, processor):
     """One prompt as the processor's documentation says, its completion appended."""
-    images = [utils.open_image(i) for i in sample.images] or None
+    images = [open_image(i) for i in sample.images] or None
     inputs = processor(text=[sample.prompt_text], images=images, return_tensors="pt")
     tail = torch.tensor([sample.completion_ids], dtype=torch.long)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], tail], 1)
@@ -107,7 +109,7 @@ def test_the_images_and_their_order_matter(tiny):
     rows = []
     for a, b in ((0, 1), (1, 0), (0, 2)):
         row = {"question": "<image><image>?", "answer": "1", "images": [pictures[a], pictures[b]]}
-        sample = utils.make_sample(row, utils.Path("."), "here", tiny.processor)
+        sample = make_sample(row, utils.Path("."), "here", tiny.processor)
         rows.append(answered([sample], tiny.processor)[0])
     with torch.no_grad():
         first, swapped, other = policy(collate(rows, tiny.processor), 1.0)[0]
@@ -213,7 +215,7 @@ def test_a_batch_of_text_alone(tiny):
     """Without an image the model is given positions by us: prompts of unequal lengths must agree
     with the policy, which pads on the other side and leaves positions to the model."""
     rows = [{"question": q, "answer": "1"} for q in ("Why?", "What is 12 + 34 + 56 + 78 + 90?")]
-    prompts = [utils.make_sample(r, utils.Path("."), r["question"], tiny.processor) for r in rows]
+    prompts = [make_sample(r, utils.Path("."), r["question"], tiny.processor) for r in rows]
     done = rollout.HFEngine(tiny.model, tiny.processor, 8).generate(prompts, 2, 1.0, 1.0, 8, 0)
     with torch.no_grad():
         logprobs, _ = Policy(tiny.model, tiny.processor)(collate(done, tiny.processor), 1.0)
@@ -309,7 +311,7 @@ def test_placeholders_are_never_sampled(tiny, temperature, top_p):
 def test_sync_takes_over_every_part(tiny, part):
     """After a strong change of the policy the rollout is the changed policy's; before sync it is
     not."""
-    model = utils.load_model(tiny.path)
+    model = load_model(tiny.path)
     engine = rollout.HFEngine(tiny.model, tiny.processor, 16)
     prompts = by_id(tiny.samples, "rgba", "two", "line")
 
@@ -348,16 +350,16 @@ def test_freezing(tiny):
     assert all(expected.values()) and set.union(*expected.values()) == names
     for flags in range(1, 8):
         wanted = [bool(flags & bit) for bit in (1, 2, 4)]
-        count = utils.freeze(model, *wanted)
+        count = freeze(model, *wanted)
         trained = {n for n, p in model.named_parameters() if p.requires_grad}
         assert trained == set.union(*[e for e, w in zip(expected.values(), wanted) if w])
         assert count == sum(p.numel() for n, p in model.named_parameters() if n in trained)
     with pytest.raises(UserError, match="nothing is left to train"):
-        utils.freeze(model, False, False, False)
+        freeze(model, False, False, False)
 
 
 def test_an_update_moves_what_trains_and_nothing_else(tiny, one_rank):
-    utils.freeze(tiny.model, False, True, False)
+    freeze(tiny.model, False, True, False)
     before = {n: p.detach().clone() for n, p in tiny.model.named_parameters()}
     policy = Policy(tiny.model, tiny.processor)
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.1)
@@ -507,13 +509,13 @@ def rank_gradients(path, data, case):
     vision, connector, language, size, loss, shared = CASES[case]
     tiny = conftest.load_tiny(path, data)
     samples = mixed(tiny)
-    utils.freeze(tiny.model, vision, connector, language)
+    freeze(tiny.model, vision, connector, language)
     cache = utils.vision_cache(tiny.model, tiny.processor)
     policy = Policy(tiny.model, tiny.processor, cache, shared)
     if shared:
         tiny.model.gradient_checkpointing_enable()
     if utils.world_size() > 1:
-        policy = utils.shard(policy, torch.float32)
+        policy = shard(policy, torch.float32)
     probe = Probe(policy.model)
     args = replace(ARGS, micro_batch_tokens=size, loss=loss, mask_truncated=loss == "gspo")
     if shared:  # siblings, on each rank

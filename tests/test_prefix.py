@@ -17,6 +17,9 @@ import conftest
 import rollout
 import train_grpo
 import utils
+from data import make_sample
+from policy import freeze
+from siblings import TwoPartAttention
 from conftest import answered, png
 from test_parity import ARGS, Probe, assert_same_gradients, by_id, gradients, mixed, plain_logprobs
 from utils import Policy, collate, pack
@@ -35,7 +38,7 @@ def random_groups(tiny, folder, seed):
             Image.effect_noise(size, 90).convert("RGB").save(folder / images[-1])
         row = {"id": str(i), "question": "<image>" * len(images) + "Why? " * rng.randint(1, 9), "answer": "1",
                "images": images}
-        prompt = utils.make_sample(row, folder / "data.jsonl", "here", tiny.processor)
+        prompt = make_sample(row, folder / "data.jsonl", "here", tiny.processor)
         for _ in range(rng.randint(1, 5)):
             ids = [rng.randrange(10, len(tiny.processor.tokenizer)) for _ in range(rng.randint(1, 12))]
             samples.append(replace(prompt, completion_ids=ids, sampler_logprobs=[-1.0] * len(ids),
@@ -248,7 +251,7 @@ def count_towers(model):
 def test_features_are_computed_once_and_change_nothing(tiny, tmp_path):
     samples = random_groups(tiny, tmp_path, 7)
     pictures = {i for s in samples for i in s.images}
-    utils.freeze(tiny.model, False, False, True)
+    freeze(tiny.model, False, False, True)
     plain = Policy(tiny.model, tiny.processor)
     want = results(plain, plain.batch(samples), tiny.model)
     cache = utils.vision_cache(tiny.model, tiny.processor)
@@ -269,7 +272,7 @@ def test_features_are_computed_once_and_change_nothing(tiny, tmp_path):
 
 def test_features_do_not_depend_on_the_batch(qwen):
     """Bit for bit, so that a run that goes on from a checkpoint sees what the first one saw."""
-    utils.freeze(qwen.model, False, False, True)
+    freeze(qwen.model, False, False, True)
     samples = [s for s in qwen.samples if s.images]
     together, alone = (utils.vision_cache(qwen.model, qwen.processor) for _ in range(2))
     images = [i for s in samples for i in s.images]
@@ -279,7 +282,7 @@ def test_features_do_not_depend_on_the_batch(qwen):
 
 
 def test_the_cache_keeps_its_bound(qwen):
-    utils.freeze(qwen.model, False, False, True)
+    freeze(qwen.model, False, False, True)
     base, images = qwen.model.base_model, [png(colour) for colour in ("red", "white", "blue")]
     cache = utils.vision_cache(qwen.model, qwen.processor)
     each = cache.look(base, images[0])[1][0].nbytes
@@ -296,9 +299,9 @@ def test_the_cache_keeps_its_bound(qwen):
 
 @pytest.mark.parametrize("parts", [(True, False, True), (False, True, True)])
 def test_no_cache_where_vision_or_connector_train(tiny, parts):
-    utils.freeze(tiny.model, *parts)
+    freeze(tiny.model, *parts)
     assert utils.vision_cache(tiny.model, tiny.processor) is None
-    utils.freeze(tiny.model, False, False, True)
+    freeze(tiny.model, False, False, True)
     assert utils.vision_cache(tiny.model, tiny.processor, 0) is None
     assert utils.vision_cache(tiny.model, tiny.processor) is not None
 
@@ -388,7 +391,7 @@ def test_two_part_attention_is_one_softmax(padded):
     bias = torch.zeros(P, 1, 1, L, dtype=torch.float64)
     bias[0, ..., 3:] = -torch.inf
     bias = bias if padded else None
-    got = utils.TwoPartAttention.apply(*parts, bias, 0.3)
+    got = TwoPartAttention.apply(*parts, bias, 0.3)
     for i in range(P * n):
         seen = 3 if padded and i < n else L
         for c in range(C):
@@ -396,4 +399,4 @@ def test_two_part_attention_is_one_softmax(padded):
             values = torch.cat([v[i // n, :, :seen], own_v[i, :, : c + 1]], 1)
             weights = (0.3 * keys @ q[i, :, c, :, None]).softmax(1)  # (h, keys, 1)
             torch.testing.assert_close(got[i, :, c], (weights * values).sum(1))
-    assert torch.autograd.gradcheck(lambda *x: utils.TwoPartAttention.apply(*x, bias, 0.3), parts)
+    assert torch.autograd.gradcheck(lambda *x: TwoPartAttention.apply(*x, bias, 0.3), parts)

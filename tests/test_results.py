@@ -199,7 +199,7 @@ def test_the_comparison_is_what_the_readme_says():
     for runs in arms.values():
         assert [run.args["seed"] for run in runs] == [0, 1, 2, 3, 4]
         for run in runs:
-            assert run.args["epochs"] == 3 and run.args["train_data"].endswith("data/toy_train.jsonl")
+            assert run.args["epochs"] == 3 and run.args["train_data"].endswith("data/train.jsonl")
             points = {(r["epoch"], r["split"], r["setting"]) for r in run.evals}
             assert len(points) == len(run.evals) == 4 * 2 * 3
             assert json.loads((run.path / "result.json").read_text())["minutes"] <= 4

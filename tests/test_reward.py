@@ -281,7 +281,7 @@ def test_what_says_something(text):
 
 
 def test_echoing_the_instruction_earns_nothing():
-    for text in (utils.INSTRUCTION, utils.INSTRUCTION + " " + utils.INSTRUCTION, "A square? " + utils.INSTRUCTION):
+    for text in (INSTRUCTION, INSTRUCTION + " " + INSTRUCTION, "A square? " + INSTRUCTION):
         assert {reward.accuracy_reward(text, wanted) for wanted in REFERENCES} == {0.0}
 
 
@@ -470,6 +470,7 @@ HELPED = """import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
 import utils
+from data import INSTRUCTION
 from helper import g
 
 
