@@ -428,7 +428,7 @@ def refuse_mixture(args):
     defaults = {f.name: f.default for f in fields(args) if f.name.endswith("data")}
     left = [name for name, toys in defaults.items() if getattr(args, name) == toys
             and name not in getattr(args, "given", ())]
-    own = [name for name, toys in defaults.items() if getattr(args, name) not in ("", toys)]
+    own = [name for name in defaults if getattr(args, name) not in ("", *defaults.values())]
     own += ["model"] * ("data" in defaults and Path(args.model).name != "toy_model")
     if own and left:
         ways = {"validation_data": "= for none", "test_data": "= for none"}

@@ -123,6 +123,7 @@ def pack(samples, sharing, model, flex=None):
     A completion's positions continue its prompt's, which an image makes fewer than its tokens
     (M-RoPE). `flex` attention is the default on CUDA alone.
     """
+    assert sharing.branches, "this family cannot branch a prompt, as `share_prefixes` found"
     groups, place = {}, []  # prompt id to the samples that answer it; where a sample is among them
     for s in samples:
         siblings = groups.setdefault(s.id, [])

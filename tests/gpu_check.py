@@ -28,11 +28,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import toy
 import train_grpo
 import utils
-from data import load_samples, make_sample
-from policy import Policy, collate, compute_dtype, freeze, load_model, load_processor, shard
-from siblings import pack
 from bench import matrix_peak, useful_work
+from conftest import branching
+from data import load_samples, make_sample
+from policy import collate, compute_dtype, freeze, load_model, load_processor, Policy, shard
 from rollout import Args, HFEngine, make_engine
+from siblings import pack, Sharing
 
 SHAPES = {  # what differs between Qwen2.5-VL-3B and the stand-in for a CPU
     "3b": {"text": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
@@ -136,11 +137,11 @@ def check_flex(folder):
     truth, true_gradient = logprobs_and_gradient(exact, collate(done, processor))
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
-        policy = Policy(copy.deepcopy(model).to(dtype), processor, shared=True)
+        policy = branching(copy.deepcopy(model).to(dtype), processor)
         batches = {"plain": collate(done, processor)}
-        batches["flex"] = pack(done, processor, policy.model, flex=True)
+        batches["flex"] = pack(done, policy.sharing, policy.model, flex=True)
         if not torch.cuda.is_available():
-            batches["rectangles"] = pack(done, processor, policy.model)
+            batches["rectangles"] = pack(done, policy.sharing, policy.model)
         for name, batch in batches.items():
             row = found.setdefault(str(dtype).removeprefix("torch."), {}).setdefault(name, {})
             if name == "flex" and not torch.cuda.is_available():
@@ -162,7 +163,7 @@ def check_step(folder):
     processor, model, done = answered_toy(folder)
     found, gradients = {}, []
     for dtype in (torch.float32, torch.bfloat16):
-        policy = shard(Policy(copy.deepcopy(model), processor, shared=True), dtype).train()
+        policy = shard(branching(copy.deepcopy(model), processor), dtype).train()
         optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], 1e-6, fused=True)
         step = optimizer.step
         optimizer.step = lambda: (gradients.append(torch.cat(
@@ -185,11 +186,11 @@ def check_speed(shape, folder):
         prompts.append(make_sample(row, folder / "data.jsonl", "here", processor))
     dtype = compute_dtype("auto")
     freeze(model, False, False, True)
-    cache = utils.vision_cache(model, processor)
-    engine = make_engine("hf", model, processor, Args(rollout_batch_size=64), cache)
+    sharing = Sharing(model, processor)
+    engine = make_engine("hf", model, processor, Args(rollout_batch_size=64), sharing)
     engine.eos = torch.tensor([-1], device=utils.device())  # every answer gets its full length
     model.gradient_checkpointing_enable()
-    policy = shard(Policy(model, processor, cache, True), dtype).train()
+    policy = shard(Policy(model, processor, sharing), dtype).train()
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], 1e-6, fused=True)
     args = train_grpo.Args(micro_batch_tokens=8192)
     made = shape["prompts"] * shape["group"] * shape["tokens"]
@@ -198,7 +199,7 @@ def check_speed(shape, folder):
              "prompt_tokens": len(prompts[0].prompt_ids), "completion_tokens": shape["tokens"],
              "prompts": shape["prompts"], "group": shape["group"]}
     for name in ("plain", "shared", "plain", "shared"):  # the first round compiles and warms up
-        policy.shared, policy.cache = name == "shared", cache if name == "shared" else None
+        policy.sharing = sharing if name == "shared" else None
         start = clock()
         samples = engine.generate(prompts, shape["group"], 1.0, 1.0, shape["tokens"], 0)
         middle = clock()

@@ -13,11 +13,13 @@ import torch
 from hypothesis import strategies
 from PIL import Image
 
+import doctor
 import rollout
 import toy
 import utils
+from conftest import branching
 from data import load_samples
-from policy import Policy, collate, freeze, load_model, load_processor
+from policy import collate, freeze, load_model, load_processor, Policy
 from train_sft import with_golden_responses
 
 TOY = Path(__file__).parents[1] / "toy_model"
@@ -70,8 +72,8 @@ def journey(path, rows):
     model = load_model(path)
     freeze(model, True, True, True)
     engine = rollout.make_engine("hf", model, processor, ARGS)
-    policy = Policy(model, processor, shared=True).train()
-    rollout.rehearse(engine, samples, replace(ARGS, model=path), policy)
+    policy = branching(model, processor).train()
+    doctor.rehearse(engine, samples, replace(ARGS, model=path), policy)
     done = engine.generate(samples, 2, 1.0, 1.0, 12, 0)
     logprobs, entropies = policy(policy.batch(done), 1.0)
     plain, _ = Policy(model, processor)(collate(done, processor), 1.0)

@@ -13,7 +13,7 @@ import pytest
 import toy
 import utils
 from policy import load_model
-from test_house import ROOT, STAGES, section, source
+from test_house import ROOT, section, source, STAGES
 
 # as scripts they need, beside utils.py, what they import inside their functions
 SECTION = section("Copying a stage")

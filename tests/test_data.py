@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 import utils
+from conftest import png
 from data import IMAGE_MARK, INSTRUCTION, load_samples, make_sample, open_image
 from policy import collate, load_model, load_processor
-from conftest import png
 
 GOOD = {"question": "<image>How many?", "answer": "3", "id": "a", "image": "images/a.png"}
 

@@ -8,12 +8,13 @@ import tokenizers
 import torch
 import transformers
 
+import doctor
 import rollout
 import toy
 import utils
+from conftest import branching, load_tiny, sampler
 from data import banned_ids, load_samples, open_image, tokenise
-from policy import Policy, load_processor
-from conftest import load_tiny
+from policy import load_processor, Policy
 
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 CLIP = VISION | {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14}
@@ -157,9 +158,9 @@ def test_sampler_and_trainer_are_the_models_own_forward(build, tolerance, tmp_pa
     """
     tiny = load_tiny(save(build, tmp_path), data_path)
     tiny.model.eval()
-    engine = rollout.HFEngine(copy.deepcopy(tiny.model), tiny.processor, 256)
-    policy = Policy(tiny.model, tiny.processor, shared=True)
-    assert not engine.shared and not policy.shared
+    engine = sampler(copy.deepcopy(tiny.model), tiny.processor, 256)
+    policy = branching(tiny.model, tiny.processor)
+    assert not engine.sharing.branches and not policy.sharing.branches
     drawn = engine.generate(tiny.samples, 2, 1.0, 1.0, 8, 0)
     trained, _ = policy(policy.batch(drawn), 1.0)
     assert len({len(s.prompt_ids) for s in drawn}) > 2
@@ -195,9 +196,9 @@ def test_a_family_that_needs_token_types_is_refused(tmp_path):
 
 def rehearsal(tiny):
     """What every stage does before it writes anything, with the tiny model at hand."""
-    engine = rollout.HFEngine(copy.deepcopy(tiny.model), tiny.processor, 256)
-    policy = Policy(tiny.model, tiny.processor, shared=True)
-    return rollout.rehearse(engine, tiny.samples, rollout.Args(model=str(tiny.path), dtype="float32"), policy)
+    engine = sampler(copy.deepcopy(tiny.model), tiny.processor, 256)
+    policy = branching(tiny.model, tiny.processor)
+    return doctor.rehearse(engine, tiny.samples, rollout.Args(model=str(tiny.path), dtype="float32"), policy)
 
 
 @pytest.mark.parametrize("build", [llava_next, internvl])
@@ -211,18 +212,18 @@ def test_unlike_prompts_by_hand():
     """First, shortest and longest with images, most images (neither longest nor shortest), none; each once."""
     rows = [("first", 1, 20), ("short", 1, 10), ("long", 1, 90), ("many", 5, 50), ("plain", 0, 5), ("other", 0, 6)]
     samples = [SimpleNamespace(id=i, images=["x"] * n, prompt_ids=[0] * length) for i, n, length in rows]
-    assert [s.id for s in rollout.unlike(samples)] == ["first", "short", "long", "many", "plain"]
-    assert [s.id for s in rollout.unlike(samples[1:2])] == ["short"]
-    assert [s.id for s in rollout.unlike(samples[4:])] == ["plain", "other"]
+    assert [s.id for s in doctor.unlike(samples)] == ["first", "short", "long", "many", "plain"]
+    assert [s.id for s in doctor.unlike(samples[1:2])] == ["short"]
+    assert [s.id for s in doctor.unlike(samples[4:])] == ["plain", "other"]
 
 
 def test_the_rehearsal_asks_unlike_prompts_and_hears_a_stranger(tiny, one_rank):
     """Shortest and longest, several images and none; and a sampler of other weights does not pass it."""
-    asked = [s.id for s in rollout.unlike(tiny.samples)]
+    asked = [s.id for s in doctor.unlike(tiny.samples)]
     assert {"two", "text"} <= {*asked} and len(asked) == len({*asked}) <= 5
     assert [(s.id, len(s.completion_ids) > 0) for s in rehearsal(tiny)] == [(i, True) for i in asked for _ in "ab"]
-    engine = rollout.HFEngine(copy.deepcopy(tiny.model), tiny.processor, 256)
+    engine = sampler(copy.deepcopy(tiny.model), tiny.processor, 256)
     for weight in engine.model.get_decoder().layers[0].parameters():
         weight.data *= 2
     with pytest.raises(utils.UserError, match="^--model .*: sampler and trainer are .* nats apart on the prompts .*rows"):
-        rollout.rehearse(engine, tiny.samples, rollout.Args(dtype="float32"), Policy(tiny.model, tiny.processor))
+        doctor.rehearse(engine, tiny.samples, rollout.Args(dtype="float32"), Policy(tiny.model, tiny.processor))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import bench
+import doctor
 import utils
 
 ROOT = Path(__file__).parents[1]

@@ -24,10 +24,10 @@ import toy
 import train_grpo
 import train_sft
 import utils
-from data import Sample, open_image
+from conftest import branching, IMAGES
+from data import open_image, Sample
 from policy import collate, split_rows
 from siblings import split_groups
-from conftest import IMAGES
 from utils import UserError
 
 NAN = math.nan
@@ -656,11 +656,12 @@ def test_micro_batches_with_shared_prompts(qwen):
 
 
 def test_ranks_make_equally_many_passes(qwen, one_rank, monkeypatch):
+    policy = branching(qwen.model, qwen.processor)
     samples = [replace(qwen.samples[0], completion_ids=[9])]
-    assert utils.micro_batches(samples, 1000, True) == [samples]
-    assert utils.micro_batches([], 1000, True) == [[]]  # one pass, of nothing
+    assert policy.micro_batches(samples, 1000) == [samples]
+    assert policy.micro_batches([], 1000) == [[]]  # one pass, of nothing
     monkeypatch.setattr(utils, "gather", lambda mine: [*mine, 3])  # another rank needs three
-    assert utils.micro_batches(samples, 1000, True) == [samples, [], []]
+    assert policy.micro_batches(samples, 1000) == [samples, [], []]
 
 
 def test_golden_responses_end_in_a_trained_eos(qwen):

@@ -33,6 +33,7 @@ from transformers import AutoModelForImageTextToText
 from PIL import Image
 
 import conftest
+import doctor
 import evaluate
 import reward
 import rollout
@@ -40,16 +41,13 @@ import toy
 import train_grpo
 import train_sft
 import utils
-from data import INSTRUCTION, as_png, banned_ids, conversation, load_samples, make_sample, open_image, tokenise
-from policy import drop_nothing, freeze, image_inputs, load_model, load_processor, shard, split_rows
-from siblings import pack
-from conftest import answered, png
-from test_parity import (
-    ARGS, Probe, assert_same_gradients, by_id, gradients, mixed, plain_inputs, plain_logprobs)
-from conftest import answered, load_tiny, png
+from conftest import answered, branching, load_tiny, png, sampler
+from data import (
+    as_png, banned_ids, conversation, INSTRUCTION, load_samples, make_sample, open_image, refuse_mixture, tokenise)
+from policy import collate, drop_nothing, freeze, image_inputs, load_model, load_processor, Policy, shard, split_rows
+from siblings import pack, Sharing
+from test_parity import ARGS, assert_same_gradients, by_id, gradients, mixed, plain_inputs, plain_logprobs, Probe
 from test_engines import ask, served  # noqa: F401  (served is a fixture)
-from test_parity import ARGS, Probe, assert_same_gradients, by_id, gradients, mixed
-from utils import Policy, collate
 
 
 @torch.no_grad()
@@ -100,7 +98,7 @@ def test_a_sampled_placeholder(qwen):
     wish = torch.zeros(len(qwen.processor.tokenizer))
     wish[qwen.processor.image_token_id] = 5.0
     qwen.model.get_output_embeddings().register_forward_hook(lambda module, args, out: out + wish)
-    engine = rollout.HFEngine(qwen.model, qwen.processor, 64)
+    engine = sampler(qwen.model, qwen.processor, 64)
     fine = engine.generate(qwen.samples[:3], 2, 1.0, 1.0, 8, 0)
     assert logprobs_of(qwen, fine).isfinite().all()
     engine.banned = []
@@ -115,7 +113,7 @@ def test_a_ban_in_the_sampler_alone(qwen):
     wish = torch.zeros(len(qwen.processor.tokenizer))
     wish[qwen.processor.image_token_id] = 5.0
     qwen.model.get_output_embeddings().register_forward_hook(lambda module, args, out: out + wish)
-    engine = rollout.HFEngine(qwen.model, qwen.processor, 8)
+    engine = sampler(qwen.model, qwen.processor, 8)
     done = engine.generate(qwen.samples[:1], 1, 1.0, 1.0, 6, 0)
     reported = torch.tensor([done[0].sampler_logprobs])
     policy = Policy(qwen.model, qwen.processor)
@@ -190,7 +188,7 @@ def test_decoded_images_that_travel(qwen):
 def test_lost_mrope(tiny):
     """MAYE, AReaL#217: ordinary 0, 1, 2, ... positions were passed in training, while the sampler
     used the image's rows and columns; every token after an image was scored by another model."""
-    engine = rollout.HFEngine(tiny.model, tiny.processor, 8)
+    engine = sampler(tiny.model, tiny.processor, 8)
     done = engine.generate(by_id(tiny.samples, "grey", "line"), 1, 1.0, 1.0, 6, 0)
     for flat in (False, True):
         batch = collate(done, tiny.processor)
@@ -261,7 +259,7 @@ def test_images_repeated_in_another_order_than_prompts(qwen):
 def test_a_temperature_forgotten_in_the_trainer(qwen):
     """trl#4159, swift PR#8442, simple_GRPO: sampled at T = 0.7, scored at T = 1, so that the ratio
     was not 1 before the first update."""
-    engine = rollout.HFEngine(qwen.model, qwen.processor, 64)
+    engine = sampler(qwen.model, qwen.processor, 64)
     done = engine.generate(qwen.samples, 2, 0.7, 1.0, 8, 0)
     mask = collate(done, qwen.processor)["mask"]
     reported = train_grpo.beside(mask, done, {id(s): s.sampler_logprobs for s in done})
@@ -273,7 +271,7 @@ def test_a_temperature_forgotten_in_the_trainer(qwen):
 def test_top_p_in_training(qwen):
     """trl#6789: at top_p = 0.9 the sampler renormalises by the kept mass S, the trainer does not,
     and every ratio is off by log S. Ours reports the sampler's truth, and trains at top_p = 1."""
-    engine = rollout.HFEngine(qwen.model, qwen.processor, 64)
+    engine = sampler(qwen.model, qwen.processor, 64)
     gaps = {}
     for top_p in (0.9, 1.0):
         done = engine.generate(qwen.samples, 1, 1.0, top_p, 8, 0)
@@ -312,7 +310,7 @@ def test_base_model_rollouts(qwen):
 def test_the_mismatch_metric_screams(qwen, one_rank):
     """The same story: mean |dlogp| was 0.81 in the log and nobody looked. Ours logs `sampler_gap`:
     0 when the sampler is the policy, large when it has fallen behind."""
-    engine = rollout.HFEngine(copy.deepcopy(qwen.model), qwen.processor, 64)
+    engine = sampler(copy.deepcopy(qwen.model), qwen.processor, 64)
     done = [replace(s, advantage=1.0) for s in engine.generate(qwen.samples, 2, 1.0, 1.0, 6, 0)]
     policy, probe, gaps = Policy(qwen.model, qwen.processor), Probe(qwen.model), []
     for stale in (False, True):
@@ -331,7 +329,7 @@ def test_weights_skipped_by_a_sync(qwen):
     other = {f"model.{n}": p + 1 for n, p in qwen.model.state_dict().items()}
     result = copy.deepcopy(qwen.model).load_state_dict(other, strict=False)
     assert len(result.missing_keys) == len(other)  # nothing arrived, and no error
-    engine = rollout.HFEngine(copy.deepcopy(qwen.model), qwen.processor, 64)
+    engine = sampler(copy.deepcopy(qwen.model), qwen.processor, 64)
     wrapped = torch.nn.ModuleDict({"policy": qwen.model})
     with pytest.raises(KeyError):
         engine.sync(wrapped)
@@ -359,7 +357,7 @@ def test_randomness_of_the_batch(qwen):
     """EasyR1#57, trl#3247, miles PR#3187 asked why resumed runs differ; where sampling draws from a
     global generator, they must, and so must runs on other ranks. Ours: an answer's numbers belong
     to prompt and index."""
-    engine = rollout.HFEngine(qwen.model, qwen.processor, 64)
+    engine = sampler(qwen.model, qwen.processor, 64)
 
     def draw(global_state):
         torch.manual_seed(global_state)
@@ -590,7 +588,7 @@ def test_a_token_drawn_from_nan(qwen, value, temperature, top_p):
         mass = (rows / temperature).softmax(-1).cumsum(-1)
         drawn = (mass <= 0.5 * mass[:, -1:]).sum(-1)
         assert drawn[0] > 0 and drawn[1] == 0
-    engine = rollout.HFEngine(qwen.model, qwen.processor, 64)
+    engine = sampler(qwen.model, qwen.processor, 64)
     honest = engine.prefill
 
     def prefill(samples):
@@ -609,7 +607,7 @@ def test_a_token_drawn_from_nan(qwen, value, temperature, top_p):
 def test_nan_in_a_later_step_and_behind_an_end(qwen, monkeypatch):
     """The same, halfway through an answer: found there too. But a row that has ended goes on being
     computed until enough others have, nobody reads what it says, and it must not end a run."""
-    engine, honest = rollout.HFEngine(qwen.model, qwen.processor, 64), rollout.sample_tokens
+    engine, honest = sampler(qwen.model, qwen.processor, 64), rollout.sample_tokens
     engine.eos = torch.tensor([7])  # which nothing says by itself
     ended = {}
 
@@ -656,7 +654,7 @@ def test_two_sources_of_eos(qwen, monkeypatch, data_path, tmp_path):
     wish = torch.zeros(len(qwen.processor.tokenizer))
     wish[own] = 80.0  # this model has learnt to stop
     qwen.model.get_output_embeddings().register_forward_hook(lambda module, args, out: out + wish)
-    engine, reasons = rollout.HFEngine(qwen.model, qwen.processor, 64), []
+    engine, reasons = sampler(qwen.model, qwen.processor, 64), []
     for eos in (torch.tensor([other]), engine.eos):  # the buggy form, and ours
         engine.eos = eos
         reasons.append({s.finish_reason for s in engine.generate(qwen.samples, 2, 1.0, 1.0, 6, 0)})
@@ -735,21 +733,21 @@ def test_features_that_the_sampler_saw_first(tiny, one_rank):
     what the trainer computes by itself, sharded and in bfloat16."""
     freeze(tiny.model, False, False, True)
     prompts, args = by_id(tiny.samples, "line", "two", "grey"), rollout.Args(dtype="bfloat16")
-    shared = utils.vision_cache(tiny.model, tiny.processor)
-    engine = rollout.make_engine("hf", tiny.model, tiny.processor, args, shared)
+    sharing = Sharing(tiny.model, tiny.processor)
+    engine = rollout.make_engine("hf", tiny.model, tiny.processor, args, sharing)
     done = engine.generate(prompts, 2, 1.0, 1.0, 6, 0)
-    seen = {image: features for image, (_, features) in shared.kept.items()}
-    buggy = utils.vision_cache(tiny.model, tiny.processor)
+    seen = {image: features for image, (_, features) in sharing.vision.kept.items()}
+    buggy = Sharing(tiny.model, tiny.processor).vision
     rounded = copy.deepcopy(tiny.model).to(torch.bfloat16)
     assert len(seen) == 3 and any(
         not torch.equal(x, y) for image in seen
         for x, y in zip(buggy.look(rounded.base_model, image)[1], seen[image]))
-    own = utils.vision_cache(tiny.model, tiny.processor)
+    own = Sharing(tiny.model, tiny.processor)
     policy = shard(Policy(tiny.model, tiny.processor, own), torch.bfloat16)
     with torch.no_grad():
         policy(policy.batch(done), 1.0)
-    assert own.kept.keys() == seen.keys()
-    for image, (_, features) in own.kept.items():
+    assert own.vision.kept.keys() == seen.keys()
+    for image, (_, features) in own.vision.kept.items():
         assert all(torch.equal(x, y) for x, y in zip(features, seen[image], strict=True))
 
 
@@ -768,10 +766,10 @@ def test_windows_that_a_packed_row_ignores(family, change, tiny_paths, data_path
     branch, and goes the plain way, where prompts are far longer than the window."""
     tiny = conftest.load_tiny(tiny_paths[family], data_path)
     model = conftest.build_model(family, tiny.processor, **change).eval()
-    engine = rollout.HFEngine(copy.deepcopy(model), tiny.processor, 64)
+    engine = sampler(copy.deepcopy(model), tiny.processor, 64)
     engine.eos = torch.arange(10, 16)  # rows end at different times, and retire
-    policy = Policy(model, tiny.processor, shared=True)
-    assert not engine.shared and not policy.shared
+    policy = branching(model, tiny.processor)
+    assert not engine.sharing.branches and not policy.sharing.branches
     assert "cannot branch a prompt" in capsys.readouterr().err
     done = engine.generate(tiny.samples, 3, 1.0, 1.0, 24, 0)
     assert min(len(s.prompt_ids) for s in done) > 16 and len({len(s.completion_ids) for s in done}) > 5
@@ -779,7 +777,8 @@ def test_windows_that_a_packed_row_ignores(family, change, tiny_paths, data_path
         ours = policy(policy.batch(done), 1.0)[0]
         truth = [plain_logprobs(model, tiny.processor, s, 1.0)[0] for s in done]
         model.set_attn_implementation({"text_config": "branches"})  # the buggy form
-        packed = policy(pack(done, tiny.processor, model), 1.0)[0]
+        policy.sharing.branches = True
+        packed = policy(pack(done, policy.sharing, model), 1.0)[0]
     for s, row, want in zip(done, ours, truth):
         assert not differ(row[: len(want)], want, 1e-4)
         assert not differ(torch.tensor(s.sampler_logprobs), want, 1e-4)
@@ -793,7 +792,7 @@ def test_a_cache_that_forgets_what_its_model_sees(tiny_paths, data_path, change)
     sampler with that cache was 8 nats off. Ours keeps all, and leaves windows to the model's mask."""
     tiny = conftest.load_tiny(tiny_paths["qwen3_vl"], data_path)
     model = conftest.build_model("qwen3_vl", tiny.processor, **change).eval()
-    engine = rollout.HFEngine(copy.deepcopy(model), tiny.processor, 64)
+    engine = sampler(copy.deepcopy(model), tiny.processor, 64)
     done = engine.generate(tiny.samples[:3], 2, 1.0, 1.0, 12, 0)
     truth = [plain_logprobs(model, tiny.processor, s, 1.0)[0].detach() for s in done]
     for s, want in zip(done, truth):
@@ -816,7 +815,7 @@ def test_one_greedy_answer_given_n_times(qwen):
     """vllm#5898, #1202: rows of one batch may round unlike each other, so that n greedy answers to
     one prompt are not one answer. Ours is computed once, and its log-probabilities are 0: greedy
     decoding puts the whole mass on one token."""
-    engine = rollout.HFEngine(qwen.model, qwen.processor, 64)
+    engine = sampler(qwen.model, qwen.processor, 64)
     unlike = lambda logits: 3.0 * torch.arange(len(logits)).view(-1, 1, 1) * torch.sin(
         torch.arange(logits.shape[-1]))
     qwen.model.register_forward_hook(
@@ -853,17 +852,14 @@ def test_a_temperature_that_is_no_number(capsys):
             assert f"at least 0.01 and at most 100, not {temperature}" in said
 
 
-def test_the_toys_validation_under_a_model_trained_on_other_data(tmp_path, monkeypatch, one_rank):
+def test_the_toys_validation_under_a_model_trained_on_other_data():
     """Ours, before: `train_grpo.py --train_data mine.jsonl` measured the default validation, which is the
-    toy's, wrote its 1,536 pictures into the run and reported 46.3 %. Ours now: one sentence, nothing written."""
-    monkeypatch.setattr(toy, "SPLITS", dict.fromkeys(toy.SPLITS, 2))
+    toy's, and reported its 46.3 %. Ours now: one sentence."""
     args = utils.parse_args(train_grpo.Args, ["--train_data", "mine.jsonl", "--test_data="])
     with pytest.raises(utils.UserError, match="--validation_data would be the toy's.*--validation_data= for none"):
-        train_grpo.check_args(args)
-    assert list(tmp_path.iterdir()) == []
-    measured = utils.read_jsonl(utils.data_path(args.validation_data, tmp_path))  # what was done instead
+        refuse_mixture(args)
+    measured = utils.read_jsonl(conftest.ROOT / args.validation_data)  # what was done instead
     assert "objects are in the picture" in measured[0]["question"]
-    assert len([*tmp_path.rglob("*.png")]) == 6
 
 
 def test_wrong_by_default(qwen):
@@ -901,9 +897,13 @@ def test_numbers_that_json_has_not(number, tmp_path, monkeypatch, capsys):
 def test_a_batch_that_is_not_finite_is_still_kept(qwen, tmp_path, monkeypatch):
     """The sentence names a file with the samples; the numbers that are no JSON stand in it as text."""
     monkeypatch.setattr(utils, "run_folder", [tmp_path])
-    said = utils.save_failed_batch([replace(qwen.samples[0], reward=math.inf, advantage=math.nan)], "loss: nan")
+    batch = [replace(qwen.samples[0], reward=math.inf, advantage=math.nan)]
+    with pytest.raises(utils.RunError, match="the loss is nan on the prompts .*rgb.*failed_batch_rank0"):
+        utils.stop_if_not_finite(torch.tensor(math.nan), "loss", batch)
     row = json.loads((tmp_path / "failed_batch_rank0.jsonl").read_text(), parse_constant=pytest.fail)
-    assert (row["reward"], row["advantage"], row["id"]) == ("Infinity", "NaN", "rgb") and "failed_batch_rank0" in said
+    assert (row["reward"], row["advantage"], row["id"]) == ("Infinity", "NaN", "rgb")
+
+
 # What outside eyes found: checkpoints and runs
 
 
@@ -942,7 +942,7 @@ def test_dropout_of_a_config(family, tiny_paths, data_path, tmp_path, recompute)
     def passes(model, shared):
         if recompute:
             model.gradient_checkpointing_enable()
-        policy = Policy(model, tiny.processor, shared=shared)
+        policy = (branching if shared else Policy)(model, tiny.processor)
         results = []
         for mode in (True, True, False):  # the last is how it answered
             policy.train(mode)
@@ -955,7 +955,7 @@ def test_dropout_of_a_config(family, tiny_paths, data_path, tmp_path, recompute)
         assert torch.equal(first, again) and torch.equal(first, answering)
     first, again, _ = passes(AutoModelForImageTextToText.from_pretrained(folder), False)
     assert differ(first, again, 0.1)
-    utils.export(tmp_path / "out", tiny.model, tiny.processor, {}, torch.float32)  # and stays said
+    Policy(tiny.model, tiny.processor).export(tmp_path / "out", torch.float32, weights=False)  # and stays said
     said = json.loads((tmp_path / "out" / "config.json").read_text())
     assert said["text_config"]["attention_dropout"] == 0.5
 
@@ -984,7 +984,7 @@ def test_a_checkpoint_that_says_float32_and_has_its_head_twice(tiny, tmp_path):
     model = tiny.model
     cast = {name: weight.bfloat16() for name, weight in model.state_dict().items()}
     model.save_pretrained(tmp_path / "buggy", state_dict=cast)
-    utils.export(tmp_path / "ours", model, tiny.processor, cast, torch.bfloat16)
+    Policy(model, tiny.processor).export(tmp_path / "ours", torch.bfloat16)
     said, held = {}, {}
     for name in ("buggy", "ours"):
         config = json.loads((tmp_path / name / "config.json").read_text())
@@ -1287,18 +1287,18 @@ def test_a_guard_that_sleeps(tiny, how):
     """The other half of the story: what the guard is for still ends a run, in half of the samples
     too. Most of these passed the old one: where a sampler reports what it drew from, the mean ratio
     is 1 by construction, however far it has strayed."""
-    sampler, asked = copy.deepcopy(tiny.model), [s for s in tiny.samples if s.images]
+    strayer, asked = copy.deepcopy(tiny.model), [s for s in tiny.samples if s.images]
     if how == "stale":
-        for p in sampler.parameters():
+        for p in strayer.parameters():
             p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
     seen = [replace(s, images=[white(i) for i in s.images]) for s in asked] if how == "images" else asked
     temperature = 0.7 if how == "temperature" else 1.0
     gaps = {}
     for name, model, prompts, t in (("honest", tiny.model, asked, 1.0),
-                                    (how, sampler, seen, temperature)):
-        done = rollout.HFEngine(model, tiny.processor, 64).generate(prompts, 4, t, 1.0, 8, 0)
+                                    (how, strayer, seen, temperature)):
+        done = sampler(model, tiny.processor, 64).generate(prompts, 4, t, 1.0, 8, 0)
         done = [replace(d, images=s.images) for d, s in zip(done, [s for s in asked for _ in range(4)])]
-        theirs = rollout.trainer_logprobs(Policy(tiny.model, tiny.processor), done, tiny.processor)
+        theirs = doctor.trainer_logprobs(Policy(tiny.model, tiny.processor), done, tiny.processor)
         gaps[name] = [torch.tensor(a) - torch.tensor(s.sampler_logprobs) for a, s in zip(theirs, done)]
     assert strayed(torch.cat(gaps["honest"])) is None
     assert "strayed from the policy" in strayed(torch.cat(gaps[how]))

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_commands import data, run  # noqa: F401  (data is a fixture)
-
 import evaluate
 import utils
-from data import Sample, as_png, make_sample, open_image
+from conftest import IMAGES, png
+from data import as_png, make_sample, open_image, Sample
 from policy import image_inputs
 from siblings import VisionCache
-from conftest import IMAGES, png
+from test_commands import data, run  # noqa: F401  (data is a fixture)
+
 
 HOW = ("blank", "noise", "rotate", "swap")
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)

@@ -16,9 +16,9 @@ import torch
 import bench
 import train_grpo
 import utils
-from data import load_samples
-from policy import Policy, compute_dtype, freeze, load_model, load_processor, shard
 from conftest import answered
+from data import load_samples
+from policy import compute_dtype, freeze, load_model, load_processor, Policy, shard
 from test_commands import ROOT, TINY, data, free_port, run, splits, timeless  # noqa: F401  (data: a fixture)
 
 DRIVER = '''
@@ -26,12 +26,12 @@ import sys
 sys.path.insert(0, {root!r})
 sys.argv[0] = "train_grpo.py"
 import torch
-import train_grpo, utils
+import policy, train_grpo, utils
 
-load, mixed = load_model, utils.MixedPrecisionPolicy
-load_model = lambda path, dtype=None: load(path, torch.float64)
-compute_dtype = lambda name: torch.float64
-utils.MixedPrecisionPolicy = lambda **_: mixed(param_dtype=torch.float64, reduce_dtype=torch.float64)
+load, mixed = policy.load_model, policy.MixedPrecisionPolicy
+policy.load_model = lambda path, dtype=None: load(path, torch.float64)
+policy.compute_dtype = lambda name: torch.float64
+policy.MixedPrecisionPolicy = lambda **_: mixed(param_dtype=torch.float64, reduce_dtype=torch.float64)
 torch.set_default_dtype(torch.float64)
 torch.Tensor.float = torch.Tensor.double
 # transformers' norm computes in float32 whatever it is given, and so rounds a gradient that several

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 sys.path.insert(0, str(ROOT))
-import reward  # noqa: E402
-import utils  # noqa: E402
+import reward
+import utils
 from reward import extract_answer, is_equal  # noqa: E402
 
 # ---- tier 1: the policy, one point after the other; each pair was decided by hand

@@ -15,12 +15,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+import doctor
 import rollout
 import toy
 import utils
+from conftest import sampler
 from data import load_samples
-from policy import Policy, load_model, load_processor
-from rollout import HFEngine, mean_gap, trainer_logprobs
+from doctor import mean_gap, trainer_logprobs
+from policy import load_model, load_processor, Policy
+from rollout import HFEngine
 from test_commands import ROOT, data, run, splits  # noqa: F401  (data is a fixture)
 
 BUILDS = {d.metadata["Name"] for d in importlib.metadata.distributions()}
@@ -65,7 +68,7 @@ def gap(engine, policy, samples, processor, temperature=1.0):
 def failed(pair, engine=None, samples=None):
     """The names of the doctor's rows that failed."""
     honest, policy, prompts, processor = pair
-    rows = rollout.doctor(engine or honest, policy, samples or prompts, processor, ARGS)
+    rows = doctor.doctor(engine or honest, policy, samples or prompts, processor, ARGS)
     return {name for name, passed, _ in rows if not passed}
 
 
@@ -76,7 +79,7 @@ def failed(pair, engine=None, samples=None):
 def test_greedy_answers_are_those_of_the_embedded_engine(pair):
     engine, policy, samples, processor = pair
     theirs = engine.generate(samples, 1, 0, 1.0, 96, 0)
-    ours = HFEngine(policy.model, processor, 64).generate(samples, 1, 0, 1.0, 96, 0)
+    ours = sampler(policy.model, processor, 64).generate(samples, 1, 0, 1.0, 96, 0)
     tokens = [(a, b) for x, y in zip(theirs, ours)
               for a, b in zip(x.completion_ids, y.completion_ids, strict=True)]
     assert len(tokens) > 1000 and sum(a == b for a, b in tokens) >= 0.99 * len(tokens)
@@ -181,7 +184,7 @@ def test_the_doctor_sees_doubled_placeholders(pair):
     twice = [replace(s, prompt_text=s.prompt_text.replace("<|image_pad|>", "<|image_pad|>" * 2))
              for s in pair[2]]
     engine, policy, _, processor = pair
-    rows = rollout.doctor(engine, policy, twice, processor, ARGS)
+    rows = doctor.doctor(engine, policy, twice, processor, ARGS)
     assert rows[0][1] is False and "vLLM" in rows[0][2]
 
 

@@ -7,10 +7,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from test_commands import TINY, data, run  # noqa: F401  (data is a fixture)
-
 import train_sft
 import utils
+from test_commands import TINY, data, run  # noqa: F401  (data is a fixture)
+
 
 FAKE = '''
 import json, os

@@ -19,13 +19,12 @@ import torch
 from PIL import Image
 
 import evaluate
-import rollout
 import toy
 import train_grpo
 import utils
+from conftest import load_tiny, sampler
 from data import Sample
 from policy import Policy
-from conftest import load_tiny
 from test_families import gemma3, reference, save
 
 ROOT = Path(__file__).parents[2]
@@ -172,7 +171,7 @@ def test_family(tmp_path, data_path):
     tiny.model.eval()
     placeholder = tiny.model.config.image_token_id
     tiny.model.get_output_embeddings().weight[placeholder] *= 8  # it wishes to say placeholders
-    drawn = rollout.HFEngine(copy.deepcopy(tiny.model), tiny.processor, 256).generate(tiny.samples, 2, 1.0, 1.0, 8, 0)
+    drawn = sampler(copy.deepcopy(tiny.model), tiny.processor, 256).generate(tiny.samples, 2, 1.0, 1.0, 8, 0)
     assert not any(placeholder in s.completion_ids for s in drawn), "a placeholder was sampled"
     policy = Policy(tiny.model, tiny.processor)
     trained, _ = policy(policy.batch(drawn), 1.0)
