@@ -370,7 +370,7 @@ def where_time_goes():
 
 
 def step_table(found):
-    """The README's rows of what `step` found."""
+    """The rows of results/README.md, of what `step` found."""
     rows = ["| shape | | samples/s | completion tokens/s | rollout, s | update, s | of the peak | peak MB | ours is faster |",
             "|---|---|---|---|---|---|---|---|---|"]
     for name in STEP_SHAPES:
@@ -604,7 +604,7 @@ def memory_a_rank(shape, world_size, tokens, completion_tokens, width=2, checkpo
 
 
 def memory():
-    """The README's table: micro-batches of 8,192 tokens, a prompt of 400 among them."""
+    """The table of results/README.md: micro-batches of 8,192 tokens, a prompt of 400 among them."""
     rows = {}
     for name, shape in SHAPES.items():
         for world_size in (1, 8):

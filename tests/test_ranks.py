@@ -102,7 +102,7 @@ def test_only_what_trains_has_gradients_and_optimiser_state(qwen, one_rank):
 @pytest.mark.parametrize("rows, length, checkpointing", [
     (16, 96, False), (16, 96, True), (4, 96, False), (16, 32, True)])
 def test_the_memory_formula(rows, length, checkpointing, one_rank, data):  # noqa: F811
-    """The README's bytes a rank against the allocations of an update, peak and lasting, on the toy."""
+    """The bytes a rank of results/README.md against the allocations of an update, peak and lasting, on the toy."""
     processor = load_processor(ROOT / "toy_model")
     samples = load_samples(data / "train.jsonl", processor, 256)[:rows]
     samples = [replace(s, completion_ids=[20] * length, sampler_logprobs=[-1.0] * length,

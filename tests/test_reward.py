@@ -428,8 +428,8 @@ def test_a_users_own_reward(tmp_path):
     assert [s.reward for s in samples] == [1.25, 0.0] and samples[1].rewards["brevity"] is None
 
 
-def test_the_reward_model_of_the_readme(tmp_path, monkeypatch):
-    """A sequence classifier as the reward: the README's own file, with a tiny model."""
+def test_the_reward_model_of_the_lesson(tmp_path, monkeypatch):
+    """A sequence classifier as the reward: LESSON.md's own file, with a tiny model."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -440,7 +440,7 @@ def test_the_reward_model_of_the_readme(tmp_path, monkeypatch):
     model = transformers.LlamaForSequenceClassification(config).eval()
     for part in (model, processor):
         part.save_pretrained(tmp_path / "judge")
-    code, = (block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    code, = (block for block in re.findall(r"```python\n(.*?)```", (ROOT / "LESSON.md").read_text(), re.S)
              if "SequenceClassification" in block)
     (tmp_path / "judge.py").write_text(code)
     monkeypatch.setenv("JUDGE", str(tmp_path / "judge"))

@@ -1,4 +1,4 @@
-"""What shows that an exercise of the README is solved; each check fails until it is.
+"""What shows that an exercise of LESSON.md is solved; each check fails until it is.
 
     pytest tests/exercises/checks.py -k leave_one_out
 
