@@ -12,46 +12,44 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 import bench
+import policy
+import rollout
 import train_grpo
 import utils
 from conftest import answered
 from data import load_samples
-from policy import compute_dtype, freeze, load_model, load_processor, Policy, shard
-from test_commands import ROOT, TINY, data, free_port, run, splits, timeless  # noqa: F401  (data: a fixture)
+from policy import freeze, load_model, load_processor, Policy, shard
+from runs import free_port, ROOT, run, splits, timeless, TINY
 
-DRIVER = '''
-import sys
-sys.path.insert(0, {root!r})
-sys.argv[0] = "train_grpo.py"
-import torch
-import policy, train_grpo, utils
 
-load, mixed = policy.load_model, policy.MixedPrecisionPolicy
-policy.load_model = lambda path, dtype=None: load(path, torch.float64)
-policy.compute_dtype = lambda name: torch.float64
-policy.MixedPrecisionPolicy = lambda **_: mixed(param_dtype=torch.float64, reduce_dtype=torch.float64)
-torch.set_default_dtype(torch.float64)
-torch.Tensor.float = torch.Tensor.double
-# transformers' norm computes in float32 whatever it is given, and so rounds a gradient that several
-# answers send to their prompt by how they were spread over passes
-from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
-modeling_qwen2_5_vl.Qwen2_5_VLRMSNorm.forward = lambda self, x: self.weight * (
-    x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
-utils.run_script(train_grpo.main, train_grpo.Args)
-'''
+def in_float64():
+    """Of a forked run: all that computes does it so."""
+    load, mixed = policy.load_model, policy.MixedPrecisionPolicy
+    policy.MixedPrecisionPolicy = lambda **_: mixed(param_dtype=torch.float64, reduce_dtype=torch.float64)
+    for module in (policy, rollout):
+        module.load_model = lambda path, dtype=None: load(path, torch.float64)
+        module.compute_dtype = lambda name: torch.float64
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double
+    # transformers' norm computes in float32 whatever it is given, and so rounds a gradient that several
+    # answers send to their prompt by how they were spread over passes
+    modeling_qwen2_5_vl.Qwen2_5_VLRMSNorm.forward = lambda self, x: self.weight * (
+        x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
+
+
 TEN = ("--batch_size 8 --mini_batch_size 4 --group_size 4 --micro_batch_tokens 150 --max_new_tokens 60 "
        "--epochs 5 --max_steps 10 --warmup_steps 0 --kl_coef 0.01 --refills 1 --lr 1e-4").split()
 
 
 @pytest.fixture(scope="module")
-def runs(data, tmp_path_factory):  # noqa: F811
+def runs(data, tmp_path_factory):
     """Run folders of the same ten steps, two updates each, on 1, 2 and 4 ranks."""
     folder = tmp_path_factory.mktemp("float64")
-    (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT)))
     for ranks in (1, 2, 4):
-        run(folder / "driver.py", *TEN, *splits(data), "--out", folder / str(ranks), ranks=ranks)
+        run("train_grpo.py", *TEN, *splits(data), "--out", folder / str(ranks), ranks=ranks, fault=in_float64)
     return folder
 
 
@@ -101,7 +99,7 @@ def test_only_what_trains_has_gradients_and_optimiser_state(qwen, one_rank):
 
 @pytest.mark.parametrize("rows, length, checkpointing", [
     (16, 96, False), (16, 96, True), (4, 96, False), (16, 32, True)])
-def test_the_memory_formula(rows, length, checkpointing, one_rank, data):  # noqa: F811
+def test_the_memory_formula(rows, length, checkpointing, one_rank, data):
     """The bytes a rank of results/README.md against the allocations of an update, peak and lasting, on the toy."""
     processor = load_processor(ROOT / "toy_model")
     samples = load_samples(data / "train.jsonl", processor, 256)[:rows]
@@ -133,7 +131,7 @@ def test_the_memory_formula(rows, length, checkpointing, one_rank, data):  # noq
 
 
 @pytest.mark.slow
-def test_two_nodes(data, tmp_path):  # noqa: F811
+def test_two_nodes(data, tmp_path):
     """The README's two-node command: two agents, which meet at an address, one rank each."""
     address = f"127.0.0.1:{free_port()}"
     words = [*TINY, *splits(data), "--epochs", "1"]
