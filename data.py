@@ -8,16 +8,12 @@ of pictures; tensors are made of a few samples at a time, by `collate` in policy
     python data.py toy_data/train.jsonl --model toy_model      # look at a data set before you train
 """
 
-import os
-import signal
+import utils  # first: from here on Ctrl-C is no traceback
 
-if __name__ == "__main__":  # Ctrl-C is no traceback, not even during the imports below
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
-import functools
 import io
 import json
 import math
+import os
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -25,7 +21,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-import utils
 from utils import UserError, first_line, print0
 
 # the one prompt template: training, evaluation and every engine use it
@@ -154,11 +149,10 @@ def row_images(row, path, place):
             raise UserError(f"{place}: images must be a list of paths; correct it.")
         if any(True for _ in leaves(value)):
             given[name] = [source(part) for part in (value if type(value) is list else [value])]
-    kept = next((n for n in given if all(isinstance(p, bytes) for p in given[n])), None)
-    for name in [n for n in given if kept and nowhere(given[n])]:  # as MathVista has it
-        if len(given[name]) == len(given[kept]):
-            say_once(f"{path}: images are those of {kept}; {name} names files that are not there.")
-            del given[name]
+    held = next((ps for ps in given.values() if all(isinstance(p, bytes) for p in ps)), None)
+    if held:  # beside them, names of files that are not there are metadata, as in MathVista
+        given = {name: parts for name, parts in given.items()
+                 if not (nowhere(parts) and len(parts) == len(held))}
     first = next(iter(given.values()), [])
     if any(parts != first for parts in given.values()):
         raise UserError(f"{place}: {' and '.join(given)} hold different images; keep one of them.")
@@ -168,8 +162,8 @@ def row_images(row, path, place):
 def refuse_lost_images(row, read, images, path, place):
     """UserError where a field that nobody reads holds a picture, a video or a sound.
 
-    The name of a file that is not there is said and passed over, as metadata, where the row has
-    its pictures and the field has no picture's name.
+    The name of a file that is not there is metadata where the row has its pictures and the field
+    has no picture's name.
     """
     known = [text for name in PICTURES for text in leaves(row.get(name)) if isinstance(text, str)]
     known = {*known, *map(os.path.basename, known)}
@@ -180,13 +174,11 @@ def refuse_lost_images(row, read, images, path, place):
             raise UserError(f"{what} a video or sound ({leaf!a:.40}); only text and images are "
                             "read, remove the row.")
         looks, file = PICTURE.search(text), path.parent / text
-        if leaf in known or not (isinstance(leaf, bytes) or looks or is_image(file)):
-            continue
-        picture = re.fullmatch(r"(image|img|picture|pic|photo|figure)s?_?\d*", name, re.I)
-        if not images or not looks or looks[1] or picture or os.path.isfile(file):
+        named = re.fullmatch(r"(image|img|picture|pic|photo|figure)s?_?\d*", name, re.I)
+        lost = looks and (not images or looks[1] or named or os.path.isfile(file))
+        if leaf not in known and (isinstance(leaf, bytes) or lost or is_image(file)):
             raise UserError(f"{what} a picture ({leaf!a:.40}) that would be lost; rename the field "
                             "to image or images, or remove it.")
-        say_once(f"{path}: {name} names images that are not there; it is taken for metadata.")
 
 
 def leaves(value):
@@ -198,11 +190,6 @@ def leaves(value):
             stack.extend(value.values() if isinstance(value, dict) else value)
         elif value is not None and value != "":
             yield value
-
-
-@functools.cache
-def say_once(sentence):
-    print0(sentence)
 
 
 def is_image(file):
@@ -442,9 +429,9 @@ def refuse_mixture(args):
 
 
 def quantiles(values):
-    """QUANTILES of a list of numbers, each a value of the list."""
+    """QUANTILES of some numbers, each one of them; {} of none."""
     values = sorted(values)
-    return {f"{100 * q:.0f}%": values[int(q * (len(values) - 1))] for q in QUANTILES}
+    return {f"{q:.0%}": values[int(q * (len(values) - 1))] for q in QUANTILES if values}
 
 
 def main(args):
@@ -456,30 +443,25 @@ def main(args):
         tokens = [len(s.prompt_ids) for s in samples]
         long = [s.id for s in samples if len(s.prompt_ids) > args.max_prompt_tokens]
         sizes = [open_image(image).size for s in samples for image in s.images]
-        found = {"rows": len(samples), "dropped": len(long), "images": len(sizes),
-                 "rows_without_image": sum(not s.images for s in samples),
-                 "rows_without_solution": sum(not s.solution for s in samples),
-                 "prompt_tokens": quantiles(tokens)}
-        if sizes:
-            found["image_width"] = quantiles([width for width, _ in sizes])
-            found["image_height"] = quantiles([height for _, height in sizes])
+        result[path] = found = {
+            "rows": len(samples), "images": len(sizes), "dropped": len(long),
+            "without image": sum(not s.images for s in samples),
+            "without solution": sum(not s.solution for s in samples),
+            "prompt tokens": quantiles(tokens),
+            "image width": quantiles(width for width, _ in sizes),
+            "image height": quantiles(height for _, height in sizes)}
         print0(path)
         for name, value in found.items():
-            shown = value
-            if isinstance(value, dict):
-                shown = "  ".join(f"{q} {v:,}" for q, v in value.items())
-            print0(f"    {name.replace('_', ' '):24}{shown}")
+            print0(f"    {name:18}" + re.sub("[{}']", "", str(value)))
         if long:
-            print0(f"    dropped, as they are longer than --max_prompt_tokens "
-                   f"{args.max_prompt_tokens}: {', '.join(long[:5])}{' ...' * (len(long) > 5)}")
-        first = samples[0]
-        text = processor.tokenizer.decode(first.prompt_ids)
+            print0(f"    dropped, since longer than --max_prompt_tokens {args.max_prompt_tokens}: "
+                   f"{', '.join(long[:5])}{' ...' * (len(long) > 5)}")
+        text = processor.tokenizer.decode(samples[0].prompt_ids)
         for mark in map(processor.tokenizer.convert_ids_to_tokens, banned_ids(processor)):
-            text = re.sub(rf"({re.escape(mark)}){{2,}}",
-                          lambda run, mark=mark: f"{mark} x {len(run[0]) // len(mark)}", text)
-        print0(f"The prompt {first.id} as the model reads it, {tokens[0]} tokens; the answer is "
-               f"{first.answer!r}:\n{text}")
-        result[str(path)] = found
+            many = rf"(?:{re.escape(mark)}){{2,}}"
+            text = re.sub(many, lambda run: f"{mark} x {run[0].count(mark)}", text)
+        print0(f"The prompt {samples[0].id} as the model reads it, {tokens[0]} tokens; the answer "
+               f"is {samples[0].answer!r}:\n{text}")
     return result
 
 

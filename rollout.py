@@ -14,16 +14,13 @@ work to vLLM. Where sampler and trainer are two programs, they can silently disa
         --data data.jsonl --n 8 --max_new_tokens 2048     # without --, torchrun would take --n
 """
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C is no traceback, not even during the imports below
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+import utils  # first: from here on Ctrl-C is no traceback
 
 import copy
 import hashlib
 import importlib.util
 import math
+import os
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -34,7 +31,6 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-import utils
 from data import banned_ids, load_samples, open_image, refuse_mixture, tokenise
 from policy import collate, compute_dtype, load_model, load_pretrained, load_processor
 from utils import RunError, UserError, first_line, print0, rank, world_size

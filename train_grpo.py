@@ -17,11 +17,7 @@ paper's four steps (arXiv 2504.02587), which are the banners below:
         --test_data geometry3k/test.jsonl --batch_size 128 --lr 1e-6 --max_new_tokens 2048
 """
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C is no traceback, not even during the imports below
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+import utils  # first: from here on Ctrl-C is no traceback
 
 import copy
 import math
@@ -36,7 +32,6 @@ import torch
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-import utils
 from utils import RunError, UserError, print0, rank, world_size
 
 
