@@ -7,7 +7,7 @@ from PIL import Image
 
 import data as data_flow
 import utils
-from conftest import ROOT, png
+from conftest import png, ROOT
 from data import IMAGE_MARK, INSTRUCTION, load_samples, make_sample, open_image
 from policy import collate, load_model, load_processor
 
@@ -208,13 +208,6 @@ def test_layouts_of_the_wild(folder, processor, number):
     row, wanted = layouts((folder / "images" / "a.png").read_bytes(), png("blue"))[number]
     path = folder / "x.parquet"
     check_layout(folder, lambda: make_sample(row, path, f"{path}, row 1", processor), wanted)
-
-
-def test_which_column_was_used_is_said_once(folder, processor, capsys):
-    row = {"question": "How many?", "answer": "3", "image": "images/1.jpg", "decoded_image": png("red")}
-    for _ in range(3):
-        make_sample(row, folder / "x.parquet", "here", processor)
-    assert capsys.readouterr().err.count("images are those of decoded_image; image names files") == 1
 
 
 def test_layouts_of_the_wild_in_files(folder, processor):
