@@ -84,12 +84,13 @@ def read_rows(path):
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the path of a .jsonl or .parquet data set.")
     if path.suffix == ".parquet":
-        import pyarrow.parquet
-
         try:
+            import pyarrow.parquet
+
             rows = pyarrow.parquet.read_table(path).to_pylist()
-        except (ValueError, OSError, NotImplementedError) as error:
-            raise UserError(f"{path}: cannot be read as parquet ({first_line(error)}); replace it.")
+        except (ImportError, ValueError, OSError, NotImplementedError) as error:
+            raise UserError(f"{path}: cannot be read as parquet ({first_line(error)}); replace it, "
+                            "or run `pip install pyarrow`.")
         yield from ((f"{path}, row {n}", row) for n, row in enumerate(rows, 1))
         return
     for n, line in enumerate(path.read_bytes().splitlines(), 1):

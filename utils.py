@@ -135,10 +135,9 @@ def run_script(main, Args):
     except UserError as error:
         print0(f"{Path(sys.argv[0]).name}: {error}")
         sys.exit(2)
-    except RunError as error:
-        end_run(f"rank {rank()}: {error}", 1)
-    except OSError as error:
-        end_run(f"rank {rank()}: {error}.", 1 if run_folder else 2)
+    except (RunError, OSError) as error:
+        began = run_folder or isinstance(error, RunError)
+        end_run(f"rank {rank()}: {str(error).rstrip('.')}.", 1 if began else 2)
     except SystemExit as error:
         if run_folder:  # nothing of ours leaves a run in this way
             end_run(f"rank {rank()}: something called sys.exit({error.code}).", 1)
