@@ -114,17 +114,16 @@ def unlike_fields(pairs):
     return row
 
 
-def text_of(row, name, place):
+def text_of(row, name):
     """A field as text, "" where there is none; UserError where it is no text or number."""
     value = row.get(name)
     if value is None:
         return ""
     number = type(value) is int or type(value) is float and math.isfinite(value)
     if not number and not isinstance(value, str):
-        raise UserError(f'{place}: field "{name}" is missing, empty or no text; correct it.')
+        raise UserError(f'field "{name}" is missing, empty or no text; correct it.')
     if re.search("[\ud800-\udfff]", str(value)):
-        raise UserError(f'{place}: field "{name}" holds half a character ({value!a:.40}); correct '
-                        "it.")
+        raise UserError(f'field "{name}" holds half a character ({value!a:.40}); correct it.')
     return str(value)
 
 
@@ -132,7 +131,7 @@ def text_of(row, name, place):
 # Pictures: every one of a row is used, or the row is refused
 
 
-def row_images(row, path, place):
+def row_images(row, folder):
     """The pictures of a row, each as a path or bytes; UserError where fields disagree."""
 
     def source(part):  # a struct as `datasets` writes it: where it has bytes, its path is a name
@@ -141,13 +140,13 @@ def row_images(row, path, place):
         return part.get("path") if part.get("bytes") is None else part["bytes"]
 
     def nowhere(parts):
-        return all(isinstance(p, str) and not os.path.isfile(path.parent / p) for p in parts)
+        return all(isinstance(p, str) and not os.path.isfile(folder / p) for p in parts)
 
     given = {}
     for name in PICTURES:
         value = row.get(name)
         if name == "images" and isinstance(value, str):
-            raise UserError(f"{place}: images must be a list of paths; correct it.")
+            raise UserError("images must be a list of paths; correct it.")
         if any(True for _ in leaves(value)):
             given[name] = [source(part) for part in (value if type(value) is list else [value])]
     held = next((ps for ps in given.values() if all(isinstance(p, bytes) for p in ps)), None)
@@ -156,11 +155,11 @@ def row_images(row, path, place):
                  if not (nowhere(parts) and len(parts) == len(held))}
     first = next(iter(given.values()), [])
     if any(parts != first for parts in given.values()):
-        raise UserError(f"{place}: {' and '.join(given)} hold different images; keep one of them.")
+        raise UserError(f"{' and '.join(given)} hold different images; keep one of them.")
     return first
 
 
-def refuse_lost_images(row, read, images, path, place):
+def refuse_lost_images(row, read, images, folder):
     """UserError where a field that nobody reads holds a picture, a video or a sound.
 
     The name of a file that is not there is metadata where the row has its pictures and the field
@@ -170,11 +169,11 @@ def refuse_lost_images(row, read, images, path, place):
     known = {*known, *map(os.path.basename, known)}
     for name, leaf in ((n, leaf) for n in row if n not in read for leaf in leaves(row[n])):
         text = leaf if isinstance(leaf, str) else ""
-        what = f'{place}: the field "{name}" holds'
+        what = f'the field "{name}" holds'
         if VIDEO.search(text) or re.fullmatch("(video|audio)s?", name, re.I) and leaf:
             raise UserError(f"{what} a video or sound ({leaf!a:.40}); only text and images are "
                             "read, remove the row.")
-        looks, file = PICTURE.search(text), path.parent / text
+        looks, file = PICTURE.search(text), folder / text
         named = re.fullmatch(r"(image|img|picture|pic|photo|figure)s?_?\d*", name, re.I)
         lost = looks and (not images or looks[1] or named or os.path.isfile(file))
         if leaf not in known and (isinstance(leaf, bytes) or lost or is_image(file)):
@@ -204,21 +203,21 @@ def is_image(file):
     return True
 
 
-def checked_image(image, folder, place):
+def checked_image(image, folder):
     """A row's image, checked: its absolute path in the folder, or its bytes; and the picture."""
     name = "image bytes"
     if not isinstance(image, bytes):
         if not isinstance(image, str) or re.search("[\0\ud800-\udfff]", image):
-            raise UserError(f"{place}: an image is given as {image!a:.60}; give its path as text.")
+            raise UserError(f"an image is given as {image!a:.60}; give its path as text.")
         name, image = f"image {image:.100}", os.path.realpath(folder / image)
         if not Path(image).is_relative_to(folder.resolve()):
-            raise UserError(f"{place}: {name} lies outside {folder}; move it inside.")
+            raise UserError(f"{name} lies outside {folder}; move it inside.")
         if not os.path.isfile(image):
-            raise UserError(f"{place}: {name} does not exist in {folder}; correct the path.")
+            raise UserError(f"{name} does not exist in {folder}; correct the path.")
     try:
         return image, open_image(image)
     except Exception as error:  # Pillow's plug-ins raise what they like
-        raise UserError(f"{place}: {name} cannot be read ({first_line(error)}); replace it.")
+        raise UserError(f"{name} cannot be read ({first_line(error)}); replace it.")
 
 
 def open_image(source):
@@ -286,7 +285,7 @@ def banned_ids(processor):
     return [getattr(processor, n) for n in names if getattr(processor, n, None) is not None]
 
 
-def refuse_marks(text, what, place, processor):
+def refuse_marks(text, what, processor):
     """UserError where a text holds what would be a mark of the chat or of an image to the model."""
     tokenizer = processor.tokenizer
     marks = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -294,10 +293,10 @@ def refuse_marks(text, what, place, processor):
     for i in tokenise(tokenizer, text):
         if i in marks:
             mark = tokenizer.convert_ids_to_tokens(i)
-            raise UserError(f"{place}: the {what} holds the model's mark {mark}; remove it.")
+            raise UserError(f"the {what} holds the model's mark {mark}; remove it.")
 
 
-def written_prompt(question, place, processor):
+def written_prompt(question, processor):
     """The prompt's text, complete: with what the tokenizer puts before a text, such as BOS."""
     tokenizer, refused = processor.tokenizer, ""
     try:
@@ -312,7 +311,7 @@ def written_prompt(question, place, processor):
     except Exception as error:  # a template raises what it likes
         refused = f"fails ({first_line(error)})"
     if refused:
-        raise UserError(f"{place}: the model's chat template {refused}; give a model whose "
+        raise UserError(f"the model's chat template {refused}; give a model whose "
                         "template takes a user's text and images.")
     bare = tokenise(tokenizer, "a")  # what is put around a text does not depend on it
     whole = tokenizer("a", **BARE | {"add_special_tokens": True})["input_ids"]
@@ -326,47 +325,52 @@ def written_prompt(question, place, processor):
 
 
 def make_sample(row, path, place, processor):
-    """Check one row and make a sample of it."""
+    """A row, checked, as a sample. `place` is what a UserError names, and the id of a row without."""
+    try:
+        return checked_sample(row, path.parent, place, processor)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+
+
+def checked_sample(row, folder, place, processor):
     asked = "problem" if row.get("question") is None and "problem" in row else "question"
     read = (asked, "answer", "solution", "id")
-    question, answer, solution, name = (text_of(row, field, place) for field in read)
+    question, answer, solution, name = (text_of(row, field) for field in read)
     for field_, text in ((asked, question), ("answer", answer)):
         if not text.strip():
-            raise UserError(f'{place}: field "{field_}" is missing, empty or no text; correct it.')
-    refuse_marks(question.replace(IMAGE_MARK, ""), "question", place, processor)
-    refuse_marks(solution, "solution", place, processor)
-    odd = [mark[0] for mark in re.finditer(r"<(image|video|audio)[ _-]?\d*>", question, re.I)
-           if mark[0] != IMAGE_MARK]
-    if odd:
-        raise UserError(f"{place}: the question holds {odd[0]}; images alone are read, each at a "
-                        f"mark {IMAGE_MARK}: write these, or remove the row.")
-    images = row_images(row, path, place)
-    refuse_lost_images(row, (*read, *PICTURES), images, path, place)
-    pictures = [checked_image(image, path.parent, place) for image in images]
-    images = [source for source, _ in pictures]
+            raise UserError(f'field "{field_}" is missing, empty or no text; correct it.')
+    refuse_marks(question.replace(IMAGE_MARK, ""), "question", processor)
+    refuse_marks(solution, "solution", processor)
+    for mark in re.findall(r"<(?:image|video|audio)[ _-]?\d*>", question, re.I):
+        if mark != IMAGE_MARK:
+            raise UserError(f"the question holds {mark}; images alone are read, each at a mark "
+                            f"{IMAGE_MARK}: write these, or remove the row.")
+    images = row_images(row, folder)
+    refuse_lost_images(row, (*read, *PICTURES), images, folder)
+    images = [checked_image(image, folder) for image in images]
     if IMAGE_MARK not in question:  # then they stand first
         question = IMAGE_MARK * len(images) + question
     marks = question.count(IMAGE_MARK)
     if marks != len(images):
-        raise UserError(f"{place}: {marks} {IMAGE_MARK} marks in the question for {len(images)} "
-                        "images; give one mark an image.")
-    prompt = written_prompt(question, place, processor)
+        raise UserError(f"{marks} {IMAGE_MARK} marks in the question for {len(images)} images; "
+                        "give one mark an image.")
+    prompt = written_prompt(question, processor)
     try:
-        inputs = processor(text=[prompt], images=[picture for _, picture in pictures] or None,
-                           **BARE)
+        pictures = [picture for _, picture in images] or None
+        inputs = processor(text=[prompt], images=pictures, **BARE)
     except Exception as error:  # such as for a picture 200 times as wide as high
-        raise UserError(f"{place}: the processor refuses the row ({first_line(error)}); change its "
-                        "images.")
+        raise UserError(f"the processor refuses the row ({first_line(error)}); change its images.")
     ids = list(inputs["input_ids"][0])
     if images and not {*ids} & {*banned_ids(processor)}:
-        raise UserError(f"{place}: the model's chat template loses the images; give a model whose "
-                        "template takes a user's text and images.")
+        raise UserError("the model's chat template loses the images; give a model whose template "
+                        "takes a user's text and images.")
     if "image_grid_thw" in inputs:  # one placeholder for every merge x merge block of patches
         merged = sum(int(grid.prod()) for grid in inputs["image_grid_thw"])
         merged //= processor.image_processor.merge_size**2
         held = ids.count(processor.image_token_id)
         assert held == merged, f"{place}: {held} image placeholders for {merged} merged patches"
-    return Sample(name or place, question, answer, solution, images, prompt, ids)
+    sources = [source for source, _ in images]
+    return Sample(name or place, question, answer, solution, sources, prompt, ids)
 
 
 def read_samples(path, processor):
