@@ -325,7 +325,7 @@ def written_prompt(question, processor):
 
 
 def make_sample(row, path, place, processor):
-    """A row, checked, as a sample. `place` is what a UserError names, and the id of a row without."""
+    """A row, checked, as a sample. `place` is what a UserError names, and an id for want of one."""
     try:
         return checked_sample(row, path.parent, place, processor)
     except UserError as error:

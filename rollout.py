@@ -246,8 +246,8 @@ class HFEngine:
 
         Returns logits (B, V), the cache, the attention mask (B, P) and the next positions (B, 1).
         """
-        share = self.sharing
-        whole = share.collate(samples) if share else collate(samples, self.processor)
+        sharing = self.sharing
+        whole = sharing.collate(samples) if sharing else collate(samples, self.processor)
         batch = whole["inputs"]
         width = batch["input_ids"].shape[1]
         lengths = batch["attention_mask"].sum(1)
@@ -266,7 +266,7 @@ class HFEngine:
         # never look there; all is kept, and the model's own mask is the window
         cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x
                         for x in cache.layers]
-        known = share.remembered(base, whole["images"]) if share else nullcontext()
+        known = sharing.remembered(base, whole["images"]) if sharing else nullcontext()
         with known:
             out = self.model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
         # M-RoPE gives an image fewer positions than tokens; its models say by how many
