@@ -346,7 +346,7 @@ def test_a_failing_engine_ends_all_ranks_with_a_sentence(data, tmp_path, fault, 
 
 
 def test_a_missing_model_is_a_sentence_with_vllm_too(tmp_path, data):  # noqa: F811
-    _, log = run("rollout.py", "--engine", "vllm", "--model", tmp_path / "nowhere", code=2)
+    _, log = run("rollout.py", "--engine", "vllm", "--model", tmp_path / "nowhere", "--data", data / "test.jsonl", code=2)
     assert "no such folder" in log and "Traceback" not in log
     broken = shutil.copytree(ROOT / "toy_model", tmp_path / "broken")
     config = json.loads((broken / "config.json").read_text())
