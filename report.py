@@ -102,7 +102,8 @@ def find_runs(paths):
     for path in map(Path, paths):
         below = sorted(path.rglob("args.json"))
         if not below:
-            raise UserError(f"{path}: no such folder, or one that holds no run (an args.json).")
+            raise UserError(f"{path}: no such folder, or one that holds no run, since no args.json "
+                            "lies in it or below; give run folders, or folders that hold them.")
         found |= {file.parent.resolve(): file.parent for file in below}
     return list(found.values())
 
