@@ -26,7 +26,7 @@ STAGES = ["reward", "rollout", "train_sft", "train_grpo", "evaluate", "report", 
 # an optional tracker: too many subjects for one room, and the next thing to be divided),
 # toy (300: the check of what the base was promised to be; which habits a trained model picks), report (400:
 # nine tables, three figures and a page, on folders that may be broken; intervals over seeds and prompts at once).
-BUDGETS = {"reward": 650, "rollout": 840, "train_sft": 290, "train_grpo": 690, "evaluate": 350,
+BUDGETS = {"reward": 520, "rollout": 840, "train_sft": 290, "train_grpo": 690, "evaluate": 350,
            "report": 805, "utils": 1640, "toy": 520}
 README = (ROOT / "README.md").read_text()
 
