@@ -5,7 +5,7 @@ the model can reach, pass@1 at T = 0.6 what it usually does, pass@1 at T = 0.01 
 and it counts reflection words, since longer answers that reconsider themselves are what RL is said
 to bring. Every headline number has a 95 % interval. The trainers call `evaluate_splits`.
 
-    python evaluate.py --model toy_model --data toy:validation --out runs/evaluate
+    python evaluate.py --model toy_model --data toy_data/validation.jsonl --out runs/evaluate
     torchrun --standalone --nproc_per_node 8 evaluate.py --model CHECKPOINT --data data.jsonl
 """
 
@@ -45,7 +45,7 @@ REFLECTION_WORDS = (
 @dataclass
 class Args:
     model: str = "toy_model"  # folder or hub id of a vision-language model
-    data: str = "toy:validation"  # .jsonl or .parquet data set; toy:train, toy:validation, toy:test
+    data: str = "toy_data/validation.jsonl"  # .jsonl or .parquet data set
     out: str = ""  # run folder; empty: a new one under runs/
     settings: str = ",".join(SETTINGS)  # which decoding settings to run, joined by commas
     max_new_tokens: int = 96  # completions are cut off here
@@ -71,6 +71,8 @@ def perturbed(samples, how, seed):
     quarter, "swap" shows another sample's, "none" changes nothing. An image keeps its width and
     height, so that the prompt's placeholders still fit. Every rank gets the same.
     """
+    from data import as_png, open_image
+
     if how == "none":
         return samples
     circle = list(dict.fromkeys(image for s in samples for image in s.images))
@@ -81,10 +83,10 @@ def perturbed(samples, how, seed):
         shown = others(s.images, circle, place) if how == "swap" else s.images
         images = []
         for i, (image, other) in enumerate(zip(s.images, shown, strict=True)):
-            size = utils.open_image(image).size
+            size = open_image(image).size
             # by id, not by turn: one sample's noise depends on nobody else
             rng = random.Random(f"{seed} {s.id} {i}")
-            images.append(utils.as_png(damaged_image(utils.open_image(other), size, how, rng)))
+            images.append(as_png(damaged_image(open_image(other), size, how, rng)))
         damaged.append(replace(s, images=images))
     return damaged
 
@@ -276,15 +278,17 @@ def chosen_settings(names):
 
 
 def main(args):
-    from rollout import check_images, make_engine, rehearse
+    from data import load_samples, refuse_mixture
+    from doctor import rehearse
+    from policy import load_processor
+    from rollout import make_engine
 
+    refuse_mixture(args)
     settings = chosen_settings(args.settings)
     out, _ = utils.choose_run(args)
-    processor = utils.load_processor(args.model)
-    utils.check_data(args)
-    samples = utils.load_samples(utils.data_path(args.data, out), processor, args.max_prompt_tokens)
+    processor = load_processor(args.model)
+    samples = load_samples(args.data, processor, args.max_prompt_tokens)
     samples = perturbed(samples[: args.limit or None], args.perturb, args.seed)
-    check_images(samples, args.engine)
     engine = make_engine(args.engine, None, processor, args)
     rehearse(engine, samples, args)
     utils.begin_run(out, args)

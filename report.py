@@ -30,6 +30,7 @@ import numpy as np
 from PIL import Image
 
 import utils
+from data import as_png, open_image
 from utils import UserError, print0
 
 ROUNDS = 2000  # of the bootstrap
@@ -675,11 +676,11 @@ def html_table(rows):
 def picture(source):
     """An image as an element that needs no other file, at most 256 pixels wide or high."""
     try:
-        image = utils.open_image(source)
+        image = open_image(source)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return f"<p class=missing>picture not found: {html.escape(str(source))}</p>"
     image.thumbnail((256, 256))  # a page of full photographs would be too heavy to send
-    return embedded(utils.as_png(image), "the prompt's picture")
+    return embedded(as_png(image), "the prompt's picture")
 
 
 def embedded(png, words):

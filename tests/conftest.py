@@ -24,7 +24,10 @@ import transformers
 from PIL import Image, ImageDraw
 
 import toy
-import utils
+from data import load_samples
+from policy import load_model, load_processor, Policy
+from rollout import HFEngine
+from siblings import Sharing
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
@@ -137,10 +140,20 @@ def qwen(tiny_paths, data_path):
 
 
 def load_tiny(path, data):
-    processor = utils.load_processor(path)
-    samples = utils.load_samples(data, processor, 2048)
-    model = utils.load_model(path)
+    processor = load_processor(path)
+    samples = load_samples(data, processor, 2048)
+    model = load_model(path)
     return SimpleNamespace(path=path, model=model, processor=processor, samples=samples)
+
+
+def branching(model, processor, megabytes=0):
+    """A policy whose answers share their prompt, and their images' features within `megabytes`."""
+    return Policy(model, processor, Sharing(model, processor, megabytes))
+
+
+def sampler(model, processor, batch_size, sharing=None):
+    """The embedded engine, with a shared prompt cache as the stages make it."""
+    return HFEngine(model, processor, batch_size, sharing or Sharing(model, processor, 0))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -29,7 +29,11 @@ import toy
 import train_grpo
 import utils
 from bench import matrix_peak, useful_work
+from conftest import branching
+from data import load_samples, make_sample
+from policy import collate, compute_dtype, freeze, load_model, load_processor, Policy, shard
 from rollout import Args, HFEngine, make_engine
+from siblings import pack, Sharing
 
 SHAPES = {  # what differs between Qwen2.5-VL-3B and the stand-in for a CPU
     "3b": {"text": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
@@ -57,23 +61,23 @@ def peak_gigabytes():
 
 def toy_prompts(folder):
     toy.write_data(folder)
-    processor = utils.load_processor(ROOT / "toy_model")
-    return processor, utils.load_samples(folder / "toy_validation.jsonl", processor, 256)[:64]
+    processor = load_processor(ROOT / "toy_model")
+    return processor, load_samples(folder / "validation.jsonl", processor, 256)[:64]
 
 
 def check_numbers(folder):
     """The toy: greedy answers and log-probabilities on this device against float32 on the CPU."""
     processor, prompts = toy_prompts(folder)
-    model = utils.load_model(ROOT / "toy_model")
-    dtype = utils.compute_dtype("auto")
+    model = load_model(ROOT / "toy_model")
+    dtype = compute_dtype("auto")
     engine = HFEngine(copy.deepcopy(model), processor, 64)
     done = engine.generate(prompts, 1, 0, 1.0, 96, 0)
     low = make_engine("hf", model, processor, Args(rollout_batch_size=64))
     low = low.generate(prompts, 1, 0, 1.0, 96, 0)
     with torch.no_grad():
-        exact, _ = utils.Policy(model, processor)(utils.collate(done, processor), 1.0)
-        policy = utils.shard(utils.Policy(copy.deepcopy(model), processor), dtype)
-        rounded, _ = policy(utils.collate(done, processor), 1.0)
+        exact, _ = Policy(model, processor)(collate(done, processor), 1.0)
+        policy = shard(Policy(copy.deepcopy(model), processor), dtype)
+        rounded, _ = policy(collate(done, processor), 1.0)
     tokens = sum(len(s.completion_ids) for s in done)
     same = sum(a.completion_ids == b.completion_ids for a, b in zip(done, low))
     return {"dtype": str(dtype), "greedy_equal_to_float32": same / len(done),
@@ -104,8 +108,8 @@ def big_model(shape):
 def answered_toy(folder, group=4):
     """The toy's model, frozen but for its language, and some answers of its own with advantages."""
     processor, prompts = toy_prompts(folder)
-    model = utils.load_model(ROOT / "toy_model")
-    utils.freeze(model, False, False, True)
+    model = load_model(ROOT / "toy_model")
+    freeze(model, False, False, True)
     done = HFEngine(copy.deepcopy(model), processor, 64).generate(prompts[:16], group, 1.0, 1.0, 96, 0)
     for i, s in enumerate(done):
         s.advantage = (-1.0) ** i
@@ -129,15 +133,15 @@ def check_flex(folder):
     log-probabilities alone.
     """
     processor, model, done = answered_toy(folder)
-    exact = utils.Policy(copy.deepcopy(model).double(), processor)
-    truth, true_gradient = logprobs_and_gradient(exact, utils.collate(done, processor))
+    exact = Policy(copy.deepcopy(model).double(), processor)
+    truth, true_gradient = logprobs_and_gradient(exact, collate(done, processor))
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
-        policy = utils.Policy(copy.deepcopy(model).to(dtype), processor, shared=True)
-        batches = {"plain": utils.collate(done, processor)}
-        batches["flex"] = utils.pack(done, processor, policy.model, flex=True)
+        policy = branching(copy.deepcopy(model).to(dtype), processor)
+        batches = {"plain": collate(done, processor)}
+        batches["flex"] = pack(done, policy.sharing, policy.model, flex=True)
         if not torch.cuda.is_available():
-            batches["rectangles"] = utils.pack(done, processor, policy.model)
+            batches["rectangles"] = pack(done, policy.sharing, policy.model)
         for name, batch in batches.items():
             row = found.setdefault(str(dtype).removeprefix("torch."), {}).setdefault(name, {})
             if name == "flex" and not torch.cuda.is_available():
@@ -159,7 +163,7 @@ def check_step(folder):
     processor, model, done = answered_toy(folder)
     found, gradients = {}, []
     for dtype in (torch.float32, torch.bfloat16):
-        policy = utils.shard(utils.Policy(copy.deepcopy(model), processor, shared=True), dtype).train()
+        policy = shard(branching(copy.deepcopy(model), processor), dtype).train()
         optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], 1e-6, fused=True)
         step = optimizer.step
         optimizer.step = lambda: (gradients.append(torch.cat(
@@ -179,14 +183,14 @@ def check_speed(shape, folder):
     for i in range(shape["prompts"]):
         Image.effect_noise((shape["side"],) * 2, 80).convert("RGB").save(folder / f"{i}.png")
         row = {"id": str(i), "question": "<image>" + "How many? " * 10, "answer": "1", "images": [f"{i}.png"]}
-        prompts.append(utils.make_sample(row, folder / "data.jsonl", "here", processor))
-    dtype = utils.compute_dtype("auto")
-    utils.freeze(model, False, False, True)
-    cache = utils.vision_cache(model, processor)
-    engine = make_engine("hf", model, processor, Args(rollout_batch_size=64), cache)
+        prompts.append(make_sample(row, folder / "data.jsonl", "here", processor))
+    dtype = compute_dtype("auto")
+    freeze(model, False, False, True)
+    sharing = Sharing(model, processor)
+    engine = make_engine("hf", model, processor, Args(rollout_batch_size=64), sharing)
     engine.eos = torch.tensor([-1], device=utils.device())  # every answer gets its full length
     model.gradient_checkpointing_enable()
-    policy = utils.shard(utils.Policy(model, processor, cache, True), dtype).train()
+    policy = shard(Policy(model, processor, sharing), dtype).train()
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], 1e-6, fused=True)
     args = train_grpo.Args(micro_batch_tokens=8192)
     made = shape["prompts"] * shape["group"] * shape["tokens"]
@@ -195,7 +199,7 @@ def check_speed(shape, folder):
              "prompt_tokens": len(prompts[0].prompt_ids), "completion_tokens": shape["tokens"],
              "prompts": shape["prompts"], "group": shape["group"]}
     for name in ("plain", "shared", "plain", "shared"):  # the first round compiles and warms up
-        policy.shared, policy.cache = name == "shared", cache if name == "shared" else None
+        policy.sharing = sharing if name == "shared" else None
         start = clock()
         samples = engine.generate(prompts, shape["group"], 1.0, 1.0, shape["tokens"], 0)
         middle = clock()

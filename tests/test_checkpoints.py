@@ -13,9 +13,13 @@ import torch
 from hypothesis import strategies
 from PIL import Image
 
+import doctor
 import rollout
 import toy
 import utils
+from conftest import branching
+from data import load_samples
+from policy import collate, freeze, load_model, load_processor, Policy
 from train_sft import with_golden_responses
 
 TOY = Path(__file__).parents[1] / "toy_model"
@@ -63,16 +67,16 @@ def journey(path, rows):
     """All that a run of this checkpoint would do with its rows, as values that compare: what the trainer and the
     sampler read, say, think of it and train on; and what the first checkpoint's files hold."""
     path = str(path)
-    processor = utils.load_processor(path)
-    samples = utils.load_samples(rows, processor, 512)
-    model = utils.load_model(path)
-    utils.freeze(model, True, True, True)
+    processor = load_processor(path)
+    samples = load_samples(rows, processor, 512)
+    model = load_model(path)
+    freeze(model, True, True, True)
     engine = rollout.make_engine("hf", model, processor, ARGS)
-    policy = utils.Policy(model, processor, shared=True).train()
-    rollout.rehearse(engine, samples, replace(ARGS, model=path), policy)
+    policy = branching(model, processor).train()
+    doctor.rehearse(engine, samples, replace(ARGS, model=path), policy)
     done = engine.generate(samples, 2, 1.0, 1.0, 12, 0)
     logprobs, entropies = policy(policy.batch(done), 1.0)
-    plain, _ = utils.Policy(model, processor)(utils.collate(done, processor), 1.0)
+    plain, _ = Policy(model, processor)(collate(done, processor), 1.0)
     plain.sum().backward()
     golden = with_golden_responses(samples, processor, 96, rollout.end_ids(rollout.generation_config(path), processor)[0])
     return {"read": [(s.prompt_text, s.prompt_ids) for s in samples],

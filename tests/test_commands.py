@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+import data as data_flow
+import doctor
 import evaluate
 import report
 import rollout
@@ -35,8 +37,7 @@ TINY = ("--batch_size 4 --mini_batch_size 4 --group_size 2 --micro_batch_tokens 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """The toy's three splits, cut to 16 rows each."""
-    folder = tmp_path_factory.mktemp("data")
-    toy.write_data(folder)
+    folder = shutil.copytree(ROOT / "toy_data", tmp_path_factory.mktemp("data") / "toy")
     for path in folder.glob("*.jsonl"):
         utils.write_jsonl(path, utils.read_jsonl(path)[:16])
     return folder
@@ -44,7 +45,7 @@ def data(tmp_path_factory):
 
 def splits(data):
     names = ("train", "validation", "test")
-    return [word for n in names for word in (f"--{n}_data", str(data / f"toy_{n}.jsonl"))]
+    return [word for n in names for word in (f"--{n}_data", str(data / f"{n}.jsonl"))]
 
 
 def command(*words, ranks=1):
@@ -218,7 +219,7 @@ def test_every_algorithm_runs(data, tmp_path, words):
 def test_mixed_precision_with_unequal_work_on_two_ranks(data, tmp_path):
     """bfloat16 compute over float32 master weights, every part training, recomputed layers; every
     other prompt has no picture, and the shuffle gives ranks unequal shares. A hang is a failure."""
-    rows = utils.read_jsonl(data / "toy_train.jsonl")
+    rows = utils.read_jsonl(data / "train.jsonl")
     for i, row in enumerate(rows):
         if i % 2:
             row.update(question=row["question"].replace("<image>", ""), image=None)
@@ -246,7 +247,7 @@ def test_sft_writes_the_same_kind_of_run(data, tmp_path):
     assert metrics[-1]["lr"] == pytest.approx(0)
     assert result["validation_pass1_t0.6"]["after"]["accuracy"] >= 0
     words = ["evaluate.py", "--model", out / "checkpoints" / "step_000008", "--data",
-             data / "toy_validation.jsonl", "--out", tmp_path / "eval"]
+             data / "validation.jsonl", "--out", tmp_path / "eval"]
     result, stderr = run(*words)
     for name, n in (("pass8_t1", 8), ("pass1_t0.6", 1), ("pass1_t0.01", 1)):
         assert result[name]["n"] == 16 and 0 <= result[name][f"pass@{n}"] <= 1
@@ -261,7 +262,7 @@ def test_rollout_is_the_same_on_two_ranks(data, tmp_path):
     texts = []
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
-        result, _ = run("rollout.py", "--model", "toy_model", "--data", data / "toy_test.jsonl", "--n",
+        result, _ = run("rollout.py", "--model", "toy_model", "--data", data / "test.jsonl", "--n",
                         8, "--limit", 5, "--out", out, ranks=ranks)
         assert result["completions"] == 40
         rows = utils.read_jsonl(out / "samples" / "step_000000.jsonl")
@@ -290,7 +291,7 @@ def test_ctrl_c_ends_all_ranks_and_names_the_checkpoint(data, tmp_path):
 
 
 @pytest.mark.parametrize("script, place", [
-    *((name, " dataclasses") for name in ("train_grpo", "train_sft", "rollout", "evaluate", "report", "toy")),
+    *((name, " dataclasses") for name in ("train_grpo", "train_sft", "rollout", "doctor", "evaluate", "report", "data", "toy")),
     ("reward", " decimal"), ("report", " numpy"), ("evaluate", " torch._C"), ("toy", " torch")])
 def test_ctrl_c_during_imports(tmp_path, script, place):
     """From the first line on: silence and exit code 130. -X importtime says where Python is."""
@@ -308,7 +309,7 @@ def test_ctrl_c_during_imports(tmp_path, script, place):
 def test_a_mistake_is_one_sentence(data, tmp_path, ranks):
     """Exit code 2 (torchrun makes it 1), the sentence once, no traceback of ours."""
     path = tmp_path / "train.jsonl"
-    path.write_text((data / "toy_train.jsonl").read_text().splitlines()[0] + "\n{broken\n")
+    path.write_text((data / "train.jsonl").read_text().splitlines()[0] + "\n{broken\n")
     shutil.copytree(data / "images", tmp_path / "images")
     words = ["train_grpo.py", "--train_data", path, "--validation_data=", "--test_data=",
              "--out", tmp_path / "run"]
@@ -344,18 +345,21 @@ def test_mistakes_in_the_flags(data, tmp_path, words, sentence):
 
 @pytest.fixture
 def script(monkeypatch, tmp_path, capsys, one_rank):
-    """`script(stage, *words)`: a command line in this process, in an empty folder, over a toy of 8 prompts
-    a split. Returns its JSON, or its one sentence where it ends with exit code 2."""
+    """`script(stage, *words)`: a command line in this process, in a folder that holds a toy_data of 8 prompts
+    a split and nothing else. Returns its JSON, or its one sentence where it ends with exit code 2."""
     for name in ("start_ranks", "end_on_signal"):
         monkeypatch.setattr(utils, name, lambda: None)
-    utils.transformers_logging.disable_progress_bar()  # as start_ranks does
     monkeypatch.setattr(utils.dist, "destroy_process_group", lambda: None)
-    monkeypatch.setattr(toy, "SPLITS", dict.fromkeys(toy.SPLITS, 8))
     monkeypatch.chdir(tmp_path)
+    for path in (ROOT / "toy_data").glob("*.jsonl"):
+        rows = utils.read_jsonl(path)[:8]
+        utils.write_jsonl(tmp_path / "toy_data" / path.name, rows)
+        for row in rows:
+            (tmp_path / "toy_data" / "images").mkdir(exist_ok=True)
+            shutil.copy(path.parent / row["image"], tmp_path / "toy_data" / row["image"])
 
     def script(stage, *words):
         monkeypatch.setattr(utils, "run_folder", [])
-        monkeypatch.setattr(utils, "made_folders", [])
         monkeypatch.setattr(sys, "argv", [f"{stage.__name__}.py", *map(str, words)])
         capsys.readouterr()
         try:
@@ -368,7 +372,11 @@ def script(monkeypatch, tmp_path, capsys, one_rank):
     return script
 
 
-STAGES = (evaluate, report, rollout, toy, train_grpo, train_sft)
+def nothing_new(folder):
+    return [path.name for path in folder.iterdir()] == ["toy_data"]
+
+
+STAGES = (data_flow, doctor, evaluate, report, rollout, toy, train_grpo, train_sft)
 NUMBERS = [(stage, f.name, f.type) for stage in STAGES for f in fields(stage.Args) if f.type in (int, float)]
 RANGES = {  # by hand: what a float may be, and what it may not
     "temperature": ("0.01 0.6 100", "0.001 101 1e-40 -0.5"), "top_p": ("0.001 1", "0 1.5"),
@@ -379,7 +387,7 @@ NOUGHT = set("seed refills max_steps vision_cache warmup_steps eval_every save_e
 
 
 def may_be(stage, name, value):
-    words = ["runs"] * (stage is report) + [f"--{name}={value}"]
+    words = ["runs"] * (stage in (report, data_flow)) + [f"--{name}={value}"]
     return getattr(utils.parse_args(stage.Args, words), name)
 
 
@@ -394,10 +402,10 @@ def test_numbers_without_sense_are_refused(stage, name, kind, script, tmp_path):
     for value in allowed:
         assert may_be(stage, name, value) == kind(value)
     for value in refused:
-        said = script(stage, *["runs"] * (stage is report), f"--{name}={value}")
+        said = script(stage, *["runs"] * (stage in (report, data_flow)), f"--{name}={value}")
         assert re.search(rf"--{name} must be (0, or )?(at least|above) \S+ and (at most|below) \S+, not ", said)
         assert float(said.split(", not ")[1].split(";")[0]) == pytest.approx(float(value), nan_ok=True)
-    assert list(tmp_path.iterdir()) == []
+    assert nothing_new(tmp_path)
 
 
 @pytest.mark.parametrize("stage, words, sentence", [
@@ -413,7 +421,7 @@ def test_numbers_without_sense_are_refused(stage, name, kind, script, tmp_path):
     (toy, [], "say one thing to do"),
     (toy, ["--data", "x", "--build"], "say one thing to do")])
 def test_words_without_sense_are_refused(stage, words, sentence, script, tmp_path):
-    assert sentence in script(stage, *words) and list(tmp_path.iterdir()) == []
+    assert sentence in script(stage, *words) and nothing_new(tmp_path)
 
 
 def test_blanks_around_settings_are_no_part_of_them():
@@ -421,13 +429,13 @@ def test_blanks_around_settings_are_no_part_of_them():
 
 
 # ---------------------------------------------------------------------------------------------
-# The toy's data, where nobody asked for them, and where no run came of them
+# The toy's data, where nobody asked for them
 
 
 @pytest.mark.parametrize("stage", [train_grpo, train_sft])
 def test_own_data_beside_the_toys_are_refused(stage, script, tmp_path):
     """All mixtures of three splits: left alone, own, none, or the toy's by name."""
-    ways = {"left": [], "own": ["mine.jsonl"], "none": [""], "toy": ["toy:test"]}
+    ways = {"left": [], "own": ["mine.jsonl"], "none": [""], "toy": ["toy_data/test.jsonl"]}
     for chosen in product(ways, repeat=3):
         given = {f"{name}_data": ways[how] for name, how in zip(("train", "validation", "test"), chosen)}
         if chosen[0] == "none":
@@ -435,39 +443,27 @@ def test_own_data_beside_the_toys_are_refused(stage, script, tmp_path):
         words = [f"--{name}={way[0]}" for name, way in given.items() if way]
         args = utils.parse_args(stage.Args, words)
         if not {"own", "left"} <= set(chosen):
-            stage.check_args(args)
+            data_flow.refuse_mixture(args)
             continue
         said = script(stage, *words)
         for name, how in zip(given, chosen):
-            remedy = f"--{name}=toy:train for the toy" if name == "train_data" else f"--{name}= for none"
+            remedy = f"--{name}=toy_data/train.jsonl for the toy" if name == "train_data" else f"--{name}= for none"
             assert (remedy in said) == (how == "left")
         assert "give yours there too, or " in said
-    assert list(tmp_path.iterdir()) == []
-    assert stage.check_args(stage.Args(model="my/model")) is None
+    assert nothing_new(tmp_path)
+    assert data_flow.refuse_mixture(stage.Args(model="my/model")) is None
     with pytest.raises(utils.UserError, match="would be the toy's"):  # from a program, without a command line
-        stage.check_args(stage.Args(train_data="mine.jsonl"))
+        data_flow.refuse_mixture(stage.Args(train_data="mine.jsonl"))
 
 
-@pytest.mark.parametrize("stage", [evaluate, rollout])
+@pytest.mark.parametrize("stage", [doctor, evaluate, rollout])
 def test_an_own_model_is_not_measured_on_the_toy_unasked(stage, script, tmp_path):
     model = shutil.copytree(ROOT / "toy_model", tmp_path / "mine")
     said = script(stage, "--model", model)
     assert "--model is your own, but --data would be the toy's" in said
-    assert "or --data=toy:validation for the toy." in said
-    assert list(tmp_path.iterdir()) == [model]
-    utils.check_data(utils.parse_args(stage.Args, ["--model", "mine", "--data", "toy:validation"]))
-
-
-@pytest.mark.parametrize("stage, name", [(evaluate, "data"), (rollout, "data"), (train_sft, "test_data"),
-                                         (train_grpo, "train_data"), (train_grpo, "validation_data")])
-def test_a_split_that_the_toy_has_not_is_refused_before_it_is_drawn(stage, name, script, tmp_path):
-    """`toy:trian` once wrote 1,539 files, and then missed one."""
-    model = ROOT / "toy_model"
-    for wrong in ("toy:trian", "toy:", "toy:../train"):
-        said = script(stage, "--model", model, f"--{name}", wrong)
-        assert f"--{name} {wrong}: the toy has no such split; choose from toy:train, toy:valid" in said
-    assert list(tmp_path.iterdir()) == []
-    assert utils.TOY_DATA == tuple(f"toy:{split}" for split in toy.SPLITS)
+    assert "or --data=toy_data/validation.jsonl for the toy." in said
+    assert {*tmp_path.iterdir()} == {model, tmp_path / "toy_data"}
+    data_flow.refuse_mixture(utils.parse_args(stage.Args, ["--model", "mine", "--data", "toy_data/validation.jsonl"]))
 
 
 @pytest.mark.parametrize("stage, words, sentence", [
@@ -475,14 +471,16 @@ def test_a_split_that_the_toy_has_not_is_refused_before_it_is_drawn(stage, name,
     (train_grpo, ["--batch_size", 8, "--mini_batch_size", 8, "--no-train_language"], "nothing is left to train"),
     (train_sft, ["--max_new_tokens", 9], "its golden response has"),
     (evaluate, ["--max_prompt_tokens", 5], "every prompt is longer than"),
-    (rollout, ["--doctor", "--max_new_tokens", 4, "--engine", "hf"], None)])
-def test_the_toys_pictures_go_where_no_run_came_of_them(stage, words, sentence, script, tmp_path):
-    """A refusal that comes after them takes them away, and the folders made for them; what was there stays."""
+    (rollout, ["--data", "toy_data/trian.jsonl"], "toy_data/trian.jsonl: no such file"),
+    (doctor, ["--max_new_tokens", 4, "--engine", "hf"], None)])
+def test_a_refusal_leaves_no_folder_behind(stage, words, sentence, script, tmp_path):
     (tmp_path / "mine").mkdir()
     for out in ("runs/new", "mine"):
-        found = script(stage, "--model", ROOT / "toy_model", *words, "--out", out)
+        folder = [] if stage is doctor else ["--out", out]
+        found = script(stage, "--model", ROOT / "toy_model", *words, *folder)
         assert sentence in found if sentence else all(row["passed"] for row in found["doctor"])
-        assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+        assert {*tmp_path.iterdir()} == {tmp_path / "mine", tmp_path / "toy_data"}
+        assert list((tmp_path / "mine").iterdir()) == []
 
 
 # ---------------------------------------------------------------------------------------------
@@ -497,9 +495,8 @@ def test_little_data_can_be_measured_and_trained_on(script, tmp_path):
         assert [found[setting]["n"] for setting in evaluate.SETTINGS] == [n] * 3
         found = script(rollout, *model, "--limit", limit, "--n", 1, "--out", f"rollout_{limit}")
         assert (found["prompts"], found["completions"]) == (n, n)
-    toy.write_data(tmp_path / "data")
-    one = tmp_path / "data" / "one.jsonl"
-    utils.write_jsonl(one, utils.read_jsonl(tmp_path / "data" / "toy_train.jsonl")[:1])
+    one = tmp_path / "toy_data" / "one.jsonl"
+    utils.write_jsonl(one, utils.read_jsonl(tmp_path / "toy_data" / "train.jsonl")[:1])
     words = [*model, "--train_data", one, "--validation_data", one, "--test_data", one, "--epochs", 1]
     assert "--batch_size 16 is more than the 1 prompts" in script(train_sft, *words)
     words += ["--batch_size", 1, "--out"]
@@ -521,7 +518,7 @@ def first(samples):
 def test_a_rank_without_prompts_waits_for_the_others(data, tmp_path):
     """One prompt for two ranks, and a reward that looks at the first of its samples."""
     (tmp_path / "picky.py").write_text(PICKY)
-    result, _ = run("rollout.py", "--data", data / "toy_test.jsonl", "--limit", 1, "--n", 2, "--max_new_tokens",
+    result, _ = run("rollout.py", "--data", data / "test.jsonl", "--limit", 1, "--n", 2, "--max_new_tokens",
                     8, "--rewards", f"{tmp_path / 'picky.py'}:first:1", "--out", tmp_path / "run", ranks=2)
     assert (result["prompts"], result["completions"], result["reward"]) == (1, 2, 1.0)
 

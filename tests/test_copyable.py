@@ -1,4 +1,4 @@
-"""Copying is proven: stages in an empty folder, with what the README says they need, do their work there."""
+"""Copying is proven: stages in an empty folder, with what LESSON.md says they need, do their work there."""
 
 import ast
 import json
@@ -10,21 +10,44 @@ import sys
 
 import pytest
 
+import policy
 import toy
 import utils
-from test_house import ROOT, STAGES, section, source
+from test_house import ROOT, STAGES, source
+from test_pages import LESSON, section
 
-# as scripts they need, beside utils.py, what they import inside their functions
-SECTION = section("Copying a stage")
-NEEDS = dict(re.findall(r"^\| `(\w+)\.py` \| (.+?) \|", SECTION, re.M))
+SECTION = section("Copying a stage", LESSON)
+NEEDS = {stage: re.findall(r"`(\w+)\.py`", files)
+         for stage, files in re.findall(r"^\| `(\w+)\.py` \| (.+?) \|", SECTION, re.M)}
+PURE = "reward", "evaluate", "train_grpo"  # their pure functions work beside utils.py alone
+# one process imports the libraries, and a fork of it runs each folder's stage
+ASK_EACH = """
+import os, runpy, sys
+import torch
+from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor, DynamicCache
+from torch.nn.attention import flex_attention
+for folder in sys.argv[1:]:
+    if not (child := os.fork()):
+        os.chdir(folder)
+        sys.argv = [os.path.basename(folder) + ".py", "--help"]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        sys.exit()
+    assert os.waitpid(child, 0)[1] == 0, folder
+"""
 LITTLE = "--engine hf --max_new_tokens 48".split()
 
 
-def imported(stage):
-    """The stages that a stage imports anywhere, and those that these do."""
-    names = {n.module for n in ast.walk(ast.parse(source(stage))) if isinstance(n, ast.ImportFrom)}
-    found = {name for name in names & set(STAGES) if name != "utils"}
-    return found.union(*map(imported, found - {"toy"}))  # toy draws its own data, where asked for it
+def imported(stage, main=True):
+    """The files of ours that a stage imports, and those that these import outside their `main`.
+
+    siblings.py is not needed, and toy.py nobody imports.
+    """
+    tree = ast.parse(source(stage))
+    tree.body = [node for node in tree.body if main or getattr(node, "name", "") != "main"]
+    names = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    names |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    found = (names & set(STAGES)) - {"siblings"}
+    return found.union(*(imported(name, False) for name in found))
 
 
 def copy(folder, *stages):
@@ -53,20 +76,24 @@ def foreign(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("stage", [s for s in STAGES if s not in ("utils", "toy")])
-def test_the_readme_says_what_a_stage_needs(stage):
-    said = set(re.findall(r"`(\w+)\.py`", NEEDS[stage]))
-    assert said == imported(stage) | {"utils"}
+def test_every_stage_has_a_row():
+    assert sorted(NEEDS) == sorted(set(STAGES) - {"utils", "toy"})
 
 
-@pytest.mark.parametrize("stage", [s for s in STAGES if s != "utils"])
-def test_with_utils_alone_it_can_be_imported_and_asked_for_help(stage, tmp_path):
-    folder = copy(tmp_path / "project", stage, "utils")
-    assert len(python(folder, f"{stage}.py", "--help")) > 300
+@pytest.mark.parametrize("stage", NEEDS)
+def test_the_lesson_says_what_a_stage_needs(stage):
+    assert sorted(NEEDS[stage]) == sorted((imported(stage) | {"utils"}) - {stage})
 
 
-def test_the_readmes_snippet_runs_with_utils_alone(tmp_path):
-    """The copied advantages, loss and grader, as the README calls them."""
+def test_with_what_it_needs_it_can_be_imported_and_asked_for_help(tmp_path):
+    """The pure ones beside utils.py alone, each in a folder of its own."""
+    folders = [copy(tmp_path / stage, stage, *(["utils"] if stage in PURE else NEEDS[stage])) for stage in NEEDS]
+    said = python(tmp_path, "-c", ASK_EACH, *folders)
+    assert said.count("usage: ") == len(NEEDS) - 3  # policy.py, siblings.py: no commands; reward.py has its own way
+
+
+def test_the_snippet_runs_with_utils_alone(tmp_path):
+    """The copied advantages, loss and grader, as the lesson calls them."""
     snippet, = re.findall(r"```python\n(.*?)```", SECTION, re.S)
     folder = copy(tmp_path / "project", "train_grpo", "reward", "utils")
     (folder / "theirs.py").write_text(snippet)
@@ -84,8 +111,8 @@ def test_the_grader_needs_nothing_at_all(tmp_path):
     ("rollout", ["--n", 2, *LITTLE], ["samples/step_000000.jsonl"]),
     ("evaluate", ["--settings", "pass1_t0.6", *LITTLE], ["eval.jsonl", "samples/pass1_t0.6.jsonl"])])
 def test_the_copied_sampler_and_evaluation_run(stage, words, files, foreign, tmp_path):
-    folder = copy(tmp_path / "project", stage, *imported(stage), "utils")
-    data = foreign / "data" / "toy_validation.jsonl"
+    folder = copy(tmp_path / "project", stage, *NEEDS[stage])
+    data = foreign / "data" / "validation.jsonl"
     result = json.loads(python(folder, f"{stage}.py", "--model", foreign / "their_model", "--data", data,
                                "--out", "run", *words))
     assert result.get("prompts", 8) == 8
@@ -93,18 +120,24 @@ def test_the_copied_sampler_and_evaluation_run(stage, words, files, foreign, tmp
         assert utils.read_jsonl(folder / "run" / name)
 
 
+def test_the_copied_look_at_data_runs(foreign, tmp_path):
+    folder = copy(tmp_path / "project", "data", *NEEDS["data"])
+    python(folder, "data.py", foreign / "data" / "train.jsonl", "--model", foreign / "their_model")
+
+
 @pytest.mark.parametrize("stage, words", [
     ("train_sft", ["--batch_size", 4]),
     ("train_grpo", ["--batch_size", 4, "--mini_batch_size", 4, "--group_size", 2])])
 def test_the_copied_trainers_train_two_steps(stage, words, foreign, tmp_path):
-    """And the copied report reads what they wrote."""
-    folder = copy(tmp_path / "project", stage, *imported(stage), "report", "utils")
+    """And the copied report reads what they wrote, in a folder of its own."""
+    folder = copy(tmp_path / "project", stage, *NEEDS[stage])
     splits = [w for name in ("train", "validation", "test")
-              for w in (f"--{name}_data", foreign / "data" / f"toy_{name}.jsonl")]
+              for w in (f"--{name}_data", foreign / "data" / f"{name}.jsonl")]
     more = ["--max_new_tokens", 64, "--max_steps", 2, "--engine", "hf"]
     python(folder, f"{stage}.py", "--model", foreign / "their_model", *splits, *words, *more, "--out", "run")
     assert [row["generation_step"] for row in utils.read_jsonl(folder / "run" / "metrics.jsonl")] == [1, 2]
-    trained = utils.load_model(folder / "run" / "checkpoints" / "step_000002")
-    before = utils.load_model(foreign / "their_model")
+    trained = policy.load_model(folder / "run" / "checkpoints" / "step_000002")
+    before = policy.load_model(foreign / "their_model")
     assert any((a != b).any() for a, b in zip(trained.parameters(), before.parameters()))
-    assert json.loads(python(folder, "report.py", "run", "--out", "report"))["runs"] == 1
+    reader = copy(tmp_path / "reader", "report", *NEEDS["report"])
+    assert json.loads(python(reader, "report.py", folder / "run", "--out", "report"))["runs"] == 1

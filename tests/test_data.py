@@ -7,6 +7,8 @@ from PIL import Image
 
 import utils
 from conftest import png
+from data import IMAGE_MARK, INSTRUCTION, load_samples, make_sample, open_image
+from policy import collate, load_model, load_processor
 
 GOOD = {"question": "<image>How many?", "answer": "3", "id": "a", "image": "images/a.png"}
 
@@ -29,13 +31,13 @@ def folder(tmp_path):
 
 @pytest.fixture(scope="module")
 def processor():
-    return utils.load_processor("toy_model")
+    return load_processor("toy_model")
 
 
 def load(folder, lines, processor, longest=512):
     path = folder / "data.jsonl"
     path.write_text("".join(x if isinstance(x, str) else json.dumps(x) + "\n" for x in lines))
-    return utils.load_samples(path, processor, longest)
+    return load_samples(path, processor, longest)
 
 
 MISTAKES = [  # (rows, what the sentence must hold)
@@ -106,7 +108,7 @@ def test_mistakes_in_the_data(folder, processor, lines, sentence):
 
 def test_missing_file(folder, processor):
     with pytest.raises(utils.UserError, match="none.jsonl: no such file; give the path"):
-        utils.load_samples(folder / "none.jsonl", processor, 512)
+        load_samples(folder / "none.jsonl", processor, 512)
 
 
 def test_a_link_out_of_the_folder_is_refused(folder, processor):
@@ -131,7 +133,7 @@ def test_rows_of_every_kind_become_samples(folder, processor):
     text = {"question": "1 + 1 = ?", "answer": "2", "id": 7, "solution": "\\boxed{2}"}
     one, pair, plain = load(folder, [GOOD, "\n", two, text], processor)
     mark = "<|vision_start|><|image_pad|><|vision_end|>"
-    assert one.prompt_text.startswith(f"<|im_start|>user\n{mark}How many?\n{utils.INSTRUCTION}")
+    assert one.prompt_text.startswith(f"<|im_start|>user\n{mark}How many?\n{INSTRUCTION}")
     assert one.prompt_text.endswith("<|im_end|>\n<|im_start|>assistant\n")
     assert pair.prompt_text.count(mark) == 2 and f"{mark}and{mark}" in pair.prompt_text
     assert (pair.answer, pair.id) == ("0", f"{folder / 'data.jsonl'}, line 3")
@@ -198,7 +200,7 @@ def check_layout(folder, load_one, wanted):
         return
     sample = load_one()
     assert sample.images == [str(folder / i) if isinstance(i, str) else i for i in wanted]
-    assert sample.question == utils.IMAGE_MARK * len(wanted) + "How many?"
+    assert sample.question == IMAGE_MARK * len(wanted) + "How many?"
 
 
 @pytest.mark.parametrize("number", range(23))
@@ -206,13 +208,13 @@ def test_layouts_of_the_wild(folder, processor, number):
     """What judges columns sees a row alone: nothing here needs pyarrow."""
     row, wanted = layouts((folder / "images" / "a.png").read_bytes(), png("blue"))[number]
     path = folder / "x.parquet"
-    check_layout(folder, lambda: utils.make_sample(row, path, f"{path}, row 1", processor), wanted)
+    check_layout(folder, lambda: make_sample(row, path, f"{path}, row 1", processor), wanted)
 
 
 def test_which_column_was_used_is_said_once(folder, processor, capsys):
     row = {"question": "How many?", "answer": "3", "image": "images/1.jpg", "decoded_image": png("red")}
     for _ in range(3):
-        utils.make_sample(row, folder / "x.parquet", "here", processor)
+        make_sample(row, folder / "x.parquet", "here", processor)
     assert capsys.readouterr().err.count("images are those of decoded_image; image names files") == 1
 
 
@@ -227,13 +229,13 @@ def test_layouts_of_the_wild_in_files(folder, processor):
             views = pyarrow.array([row["views"]], pyarrow.map_(pyarrow.string(), pyarrow.binary()))
             table = pyarrow.table({"question": [row["question"]], "answer": [row["answer"]], "views": views})
         pyarrow.parquet.write_table(table, path)
-        check_layout(folder, lambda: utils.load_samples(path, processor, 512)[0], wanted)
+        check_layout(folder, lambda: load_samples(path, processor, 512)[0], wanted)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([layouts(png("red"), None)[0][0]]), path)
-    batch = utils.collate(utils.load_samples(path, processor, 512), processor)
+    batch = collate(load_samples(path, processor, 512), processor)
     assert batch["inputs"]["pixel_values"].shape[0] == 16
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(utils.UserError, match="data.parquet: cannot be read as parquet"):
-        utils.load_samples(path, processor, 512)
+        load_samples(path, processor, 512)
 
 
 @pytest.mark.parametrize("mode, value, ending, grey", [
@@ -245,7 +247,7 @@ def test_layouts_of_the_wild_in_files(folder, processor):
 def test_greys_of_every_depth(folder, mode, value, ending, grey):
     """16 bits divide by 256; what has 32 bits says its range by its values."""
     Image.new(mode, (84, 84), value).save(folder / f"deep.{ending}")
-    assert utils.open_image(folder / f"deep.{ending}").getpixel((0, 0)) == (grey,) * 3
+    assert open_image(folder / f"deep.{ending}").getpixel((0, 0)) == (grey,) * 3
 
 
 @pytest.mark.parametrize("mode, low, high", [("F", -1e9, 1e9), ("F", 0, 1e5), ("I", -5, 5), ("I", 0, 2**31 - 1)])
@@ -254,7 +256,7 @@ def test_a_grey_of_unknown_range_is_stretched(folder, mode, low, high):
     image.paste(high, (0, 0, 42, 84))
     image.paste((low + high) // 2, (0, 0, 42, 42))
     image.save(folder / "deep.tiff")
-    shown = utils.open_image(folder / "deep.tiff")
+    shown = open_image(folder / "deep.tiff")
     assert [shown.getpixel(at)[0] for at in ((60, 60), (20, 20), (20, 60))] == [0, 127, 255]
 
 
@@ -268,7 +270,7 @@ def test_a_deep_grey_with_a_transparent_value(folder):
     image = Image.new("I;16", (84, 84), 40_000)
     image.putpixel((0, 0), 2_000)
     image.save(folder / "deep.png", transparency=2_000)
-    shown = utils.open_image(folder / "deep.png")
+    shown = open_image(folder / "deep.png")
     assert shown.getpixel((0, 0)) == (255,) * 3 and shown.getpixel((1, 1)) == (156,) * 3
 
 
@@ -288,16 +290,16 @@ PAD, ASKED = "<|image_pad|>", "{{ part['text'] }}"
     (PARTS.format("", ASKED), "loses the images"),
     (PARTS.format(PAD * 2, ASKED), r"writes <\|image_pad\|> 2 times")])  # for one image
 def test_a_template_that_does_not_fit(folder, template, sentence):
-    processor = utils.load_processor("toy_model")
+    processor = load_processor("toy_model")
     processor.chat_template = PARTS.format(PAD, "{{ part['text'] | trim }}")  # one that only strips is fine
-    assert utils.INSTRUCTION in load(folder, [GOOD | {"question": "<image> How? "}], processor)[0].prompt_text
+    assert INSTRUCTION in load(folder, [GOOD | {"question": "<image> How? "}], processor)[0].prompt_text
     processor.chat_template = template
     with pytest.raises(utils.UserError, match=f"data.jsonl, line 1: the model's chat template {sentence}"):
         load(folder, [GOOD], processor)
 
 
 def test_a_processor_that_crashes_for_a_row(folder, monkeypatch):
-    processor = utils.load_processor("toy_model")
+    processor = load_processor("toy_model")
     monkeypatch.setattr(type(processor), "__call__", lambda *_, **__: [][0])
     with pytest.raises(utils.UserError, match="line 1: the processor refuses the row .list index out of range"):
         load(folder, [GOOD], processor)
@@ -306,10 +308,10 @@ def test_a_processor_that_crashes_for_a_row(folder, monkeypatch):
 @pytest.mark.parametrize("token", [None, "<|image_pad|>"])
 def test_a_tokenizer_without_a_pad_token(folder, token):
     """Or with an image's placeholder for one: what fills up a row is masked, and is no image's."""
-    processor = utils.load_processor("toy_model")
+    processor = load_processor("toy_model")
     processor.tokenizer.pad_token = token
     samples = load(folder, [GOOD, TEXT], processor)
-    batch = utils.collate(samples, processor)
+    batch = collate(samples, processor)
     tail = batch["inputs"]["input_ids"][1, len(samples[1].prompt_ids) :]
     assert len(tail) and processor.image_token_id not in tail
     assert batch["inputs"]["attention_mask"].sum(1).tolist() == [len(s.prompt_ids) for s in samples]
@@ -322,11 +324,11 @@ def test_a_large_number_is_an_answer(folder, processor):
 @pytest.mark.parametrize("path", ["nowhere", "tests/nowhere", "/nowhere/at/all", "../nowhere"])
 def test_a_mistyped_folder_is_not_looked_up_on_the_hub(path):
     with pytest.raises(utils.UserError, match="--model .*: no such folder; give one"):
-        utils.load_processor(path)
+        load_processor(path)
 
 
 def test_a_folder_without_a_processor_or_model(folder, tmp_path):
     with pytest.raises(utils.UserError, match="--model .*: cannot be loaded"):
-        utils.load_processor(str(folder))
+        load_processor(str(folder))
     with pytest.raises(utils.UserError, match="--model .*: cannot be loaded"):
-        utils.load_model(str(folder))
+        load_model(str(folder))

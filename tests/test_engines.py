@@ -14,15 +14,17 @@ import pytest
 import torch
 from tokenizers import processors
 
-import evaluate
+import doctor
 import rollout
-import test_parity as parity
 import toy
 import train_grpo
 import train_sft
 import utils
-from conftest import ROOT
-from utils import Policy, RunError, UserError
+from conftest import ROOT, sampler
+from data import open_image
+from policy import Policy, shard
+from utils import RunError, UserError
+import test_parity as parity
 
 ARGS = rollout.Args(max_new_tokens=8)
 IMAGE = toy.SPECIAL.index("<|image_pad|>")
@@ -50,9 +52,9 @@ def test_an_honest_engine_passes_and_no_weight_changes(pair, case, one_rank):
     """Weights are negated on the way, shards or what was gathered; all come back to the bit."""
     before = {name: weight.detach().clone() for name, weight in pair.model.named_parameters()}
     policy = Policy(pair.model, pair.processor)
-    policy = utils.shard(policy, torch.float32) if "sharded" in case else policy
+    policy = shard(policy, torch.float32) if "sharded" in case else policy
     samples = [s for s in pair.samples if not s.images or "all" in case]
-    rows = rollout.consult(pair.engine, policy, samples, pair.processor, ARGS)
+    rows = doctor.consult(pair.engine, policy, samples, pair.processor, ARGS)
     assert len(rows) == (11 if case == "text alone" else 13) and all(row["passed"] for row in rows)
     for model in (policy.model, pair.engine.model):
         after = dict(rollout.whole_weights(model))
@@ -129,20 +131,20 @@ def test_every_sabotage_is_found(pair, method, change, row, innocent, one_rank):
     honest, policy = getattr(thing, method), Policy(pair.model, pair.processor)
     setattr(thing, method, lambda *args, **kwargs: change(honest, *args, **kwargs))
     with pytest.raises(UserError, match="^sampler and trainer disagree .*[.]$") as found:
-        rollout.consult(pair.engine, policy, pair.samples, pair.processor, ARGS)
+        doctor.consult(pair.engine, policy, pair.samples, pair.processor, ARGS)
     assert row in str(found.value) and innocent not in str(found.value)
 
 
 def test_probes_of_every_kind(qwen):
     """With an image, without, with two: taken from the data, made up where the data has none."""
     a, b, text = parity.by_id(qwen.samples, "rgb", "grey", "text")
-    c, d, two = rollout.probes([a, b], qwen.processor, 2048)[2:]
+    c, d, two = doctor.probes([a, b], qwen.processor, 2048)[2:]
     assert [(s.question, s.images) for s in (c, d)] == [("What is it?", [])] * 2
     assert two.images == a.images + b.images
     assert two.prompt_ids.count(IMAGE) == (a.prompt_ids + b.prompt_ids).count(IMAGE)
-    assert rollout.probes([a, b], qwen.processor, len(two.prompt_ids)) == [a, b, c, d, two]
-    assert rollout.probes([text, a, b], qwen.processor, len(two.prompt_ids) - 1) == [a, b, text, c]
-    assert rollout.probes([text, a], qwen.processor, 2048) == [a, text, c]
+    assert doctor.probes([a, b], qwen.processor, len(two.prompt_ids)) == [a, b, c, d, two]
+    assert doctor.probes([text, a, b], qwen.processor, len(two.prompt_ids) - 1) == [a, b, text, c]
+    assert doctor.probes([text, a], qwen.processor, 2048) == [a, text, c]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -156,7 +158,7 @@ def served(qwen, monkeypatch):
     qwen.vllm = mock.MagicMock(SamplingParams=parameters)
     qwen.llm = qwen.vllm.LLM.return_value
     monkeypatch.setitem(sys.modules, "vllm", qwen.vllm)
-    monkeypatch.setattr(utils, "load_pretrained", lambda loader, path: qwen.model.generation_config)
+    monkeypatch.setattr(rollout, "load_pretrained", lambda loader, path: qwen.model.generation_config)
     with mock.patch.dict("os.environ"):  # which import_vllm adds to
         args = replace(ARGS, model=str(qwen.path))
         qwen.engine = rollout.make_engine("vllm", None, qwen.processor, args)
@@ -166,7 +168,7 @@ def served(qwen, monkeypatch):
 
 def ask(served, prompts, seed=0, extra=()):
     """The embedded engine's answers; ours, when vLLM gives the same; prompts and parameters."""
-    honest = rollout.HFEngine(served.model, served.processor, 64)
+    honest = sampler(served.model, served.processor, 64)
     want = honest.generate(prompts, 8, 1.0, 1.0, 8, 0)
     outputs = [SimpleNamespace(token_ids=tuple(s.completion_ids), logprobs=[
         {0: SimpleNamespace(logprob=9.0), t: SimpleNamespace(logprob=p)}  # 0: not sampled
@@ -189,7 +191,7 @@ def test_vllm_is_asked_and_answers_as_the_embedded_engine(served, kind):
     want, got, (two, text, one), params = ask(served, served.prompts)
     assert got == want and {s.finish_reason for s in got} == {"stop", "length"}
     seen = [p.tobytes() for asked in (two, one) for p in asked["multi_modal_data"]["image"]]
-    assert seen == [utils.open_image(i).tobytes() for s in served.prompts for i in s.images]
+    assert seen == [open_image(i).tobytes() for s in served.prompts for i in s.images]
     assert text == {"prompt_token_ids": served.prompts[1].prompt_ids}
     assert [p["prompt_token_ids"].count(IMAGE) for p in (two, one)] == [2, 1]  # vLLM expands them
     asked = {"n": 8, "temperature": 1.0, "top_p": 1.0, "max_tokens": 8,
@@ -254,36 +256,14 @@ def test_several_greedy_answers_are_asked_for_once(served):
     assert len({id(s.completion_ids) for s in done}) == len({id(s.rewards) for s in done}) == 3
 
 
-def test_more_pictures_than_vllm_takes_are_refused_at_load(served):
+def test_more_pictures_than_vllm_takes_are_refused_by_the_rehearsal(served):
+    """Which asks the prompt with most of them, before step 1."""
     prompt = replace(served.prompts[0], images=served.prompts[0].images * 5)
-    rollout.check_images([prompt], "hf")
-    rollout.check_images([replace(prompt, images=prompt.images[:8])], "vllm")
-    with pytest.raises(UserError, match="^the prompt two has 10 images, vLLM .* for 8: .* hf[.]$"):
-        rollout.check_images([served.prompts[1], prompt], "vllm")
-
-
-@pytest.mark.parametrize("stage", [rollout, evaluate, train_grpo, train_sft])
-def test_every_stage_refuses_them_before_it_loads_a_model(stage, qwen, data_path, tmp_path, one_rank):
-    row = {"id": "nine", "question": "<image>" * 9, "answer": "1", "images": ["images/rgb.png"] * 9}
-    (data_path.parent / "nine.jsonl").write_text(json.dumps(row) + "\n")
-    data, given = str(data_path.parent / "nine.jsonl"), {"data": str(data_path.parent / "nine.jsonl")}
-    if stage in GROUPS:
-        given = {"train_data": str(data_path), "validation_data": data, "test_data": ""}
-    with pytest.raises(UserError, match="^the prompt nine has 9 images"):
-        stage.main(stage.Args(model=str(qwen.path), engine="vllm", out=str(tmp_path / "out"), **given))
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("asked, given", [(0.85, 0.4), (0.3, 0.3)])
-def test_the_doctors_engine_leaves_room_for_the_trainer(qwen, data_path, one_rank, monkeypatch, asked,
-                                                        given):
-    """vLLM wants its share of the whole GPU free at its start, and a model is loaded by then."""
-    make = mock.Mock(side_effect=InterruptedError)
-    monkeypatch.setattr(rollout, "make_engine", make)
-    with pytest.raises(InterruptedError):
-        rollout.main(rollout.Args(model=str(qwen.path), data=str(data_path), doctor=True,
-                                  vllm_memory=asked))
-    assert make.call_args.args[3].vllm_memory == given
+    with pytest.raises(RunError, match="^the prompt two has 10 images, vLLM .* for 8: raise MOST_IMAGES .* hf$"):
+        served.engine.generate([served.prompts[1], prompt], 2, 1.0, 1.0, 8, 0)
+    with pytest.raises(UserError, match="answering the prompts .*two.* fails .RunError: the prompt two has 10 images"):
+        doctor.rehearse(served.engine, [served.prompts[1], prompt], ARGS)
+    ask(served, [replace(served.prompts[1], images=[])])
 
 
 def test_failures_are_told_in_one_line(served, monkeypatch):
@@ -369,7 +349,7 @@ def test_the_sampler_sleeps_before_a_run_goes_on(qwen, data_path, tmp_path, one_
     calls = mock.Mock()
     calls.load.side_effect = InterruptedError
     monkeypatch.setattr(rollout, "make_engine", lambda *_: calls.engine)
-    monkeypatch.setattr(rollout, "rehearse", lambda *_: [])
+    monkeypatch.setattr(doctor, "rehearse", lambda *_: [])
     for name, found in (("choose_run", (tmp_path, True)), ("whole_checkpoint", tmp_path),
                         ("begin_run", None)):
         monkeypatch.setattr(utils, name, mock.Mock(return_value=found))

@@ -1,4 +1,4 @@
-"""The README's ten exercises: unsolved, each check fails; with its solution, in a copy, it passes."""
+"""The ten exercises of LESSON.md: unsolved, each check fails; with its solution, in a copy, it passes."""
 
 import os
 import re
@@ -8,21 +8,22 @@ import sys
 
 import pytest
 
-from test_house import ROOT, section
+from test_pages import LESSON, ROOT, section
 
 FOLDER = ROOT / "tests" / "exercises"
-NAMES = re.findall(r"^\d+\. \*\*.*?\*\* \(`(\w+)`\)", section("Exercises"), re.M)
+NAMES = re.findall(r"^\d+\. \*\*.*?\*\* \(`(\w+)`\)", section("Exercises", LESSON), re.M)
 
 
 def copy_tree(folder):
-    """What a check needs of the tree, for real; the toy's weights as a link."""
+    """What a check needs of the tree, for real; the toy's weights and data as links."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
     (folder / "tests" / "exercises").mkdir(parents=True)
     for name in ("conftest", "test_families"):  # the checks import both
         shutil.copy(ROOT / "tests" / f"{name}.py", folder / "tests")
     shutil.copy(FOLDER / "checks.py", folder / "tests" / "exercises")
-    os.symlink(ROOT / "toy_model", folder / "toy_model")
+    for name in ("toy_model", "toy_data"):
+        os.symlink(ROOT / name, folder / name)
 
 
 def apply(patch, folder):
@@ -30,7 +31,7 @@ def apply(patch, folder):
 
 
 def check(folder, *names):
-    """Run checks as the README says; returns pytest's exit code and report."""
+    """Run checks as the lesson says; returns pytest's exit code and report."""
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/exercises/checks.py",
                            "-k", " or ".join(names)], cwd=folder, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr

@@ -8,10 +8,13 @@ import tokenizers
 import torch
 import transformers
 
+import doctor
 import rollout
 import toy
 import utils
-from conftest import load_tiny
+from conftest import branching, load_tiny, sampler
+from data import banned_ids, load_samples, open_image, tokenise
+from policy import load_processor, Policy
 
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 CLIP = VISION | {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14}
@@ -121,7 +124,7 @@ def save(build, folder):
 
 def reference(tiny, sample):
     """Log-probabilities of a completion by the model's own forward on its own processor's output, alone."""
-    images = [utils.open_image(image) for image in sample.images] or None
+    images = [open_image(image) for image in sample.images] or None
     inputs = tiny.processor(text=[sample.prompt_text], images=images, return_tensors="pt")
     tail = torch.tensor([sample.completion_ids])
     for name, more in (("input_ids", tail), ("attention_mask", tail**0), ("mm_token_type_ids", tail * 0),
@@ -129,7 +132,7 @@ def reference(tiny, sample):
         if name in inputs:
             inputs[name] = torch.cat([inputs[name], more], 1)
     logits = tiny.model(**inputs).logits[0, -tail.shape[1] - 1 : -1]
-    logits[:, utils.banned_ids(tiny.processor)] = -torch.inf
+    logits[:, banned_ids(tiny.processor)] = -torch.inf
     return logits.log_softmax(-1).gather(1, tail.T).squeeze(1)
 
 
@@ -155,9 +158,9 @@ def test_sampler_and_trainer_are_the_models_own_forward(build, tolerance, tmp_pa
     """
     tiny = load_tiny(save(build, tmp_path), data_path)
     tiny.model.eval()
-    engine = rollout.HFEngine(copy.deepcopy(tiny.model), tiny.processor, 256)
-    policy = utils.Policy(tiny.model, tiny.processor, shared=True)
-    assert not engine.shared and not policy.shared
+    engine = sampler(copy.deepcopy(tiny.model), tiny.processor, 256)
+    policy = branching(tiny.model, tiny.processor)
+    assert not engine.sharing.branches and not policy.sharing.branches
     drawn = engine.generate(tiny.samples, 2, 1.0, 1.0, 8, 0)
     trained, _ = policy(policy.batch(drawn), 1.0)
     assert len({len(s.prompt_ids) for s in drawn}) > 2
@@ -170,32 +173,32 @@ def test_sampler_and_trainer_are_the_models_own_forward(build, tolerance, tmp_pa
 @pytest.mark.parametrize("template_writes_it", [True, False])
 def test_a_prompt_begins_once(data_path, tmp_path, template_writes_it):
     """A template that writes BOS and a tokenizer that adds it made two; unlike chats as they were trained on."""
-    processor = utils.load_processor(save(llava, tmp_path))
+    processor = load_processor(save(llava, tmp_path))
     tokens = processor.tokenizer
     tokens.add_special_tokens({"bos_token": "<s>"})
-    plain = [s.prompt_ids for s in utils.load_samples(data_path, processor, 2048)]
+    plain = [s.prompt_ids for s in load_samples(data_path, processor, 2048)]
     tokens.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="<s> $A <|im_end|>", special_tokens=[("<s>", tokens.bos_token_id), ("<|im_end|>", tokens.eos_token_id)])
     assert tokens("a")["input_ids"][:: 2] == [tokens.bos_token_id, tokens.eos_token_id]
     if template_writes_it:
         processor.chat_template = "<s>" + processor.chat_template
-    samples = utils.load_samples(data_path, processor, 2048)
+    samples = load_samples(data_path, processor, 2048)
     assert [s.prompt_ids for s in samples] == [[tokens.bos_token_id, *ids] for ids in plain]
     for s in samples:  # the text is complete: a sampler that adds nothing reads the same
-        assert s.images or utils.tokenise(tokens, s.prompt_text) == s.prompt_ids
+        assert s.images or tokenise(tokens, s.prompt_text) == s.prompt_ids
 
 
 def test_a_family_that_needs_token_types_is_refused(tmp_path):
     """Gemma 3 would load, train and sample, every image token blind to those after it."""
     with pytest.raises(utils.UserError, match="token_type_ids"):
-        utils.load_processor(save(gemma3, tmp_path))
+        load_processor(save(gemma3, tmp_path))
 
 
 def rehearsal(tiny):
     """What every stage does before it writes anything, with the tiny model at hand."""
-    engine = rollout.HFEngine(copy.deepcopy(tiny.model), tiny.processor, 256)
-    policy = utils.Policy(tiny.model, tiny.processor, shared=True)
-    return rollout.rehearse(engine, tiny.samples, rollout.Args(model=str(tiny.path), dtype="float32"), policy)
+    engine = sampler(copy.deepcopy(tiny.model), tiny.processor, 256)
+    policy = branching(tiny.model, tiny.processor)
+    return doctor.rehearse(engine, tiny.samples, rollout.Args(model=str(tiny.path), dtype="float32"), policy)
 
 
 @pytest.mark.parametrize("build", [llava_next, internvl])
@@ -209,18 +212,18 @@ def test_unlike_prompts_by_hand():
     """First, shortest and longest with images, most images (neither longest nor shortest), none; each once."""
     rows = [("first", 1, 20), ("short", 1, 10), ("long", 1, 90), ("many", 5, 50), ("plain", 0, 5), ("other", 0, 6)]
     samples = [SimpleNamespace(id=i, images=["x"] * n, prompt_ids=[0] * length) for i, n, length in rows]
-    assert [s.id for s in rollout.unlike(samples)] == ["first", "short", "long", "many", "plain"]
-    assert [s.id for s in rollout.unlike(samples[1:2])] == ["short"]
-    assert [s.id for s in rollout.unlike(samples[4:])] == ["plain", "other"]
+    assert [s.id for s in doctor.unlike(samples)] == ["first", "short", "long", "many", "plain"]
+    assert [s.id for s in doctor.unlike(samples[1:2])] == ["short"]
+    assert [s.id for s in doctor.unlike(samples[4:])] == ["plain", "other"]
 
 
 def test_the_rehearsal_asks_unlike_prompts_and_hears_a_stranger(tiny, one_rank):
     """Shortest and longest, several images and none; and a sampler of other weights does not pass it."""
-    asked = [s.id for s in rollout.unlike(tiny.samples)]
+    asked = [s.id for s in doctor.unlike(tiny.samples)]
     assert {"two", "text"} <= {*asked} and len(asked) == len({*asked}) <= 5
     assert [(s.id, len(s.completion_ids) > 0) for s in rehearsal(tiny)] == [(i, True) for i in asked for _ in "ab"]
-    engine = rollout.HFEngine(copy.deepcopy(tiny.model), tiny.processor, 256)
+    engine = sampler(copy.deepcopy(tiny.model), tiny.processor, 256)
     for weight in engine.model.get_decoder().layers[0].parameters():
         weight.data *= 2
     with pytest.raises(utils.UserError, match="^--model .*: sampler and trainer are .* nats apart on the prompts .*rows"):
-        rollout.rehearse(engine, tiny.samples, rollout.Args(dtype="float32"), utils.Policy(tiny.model, tiny.processor))
+        doctor.rehearse(engine, tiny.samples, rollout.Args(dtype="float32"), Policy(tiny.model, tiny.processor))

@@ -85,6 +85,6 @@ def test_sft_learns(tmp_path):
 def test_blank_pictures_are_not_answered(tmp_path):
     """A trained model that looks at its pictures knows nothing about white ones."""
     run("toy.py", "--data", tmp_path / "data", "--blank")
-    result = run("evaluate.py", "--data", tmp_path / "data" / "toy_validation.jsonl", "--settings",
+    result = run("evaluate.py", "--data", tmp_path / "data" / "validation.jsonl", "--settings",
                  "pass1_t0.6", "--out", tmp_path / "eval")
     assert result["pass1_t0.6"]["accuracy"] < 1 / 6 + 0.06

@@ -1,15 +1,17 @@
-"""The README as a lesson: its reading order and its steps are those of the code, its first lines stand in results/."""
+"""The lesson: its reading order is the code's, the README's steps too; what the exercises show stands in results/."""
 
 import ast
 import json
 import re
+import subprocess
 
 import pytest
 
 import utils
-from test_house import README, ROOT, source
+from test_house import ROOT, source
+from test_pages import LESSON, README, RESULTS, words
 
-ORDER = re.findall(r"^\| (\d+) \| \[([\w/]+)\.py\]\(\S+\) \| (.*?) \|", README, re.M)
+ORDER = re.findall(r"^\| (\d+) \| \[([\w/]+)\.py\]\(\S+\) \| (.*?) \|", LESSON, re.M)
 STEPS = re.findall(r"^\d\. \*\*(Step [IV]+, [\w ]+|Log, evaluate, save)\.\*\*", README, re.M)
 
 
@@ -25,7 +27,7 @@ def spans(path):
 
 
 def test_the_reading_order_takes_ninety_minutes():
-    said = int(re.search(r"(\d+) minutes, at (\d+) lines a minute or fewer", README)[1])
+    said = int(re.search(r"(\d+) minutes, at (\d+) lines a minute or fewer", LESSON)[1])
     assert sum(int(minutes) for minutes, _, _ in ORDER) == said <= 90
 
 
@@ -34,7 +36,7 @@ def test_the_lines_to_look_at_are_there_in_this_order(minutes, file, names):
     found = spans(ROOT / f"{file}.py")
     looked_at = [found[name] for name in re.findall(r"`(\w+)`", names)]
     assert looked_at == sorted(looked_at) and len(looked_at) >= 3
-    rate = int(re.search(r"at (\d+) lines a minute or fewer", README)[1])
+    rate = int(re.search(r"at (\d+) lines a minute or fewer", LESSON)[1])
     assert sum(last - first + 1 for first, last in looked_at) <= rate * int(minutes)
 
 
@@ -61,33 +63,42 @@ def test_the_two_trainers_share_their_shape():
     assert {"with_golden_responses", "learning_rate_at"} <= own
 
 
+def test_the_diff_is_as_long_as_the_lesson_says():
+    """Lines that come in and that go, within a sixth."""
+    found = subprocess.run(["diff", "train_sft.py", "train_grpo.py"], cwd=ROOT, capture_output=True, text=True).stdout
+    said = re.search(r"\(some (\d+) lines come in, (\d+) go\)", LESSON).groups()
+    for sign, lines in zip("><", said):
+        count = sum(line.startswith(f"{sign} ") for line in found.splitlines())
+        assert abs(count - int(lines)) <= count / 6, (sign, count)
+
+
 def test_the_first_ten_lines_stand_in_results():
     top = README.split("## ")[0].split("\n", 1)[1]
     lines = [line for line in top.splitlines() if line.strip()]
     assert len(lines) <= 10
-    words = " ".join(lines)
+    text = words(top)
     step = json.loads((ROOT / "results" / "step.json").read_text())["step"]
     times = [step[name]["contestants"]["TRL"]["ours_times_faster"] for name in ("short", "long")]
-    assert f"{times[0]:.1f} times faster, with long prompts {times[1]:.1f} times" in words
+    assert f"{times[0]:.1f} times faster, with long prompts {times[1]:.1f} times" in text
     peers = json.loads((ROOT / "results" / "peers.json").read_text())
     code = {name: found["closure"][2] for name, found in peers.items()}
-    assert f"is {code['glassbox']:,} lines of code, there {code['EasyR1']:,}, in TRL {code['trl']:,}" in words
-    assert f"smaller than ours ({code['MAYE']:,}): {peers['glassbox']['tests']} test functions, there none" in words
+    assert f"is {code['glassbox']:,} lines of code, there {code['EasyR1']:,}, in TRL {code['trl']:,}" in text
+    assert f"smaller than ours ({code['MAYE']:,}): {peers['glassbox']['tests']} test functions, there none" in text
     assert peers["MAYE"]["tests"] == 0
 
 
 def test_what_the_exercises_show_stands_in_results():
     found = json.loads((ROOT / "results" / "exercises.json").read_text())
-    words = README.replace("\n", " ").replace("  ", " ")
+    text = words(LESSON)
     for weight, seeds in found["short, by weight and seed"].items():
         lengths = ", ".join(f"{s['length']:.1f}" for s in seeds)
         accuracy = ", ".join(f"{100 * s['reward/accuracy']:.0f}" for s in seeds)
-        assert f"| {weight} | {lengths} | {accuracy} |\n" in README
-    habits = re.search(r"\| toy_model \| \d+, (\d+) \| \d+, \d+ \| \d+, (\d+)", README)  # accuracy, forced
+        assert f"| {weight} | {lengths} | {accuracy} |\n" in LESSON
+    habits = re.search(r"\| toy_model \| \d+, (\d+) \| \d+, \d+ \| \d+, (\d+)", RESULTS)  # accuracy, forced
     glance, reading = (int(percent) / 100 for percent in habits.groups())
-    tokens = re.search(r"a glance takes (\d+) tokens, a reading (\d+)", words)
+    tokens = re.search(r"a glance takes (\d+) tokens, a reading (\d+)", text)
     gap = int(tokens[2]) - int(tokens[1])
-    assert f"Arithmetic says {96 * (reading - glance) / gap:.1f};" in words  # weight * gap / 96 = what care earns
+    assert f"Arithmetic says {96 * (reading - glance) / gap:.1f};" in text  # weight * gap / 96 = what care earns
 
     def three(values, digits):
         return "{}, {} and {}".format(*(f"{value:.{digits}f}" for value in values))
@@ -98,10 +109,10 @@ def test_what_the_exercises_show_stands_in_results():
         rows = utils.read_jsonl(ROOT / "results" / "quickstart" / f"seed_{seed}" / "metrics.jsonl")[-8:]
         usual.append(100 * sum(row["groups_all_alike"] for row in rows) / 8)
     alike = three([100 * run["groups_all_alike"] for run in bug], 0)
-    assert f"ends at {three([run['validation'][1] for run in bug], 1)} %, as without it; but {alike} %" in words
-    assert f"the quick start has {three(usual, 0)}." in words
+    assert f"ends at {three([run['validation'][1] for run in bug], 1)} %, as without it; but {alike} %" in text
+    assert f"the quick start has {three(usual, 0)}." in text
     grpo, sft = (three([run["validation"][1] for run in found["first_row, by trainer and seed"][name]], 1)
                  for name in ("train_grpo", "train_sft"))
     common = found["first_row, the commonest answer"]
-    assert f"GRPO ends at {grpo} % on validation, where always saying the commonest number gets {common} %" in words
-    assert f"SFT ends at {sft} %" in words
+    assert f"GRPO ends at {grpo} % on validation, where always saying the commonest number gets {common} %" in text
+    assert f"SFT ends at {sft} %" in text

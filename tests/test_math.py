@@ -24,7 +24,10 @@ import toy
 import train_grpo
 import train_sft
 import utils
-from conftest import IMAGES
+from conftest import branching, IMAGES
+from data import open_image, Sample
+from policy import collate, split_rows
+from siblings import split_groups
 from utils import UserError
 
 NAN = math.nan
@@ -351,7 +354,7 @@ def test_an_answer_that_was_not_scored_makes_no_group_alive(accuracies, rewards,
 def test_a_mean_of_nothing_is_no_nought():
     """A reward that scored no answer of a step is not logged as 0; one that scored one is its score."""
     def logged(*accuracies):
-        samples = [utils.Sample("a", "", "", "", [], "", [], completion_ids=[9], rewards={"accuracy": a, "format": 1.0},
+        samples = [Sample("a", "", "", "", [], "", [], completion_ids=[9], rewards={"accuracy": a, "format": 1.0},
                                 reward=1.0) for a in accuracies]
         sums = train_grpo.rollout_sums(samples, 2)
         for name in ("update_tokens", "divisor", "loss", "entropy", "sampler_ratio", "sampler_ratio_squared"):
@@ -633,10 +636,10 @@ def test_micro_batches_by_rows(qwen):
     """Prompts of 10 tokens: rows are as wide as the longest, so that 3 rows of 13 are 39 tokens."""
     samples = [replace(qwen.samples[0], id=str(i), prompt_ids=[9] * 10, completion_ids=[9] * n)
                for i, n in enumerate([5, 1, 4, 2, 3])]
-    assert lengths(utils.split_rows(samples, 39)) == [[1, 2, 3], [4, 5]]
-    assert lengths(utils.split_rows(samples, 38)) == [[1, 2], [3, 4], [5]]
-    assert lengths(utils.split_rows(samples, 3)) == [[1], [2], [3], [4], [5]]  # more than allowed
-    assert utils.split_rows([], 39) == []
+    assert lengths(split_rows(samples, 39)) == [[1, 2, 3], [4, 5]]
+    assert lengths(split_rows(samples, 38)) == [[1, 2], [3, 4], [5]]
+    assert lengths(split_rows(samples, 3)) == [[1], [2], [3], [4], [5]]  # more than allowed
+    assert split_rows([], 39) == []
 
 
 def test_micro_batches_with_shared_prompts(qwen):
@@ -644,20 +647,21 @@ def test_micro_batches_with_shared_prompts(qwen):
     groups = {"a": [8, 4], "b": [1, 3, 2], "c": [5]}
     samples = [replace(qwen.samples[0], id=name, prompt_ids=[9] * 10, completion_ids=[9] * n)
                for name, sizes in groups.items() for n in sizes]
-    assert lengths(utils.split_groups(samples, 31)) == [[1, 2, 3, 5], [4, 8]]
-    assert lengths(utils.split_groups(samples, 30)) == [[1, 2, 3], [5], [4, 8]]  # no group is cut
-    assert lengths(utils.split_groups(samples, 15)) == [[1, 2], [3], [5], [4], [8]]
-    assert lengths(utils.split_groups(samples, 1)) == [[1], [2], [3], [5], [4], [8]]
-    assert lengths(utils.split_groups(samples, 1000)) == [[1, 2, 3, 5, 4, 8]]
-    assert utils.split_groups([], 1000) == []
+    assert lengths(split_groups(samples, 31)) == [[1, 2, 3, 5], [4, 8]]
+    assert lengths(split_groups(samples, 30)) == [[1, 2, 3], [5], [4, 8]]  # no group is cut
+    assert lengths(split_groups(samples, 15)) == [[1, 2], [3], [5], [4], [8]]
+    assert lengths(split_groups(samples, 1)) == [[1], [2], [3], [5], [4], [8]]
+    assert lengths(split_groups(samples, 1000)) == [[1, 2, 3, 5, 4, 8]]
+    assert split_groups([], 1000) == []
 
 
 def test_ranks_make_equally_many_passes(qwen, one_rank, monkeypatch):
+    policy = branching(qwen.model, qwen.processor)
     samples = [replace(qwen.samples[0], completion_ids=[9])]
-    assert utils.micro_batches(samples, 1000, True) == [samples]
-    assert utils.micro_batches([], 1000, True) == [[]]  # one pass, of nothing
+    assert policy.micro_batches(samples, 1000) == [samples]
+    assert policy.micro_batches([], 1000) == [[]]  # one pass, of nothing
     monkeypatch.setattr(utils, "gather", lambda mine: [*mine, 3])  # another rank needs three
-    assert utils.micro_batches(samples, 1000, True) == [samples, [], []]
+    assert policy.micro_batches(samples, 1000) == [samples, [], []]
 
 
 def test_golden_responses_end_in_a_trained_eos(qwen):
@@ -668,7 +672,7 @@ def test_golden_responses_end_in_a_trained_eos(qwen):
         assert sample.completion_ids[-1] == eos and sample.completion_ids.count(eos) == 1
         assert qwen.processor.tokenizer.decode(sample.completion_ids[:-1]) == source.solution
         assert source.completion_ids == []  # the given samples are left alone
-    batch = utils.collate(done, qwen.processor)
+    batch = collate(done, qwen.processor)
     ends = batch["mask"].sum(1) - 1
     assert (batch["completion_ids"].gather(1, ends[:, None]) == eos).all()  # EOS is under the mask
 
@@ -768,7 +772,7 @@ def test_open_image(name, data_path):
     """Every picture is red on its left half; what was transparent has become white, not black."""
     mode, width, height, ending = IMAGES[name]
     path = data_path.parent / "images" / f"{name}.{ending}"
-    image = utils.open_image(path)
+    image = open_image(path)
     assert image.mode == "RGB"
     first, last = image.getpixel((0, 0)), image.getpixel((image.width - 1, image.height - 1))
     if name == "rotated":  # a quarter turn clockwise: left is up, and the sides are exchanged
@@ -781,7 +785,7 @@ def test_open_image(name, data_path):
     red = (81, 81, 81) if mode == "L" else (200, 30, 30)
     assert all(abs(a - b) < 12 for a, b in zip(first, red)), first  # JPEG is not exact
     assert min(last) > 240, last
-    assert utils.open_image(path.read_bytes()).tobytes() == image.tobytes()
+    assert open_image(path.read_bytes()).tobytes() == image.tobytes()
 
 
 def test_plain_conversion_is_wrong_for_transparent_images(data_path):
@@ -791,7 +795,7 @@ def test_plain_conversion_is_wrong_for_transparent_images(data_path):
     path = data_path.parent / "clear.png"
     picture.save(path)
     assert Image.open(path).convert("RGB").getpixel((0, 0)) == (0, 0, 0)
-    assert utils.open_image(path).getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(path).getpixel((0, 0)) == (255, 255, 255)
 
 
 # ---------------------------------------------------------------------------------------------

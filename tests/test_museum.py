@@ -33,6 +33,7 @@ from transformers import AutoModelForImageTextToText
 from PIL import Image
 
 import conftest
+import doctor
 import evaluate
 import reward
 import rollout
@@ -40,13 +41,13 @@ import toy
 import train_grpo
 import train_sft
 import utils
-from conftest import answered, png
-from test_parity import (
-    ARGS, Probe, assert_same_gradients, by_id, gradients, mixed, plain_inputs, plain_logprobs)
-from conftest import answered, load_tiny, png
+from conftest import answered, branching, load_tiny, png, sampler
+from data import (
+    as_png, banned_ids, conversation, INSTRUCTION, load_samples, make_sample, open_image, refuse_mixture, tokenise)
+from policy import collate, drop_nothing, freeze, image_inputs, load_model, load_processor, Policy, shard, split_rows
+from siblings import pack, Sharing
+from test_parity import ARGS, assert_same_gradients, by_id, gradients, mixed, plain_inputs, plain_logprobs, Probe
 from test_engines import ask, served  # noqa: F401  (served is a fixture)
-from test_parity import ARGS, Probe, assert_same_gradients, by_id, gradients, mixed
-from utils import Policy, collate
 
 
 @torch.no_grad()
@@ -68,7 +69,7 @@ def test_placeholders_expanded_twice(tiny):
     one placeholder an image, the trainer the expanded ids, and the first expands into the
     second."""
     sample = by_id(tiny.samples, "grey")[0]
-    image, pad = [utils.open_image(sample.images[0])], tiny.processor.image_token_id
+    image, pad = [open_image(sample.images[0])], tiny.processor.image_token_id
     assert sample.prompt_text.count(tiny.processor.image_token) == 1
     once = tiny.processor(text=[sample.prompt_text], images=image)["input_ids"][0]
     assert list(once) == sample.prompt_ids and once.count(pad) > 1
@@ -84,7 +85,7 @@ def test_truncation_through_an_image(qwen, data_path, capsys):
     limit = len(long.prompt_ids) - 20
     with pytest.raises(ValueError, match="do not match"):
         logprobs_of(qwen, [replace(long, prompt_ids=long.prompt_ids[-limit:])])
-    kept = utils.load_samples(data_path, qwen.processor, limit)
+    kept = load_samples(data_path, qwen.processor, limit)
     assert all(s in qwen.samples for s in kept)  # whole, or not there
     dropped = [s.id for s in qwen.samples if len(s.prompt_ids) > limit]
     assert "two" in dropped and len(kept) + len(dropped) == len(qwen.samples)
@@ -97,7 +98,7 @@ def test_a_sampled_placeholder(qwen):
     wish = torch.zeros(len(qwen.processor.tokenizer))
     wish[qwen.processor.image_token_id] = 5.0
     qwen.model.get_output_embeddings().register_forward_hook(lambda module, args, out: out + wish)
-    engine = rollout.HFEngine(qwen.model, qwen.processor, 64)
+    engine = sampler(qwen.model, qwen.processor, 64)
     fine = engine.generate(qwen.samples[:3], 2, 1.0, 1.0, 8, 0)
     assert logprobs_of(qwen, fine).isfinite().all()
     engine.banned = []
@@ -112,7 +113,7 @@ def test_a_ban_in_the_sampler_alone(qwen):
     wish = torch.zeros(len(qwen.processor.tokenizer))
     wish[qwen.processor.image_token_id] = 5.0
     qwen.model.get_output_embeddings().register_forward_hook(lambda module, args, out: out + wish)
-    engine = rollout.HFEngine(qwen.model, qwen.processor, 8)
+    engine = sampler(qwen.model, qwen.processor, 8)
     done = engine.generate(qwen.samples[:1], 1, 1.0, 1.0, 6, 0)
     reported = torch.tensor([done[0].sampler_logprobs])
     policy = Policy(qwen.model, qwen.processor)
@@ -134,13 +135,13 @@ def test_one_small_image_resizes_all_later_ones(qwen):
             size = (28, 28)
         return image.resize(size) if size else image
 
-    sizes = [buggy(utils.open_image(s.images[0])).size for s in (large, small, large)]
+    sizes = [buggy(open_image(s.images[0])).size for s in (large, small, large)]
     assert sizes == [(100, 100), (28, 28), (28, 28)]
     grids = []
     for order in ((large,), (small, large)):
-        utils.image_inputs.cache_clear()
+        image_inputs.cache_clear()
         for s in order:
-            grid = utils.image_inputs(qwen.processor.image_processor, s.images[0])["image_grid_thw"]
+            grid = image_inputs(qwen.processor.image_processor, s.images[0])["image_grid_thw"]
         grids.append(grid.tolist())
     assert grids[0] == grids[1] == [[1, 8, 8]]  # 100 pixels round to 112 = 8 patches of 14
 
@@ -153,7 +154,7 @@ def test_a_sampler_with_other_pixel_limits(qwen):
     for limit in (16 * 28**2, 4 * 28**2):
         other = copy.deepcopy(qwen.processor.image_processor)
         other.size = type(other.size)(shortest_edge=28**2, longest_edge=limit)
-        grids.append(int(utils.image_inputs(other, sample.images[0])["image_grid_thw"].prod()) // 4)
+        grids.append(int(image_inputs(other, sample.images[0])["image_grid_thw"].prod()) // 4)
     placeholders = sample.prompt_ids.count(qwen.processor.image_token_id)
     assert placeholders == grids[0] != grids[1]
 
@@ -164,9 +165,9 @@ def test_the_template_that_loses_the_question(tiny):
     once."""
     assert "Solve: {{question}}".format(question="What is 2 + 3?") == "Solve: {question}"
     text = tiny.processor.tokenizer.decode(by_id(tiny.samples, "text")[0].prompt_ids)
-    assert text.count("What is 2 + 3?") == 1 and text.count(utils.INSTRUCTION) == 1
+    assert text.count("What is 2 + 3?") == 1 and text.count(INSTRUCTION) == 1
     awkward = {"question": "Is {x} in {{1}} or %s?", "answer": "1"}  # nothing is ever formatted
-    sample = utils.make_sample(awkward, utils.Path("."), "here", tiny.processor)
+    sample = make_sample(awkward, utils.Path("."), "here", tiny.processor)
     assert awkward["question"] in tiny.processor.tokenizer.decode(sample.prompt_ids)
 
 
@@ -175,7 +176,7 @@ def test_decoded_images_that_travel(qwen):
     the G answers and pickled between processes. Ours: a sample carries a path, decoded at the last
     moment."""
     sample = by_id(qwen.samples, "grey")[0]
-    decoded = replace(sample, images=[utils.open_image(i) for i in sample.images])
+    decoded = replace(sample, images=[open_image(i) for i in sample.images])
     assert len(pickle.dumps(decoded)) > 100 * 100 * 3
     assert len(pickle.dumps(sample)) < 4000
 
@@ -187,7 +188,7 @@ def test_decoded_images_that_travel(qwen):
 def test_lost_mrope(tiny):
     """MAYE, AReaL#217: ordinary 0, 1, 2, ... positions were passed in training, while the sampler
     used the image's rows and columns; every token after an image was scored by another model."""
-    engine = rollout.HFEngine(tiny.model, tiny.processor, 8)
+    engine = sampler(tiny.model, tiny.processor, 8)
     done = engine.generate(by_id(tiny.samples, "grey", "line"), 1, 1.0, 1.0, 6, 0)
     for flat in (False, True):
         batch = collate(done, tiny.processor)
@@ -238,7 +239,7 @@ def test_images_repeated_in_another_order_than_prompts(qwen):
     """R1-V#4, #146: prompts went A A B B (repeat_interleave) and pixels A B A B (repeat): half of
     the answers were scored against the other prompt's picture. Ours: whole samples are repeated."""
     row = {"question": "<image>Which colour?", "answer": "1"}
-    a, b = (utils.make_sample(row | {"images": [png(c)]}, utils.Path("."), c, qwen.processor)
+    a, b = (make_sample(row | {"images": [png(c)]}, utils.Path("."), c, qwen.processor)
             for c in ("white", "red"))
     samples = [replace(s, completion_ids=[20, 21, 22]) for s in (a, a, b, b)]
     batch = collate(samples, qwen.processor)
@@ -258,7 +259,7 @@ def test_images_repeated_in_another_order_than_prompts(qwen):
 def test_a_temperature_forgotten_in_the_trainer(qwen):
     """trl#4159, swift PR#8442, simple_GRPO: sampled at T = 0.7, scored at T = 1, so that the ratio
     was not 1 before the first update."""
-    engine = rollout.HFEngine(qwen.model, qwen.processor, 64)
+    engine = sampler(qwen.model, qwen.processor, 64)
     done = engine.generate(qwen.samples, 2, 0.7, 1.0, 8, 0)
     mask = collate(done, qwen.processor)["mask"]
     reported = train_grpo.beside(mask, done, {id(s): s.sampler_logprobs for s in done})
@@ -270,7 +271,7 @@ def test_a_temperature_forgotten_in_the_trainer(qwen):
 def test_top_p_in_training(qwen):
     """trl#6789: at top_p = 0.9 the sampler renormalises by the kept mass S, the trainer does not,
     and every ratio is off by log S. Ours reports the sampler's truth, and trains at top_p = 1."""
-    engine = rollout.HFEngine(qwen.model, qwen.processor, 64)
+    engine = sampler(qwen.model, qwen.processor, 64)
     gaps = {}
     for top_p in (0.9, 1.0):
         done = engine.generate(qwen.samples, 1, 1.0, top_p, 8, 0)
@@ -309,7 +310,7 @@ def test_base_model_rollouts(qwen):
 def test_the_mismatch_metric_screams(qwen, one_rank):
     """The same story: mean |dlogp| was 0.81 in the log and nobody looked. Ours logs `sampler_gap`:
     0 when the sampler is the policy, large when it has fallen behind."""
-    engine = rollout.HFEngine(copy.deepcopy(qwen.model), qwen.processor, 64)
+    engine = sampler(copy.deepcopy(qwen.model), qwen.processor, 64)
     done = [replace(s, advantage=1.0) for s in engine.generate(qwen.samples, 2, 1.0, 1.0, 6, 0)]
     policy, probe, gaps = Policy(qwen.model, qwen.processor), Probe(qwen.model), []
     for stale in (False, True):
@@ -328,7 +329,7 @@ def test_weights_skipped_by_a_sync(qwen):
     other = {f"model.{n}": p + 1 for n, p in qwen.model.state_dict().items()}
     result = copy.deepcopy(qwen.model).load_state_dict(other, strict=False)
     assert len(result.missing_keys) == len(other)  # nothing arrived, and no error
-    engine = rollout.HFEngine(copy.deepcopy(qwen.model), qwen.processor, 64)
+    engine = sampler(copy.deepcopy(qwen.model), qwen.processor, 64)
     wrapped = torch.nn.ModuleDict({"policy": qwen.model})
     with pytest.raises(KeyError):
         engine.sync(wrapped)
@@ -356,7 +357,7 @@ def test_randomness_of_the_batch(qwen):
     """EasyR1#57, trl#3247, miles PR#3187 asked why resumed runs differ; where sampling draws from a
     global generator, they must, and so must runs on other ranks. Ours: an answer's numbers belong
     to prompt and index."""
-    engine = rollout.HFEngine(qwen.model, qwen.processor, 64)
+    engine = sampler(qwen.model, qwen.processor, 64)
 
     def draw(global_state):
         torch.manual_seed(global_state)
@@ -476,7 +477,7 @@ def test_the_mean_of_means(qwen, one_rank):
     results = {}
     for budget in (8192, 100):
         train_grpo.update(policy, probe, samples, None, None, replace(ARGS, micro_batch_tokens=budget))
-        parts = utils.split_rows(samples, budget)
+        parts = split_rows(samples, budget)
         for part in parts:  # the buggy form
             batch = collate(part, qwen.processor)
             gain = policy(batch, 1.0)[0] * torch.tensor([[s.advantage] for s in part])
@@ -587,7 +588,7 @@ def test_a_token_drawn_from_nan(qwen, value, temperature, top_p):
         mass = (rows / temperature).softmax(-1).cumsum(-1)
         drawn = (mass <= 0.5 * mass[:, -1:]).sum(-1)
         assert drawn[0] > 0 and drawn[1] == 0
-    engine = rollout.HFEngine(qwen.model, qwen.processor, 64)
+    engine = sampler(qwen.model, qwen.processor, 64)
     honest = engine.prefill
 
     def prefill(samples):
@@ -606,7 +607,7 @@ def test_a_token_drawn_from_nan(qwen, value, temperature, top_p):
 def test_nan_in_a_later_step_and_behind_an_end(qwen, monkeypatch):
     """The same, halfway through an answer: found there too. But a row that has ended goes on being
     computed until enough others have, nobody reads what it says, and it must not end a run."""
-    engine, honest = rollout.HFEngine(qwen.model, qwen.processor, 64), rollout.sample_tokens
+    engine, honest = sampler(qwen.model, qwen.processor, 64), rollout.sample_tokens
     engine.eos = torch.tensor([7])  # which nothing says by itself
     ended = {}
 
@@ -653,7 +654,7 @@ def test_two_sources_of_eos(qwen, monkeypatch, data_path, tmp_path):
     wish = torch.zeros(len(qwen.processor.tokenizer))
     wish[own] = 80.0  # this model has learnt to stop
     qwen.model.get_output_embeddings().register_forward_hook(lambda module, args, out: out + wish)
-    engine, reasons = rollout.HFEngine(qwen.model, qwen.processor, 64), []
+    engine, reasons = sampler(qwen.model, qwen.processor, 64), []
     for eos in (torch.tensor([other]), engine.eos):  # the buggy form, and ours
         engine.eos = eos
         reasons.append({s.finish_reason for s in engine.generate(qwen.samples, 2, 1.0, 1.0, 6, 0)})
@@ -670,7 +671,7 @@ def test_sft_trains_the_end_where_all_stop(qwen, monkeypatch, data_path, tmp_pat
     qwen.processor.save_pretrained(folder)
     if not written:
         (folder / "generation_config.json").unlink()
-    assert utils.load_model(folder).generation_config.eos_token_id == other  # what `generate` reads
+    assert load_model(folder).generation_config.eos_token_id == other  # what `generate` reads
     train_sft = importlib.import_module("train_sft")
     honest, given = train_sft.with_golden_responses, []
     monkeypatch.setattr(train_sft, "with_golden_responses",
@@ -718,8 +719,8 @@ def test_no_float32_buffer_changes_its_dtype(tiny, one_rank):
     args = rollout.Args(dtype="bfloat16", model=str(tiny.path))
     made = [rollout.make_engine("hf", tiny.model, tiny.processor, args).model,
             rollout.make_engine("hf", None, tiny.processor, args).model,
-            utils.load_model(tiny.path, low), copy.deepcopy(tiny.model)]
-    made += [utils.shard(Policy(model, tiny.processor), low).model for model in (tiny.model, made[-1])]
+            load_model(tiny.path, low), copy.deepcopy(tiny.model)]
+    made += [shard(Policy(model, tiny.processor), low).model for model in (tiny.model, made[-1])]
     for model in made:
         got = floats(model.base_model)
         assert got.keys() == want.keys()
@@ -730,23 +731,23 @@ def test_features_that_the_sampler_saw_first(tiny, one_rank):
     """The same story goes on: image features are remembered, and the sampler asks for them first,
     so that the trainer learnt on those of a tower whose angles were rounded. Ours are to the bit
     what the trainer computes by itself, sharded and in bfloat16."""
-    utils.freeze(tiny.model, False, False, True)
+    freeze(tiny.model, False, False, True)
     prompts, args = by_id(tiny.samples, "line", "two", "grey"), rollout.Args(dtype="bfloat16")
-    shared = utils.vision_cache(tiny.model, tiny.processor)
-    engine = rollout.make_engine("hf", tiny.model, tiny.processor, args, shared)
+    sharing = Sharing(tiny.model, tiny.processor)
+    engine = rollout.make_engine("hf", tiny.model, tiny.processor, args, sharing)
     done = engine.generate(prompts, 2, 1.0, 1.0, 6, 0)
-    seen = {image: features for image, (_, features) in shared.kept.items()}
-    buggy = utils.vision_cache(tiny.model, tiny.processor)
+    seen = {image: features for image, (_, features) in sharing.vision.kept.items()}
+    buggy = Sharing(tiny.model, tiny.processor).vision
     rounded = copy.deepcopy(tiny.model).to(torch.bfloat16)
     assert len(seen) == 3 and any(
         not torch.equal(x, y) for image in seen
         for x, y in zip(buggy.look(rounded.base_model, image)[1], seen[image]))
-    own = utils.vision_cache(tiny.model, tiny.processor)
-    policy = utils.shard(Policy(tiny.model, tiny.processor, own), torch.bfloat16)
+    own = Sharing(tiny.model, tiny.processor)
+    policy = shard(Policy(tiny.model, tiny.processor, own), torch.bfloat16)
     with torch.no_grad():
         policy(policy.batch(done), 1.0)
-    assert own.kept.keys() == seen.keys()
-    for image, (_, features) in own.kept.items():
+    assert own.vision.kept.keys() == seen.keys()
+    for image, (_, features) in own.vision.kept.items():
         assert all(torch.equal(x, y) for x, y in zip(features, seen[image], strict=True))
 
 
@@ -765,10 +766,10 @@ def test_windows_that_a_packed_row_ignores(family, change, tiny_paths, data_path
     branch, and goes the plain way, where prompts are far longer than the window."""
     tiny = conftest.load_tiny(tiny_paths[family], data_path)
     model = conftest.build_model(family, tiny.processor, **change).eval()
-    engine = rollout.HFEngine(copy.deepcopy(model), tiny.processor, 64)
+    engine = sampler(copy.deepcopy(model), tiny.processor, 64)
     engine.eos = torch.arange(10, 16)  # rows end at different times, and retire
-    policy = Policy(model, tiny.processor, shared=True)
-    assert not engine.shared and not policy.shared
+    policy = branching(model, tiny.processor)
+    assert not engine.sharing.branches and not policy.sharing.branches
     assert "cannot branch a prompt" in capsys.readouterr().err
     done = engine.generate(tiny.samples, 3, 1.0, 1.0, 24, 0)
     assert min(len(s.prompt_ids) for s in done) > 16 and len({len(s.completion_ids) for s in done}) > 5
@@ -776,7 +777,8 @@ def test_windows_that_a_packed_row_ignores(family, change, tiny_paths, data_path
         ours = policy(policy.batch(done), 1.0)[0]
         truth = [plain_logprobs(model, tiny.processor, s, 1.0)[0] for s in done]
         model.set_attn_implementation({"text_config": "branches"})  # the buggy form
-        packed = policy(utils.pack(done, tiny.processor, model), 1.0)[0]
+        policy.sharing.branches = True
+        packed = policy(pack(done, policy.sharing, model), 1.0)[0]
     for s, row, want in zip(done, ours, truth):
         assert not differ(row[: len(want)], want, 1e-4)
         assert not differ(torch.tensor(s.sampler_logprobs), want, 1e-4)
@@ -790,7 +792,7 @@ def test_a_cache_that_forgets_what_its_model_sees(tiny_paths, data_path, change)
     sampler with that cache was 8 nats off. Ours keeps all, and leaves windows to the model's mask."""
     tiny = conftest.load_tiny(tiny_paths["qwen3_vl"], data_path)
     model = conftest.build_model("qwen3_vl", tiny.processor, **change).eval()
-    engine = rollout.HFEngine(copy.deepcopy(model), tiny.processor, 64)
+    engine = sampler(copy.deepcopy(model), tiny.processor, 64)
     done = engine.generate(tiny.samples[:3], 2, 1.0, 1.0, 12, 0)
     truth = [plain_logprobs(model, tiny.processor, s, 1.0)[0].detach() for s in done]
     for s, want in zip(done, truth):
@@ -804,7 +806,7 @@ def test_a_cache_that_forgets_what_its_model_sees(tiny_paths, data_path, change)
         for k in range(tail.shape[1] - 1):
             place = len(done[0].prompt_ids) + k + model.base_model.rope_deltas
             out = model(input_ids=tail[:, k : k + 1], past_key_values=cache, position_ids=place)
-            out.logits[..., utils.banned_ids(tiny.processor)] = -math.inf
+            out.logits[..., banned_ids(tiny.processor)] = -math.inf
             got.append(out.logits[0, -1].log_softmax(-1)[tail[0, k + 1]])
     assert differ(torch.stack(got), truth[0][1:], 1.0)
 
@@ -813,7 +815,7 @@ def test_one_greedy_answer_given_n_times(qwen):
     """vllm#5898, #1202: rows of one batch may round unlike each other, so that n greedy answers to
     one prompt are not one answer. Ours is computed once, and its log-probabilities are 0: greedy
     decoding puts the whole mass on one token."""
-    engine = rollout.HFEngine(qwen.model, qwen.processor, 64)
+    engine = sampler(qwen.model, qwen.processor, 64)
     unlike = lambda logits: 3.0 * torch.arange(len(logits)).view(-1, 1, 1) * torch.sin(
         torch.arange(logits.shape[-1]))
     qwen.model.register_forward_hook(
@@ -850,17 +852,14 @@ def test_a_temperature_that_is_no_number(capsys):
             assert f"at least 0.01 and at most 100, not {temperature}" in said
 
 
-def test_the_toys_validation_under_a_model_trained_on_other_data(tmp_path, monkeypatch, one_rank):
+def test_the_toys_validation_under_a_model_trained_on_other_data():
     """Ours, before: `train_grpo.py --train_data mine.jsonl` measured the default validation, which is the
-    toy's, wrote its 1,536 pictures into the run and reported 46.3 %. Ours now: one sentence, nothing written."""
-    monkeypatch.setattr(toy, "SPLITS", dict.fromkeys(toy.SPLITS, 2))
+    toy's, and reported its 46.3 %. Ours now: one sentence."""
     args = utils.parse_args(train_grpo.Args, ["--train_data", "mine.jsonl", "--test_data="])
     with pytest.raises(utils.UserError, match="--validation_data would be the toy's.*--validation_data= for none"):
-        train_grpo.check_args(args)
-    assert list(tmp_path.iterdir()) == []
-    measured = utils.read_jsonl(utils.data_path(args.validation_data, tmp_path))  # what was done instead
+        refuse_mixture(args)
+    measured = utils.read_jsonl(conftest.ROOT / args.validation_data)  # what was done instead
     assert "objects are in the picture" in measured[0]["question"]
-    assert len([*tmp_path.rglob("*.png")]) == 6
 
 
 def test_wrong_by_default(qwen):
@@ -898,9 +897,13 @@ def test_numbers_that_json_has_not(number, tmp_path, monkeypatch, capsys):
 def test_a_batch_that_is_not_finite_is_still_kept(qwen, tmp_path, monkeypatch):
     """The sentence names a file with the samples; the numbers that are no JSON stand in it as text."""
     monkeypatch.setattr(utils, "run_folder", [tmp_path])
-    said = utils.save_failed_batch([replace(qwen.samples[0], reward=math.inf, advantage=math.nan)], "loss: nan")
+    batch = [replace(qwen.samples[0], reward=math.inf, advantage=math.nan)]
+    with pytest.raises(utils.RunError, match="the loss is nan on the prompts .*rgb.*failed_batch_rank0"):
+        utils.stop_if_not_finite(torch.tensor(math.nan), "loss", batch)
     row = json.loads((tmp_path / "failed_batch_rank0.jsonl").read_text(), parse_constant=pytest.fail)
-    assert (row["reward"], row["advantage"], row["id"]) == ("Infinity", "NaN", "rgb") and "failed_batch_rank0" in said
+    assert (row["reward"], row["advantage"], row["id"]) == ("Infinity", "NaN", "rgb")
+
+
 # What outside eyes found: checkpoints and runs
 
 
@@ -923,7 +926,7 @@ def test_a_weight_that_is_not_there(qwen, tmp_path):
         buggy.append(model.get_decoder().layers[0].mlp.up_proj.weight)
     assert differ(*buggy)
     with pytest.raises(utils.UserError, match=r"1 missing \(\S+layers.0.mlp.up_proj.weight\)"):
-        utils.load_model(folder)
+        load_model(folder)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -939,7 +942,7 @@ def test_dropout_of_a_config(family, tiny_paths, data_path, tmp_path, recompute)
     def passes(model, shared):
         if recompute:
             model.gradient_checkpointing_enable()
-        policy = Policy(model, tiny.processor, shared=shared)
+        policy = (branching if shared else Policy)(model, tiny.processor)
         results = []
         for mode in (True, True, False):  # the last is how it answered
             policy.train(mode)
@@ -952,7 +955,7 @@ def test_dropout_of_a_config(family, tiny_paths, data_path, tmp_path, recompute)
         assert torch.equal(first, again) and torch.equal(first, answering)
     first, again, _ = passes(AutoModelForImageTextToText.from_pretrained(folder), False)
     assert differ(first, again, 0.1)
-    utils.export(tmp_path / "out", tiny.model, tiny.processor, {}, torch.float32)  # and stays said
+    Policy(tiny.model, tiny.processor).export(tmp_path / "out", torch.float32, weights=False)  # and stays said
     said = json.loads((tmp_path / "out" / "config.json").read_text())
     assert said["text_config"]["attention_dropout"] == 0.5
 
@@ -965,7 +968,7 @@ def test_dropout_wherever_it_hides():
     model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.AlphaDropout(0.5), path,
                                 torch.nn.MultiheadAttention(4, 2, dropout=0.5))
     model.config = config
-    utils.drop_nothing(model.train())
+    drop_nothing(model.train())
     assert (model[0].p, model[1].p, model[3].dropout, path.drop_prob) == (0, 0, 0, 0)
     assert vars(config) == {
         "hidden_dropout": 0.0, "classifier_dropout": None, "jitter_noise": 0.0, "p": 0.3}
@@ -981,7 +984,7 @@ def test_a_checkpoint_that_says_float32_and_has_its_head_twice(tiny, tmp_path):
     model = tiny.model
     cast = {name: weight.bfloat16() for name, weight in model.state_dict().items()}
     model.save_pretrained(tmp_path / "buggy", state_dict=cast)
-    utils.export(tmp_path / "ours", model, tiny.processor, cast, torch.bfloat16)
+    Policy(model, tiny.processor).export(tmp_path / "ours", torch.bfloat16)
     said, held = {}, {}
     for name in ("buggy", "ours"):
         config = json.loads((tmp_path / name / "config.json").read_text())
@@ -997,7 +1000,7 @@ def test_a_checkpoint_that_says_float32_and_has_its_head_twice(tiny, tmp_path):
     assert (found.get_output_embeddings().weight is found.get_input_embeddings().weight) == tied
     assert all(torch.equal(weight, cast[name]) for name, weight in found.state_dict().items())
     tiny.processor.save_pretrained(tmp_path / "buggy")  # what was written before can be gone on from
-    old = utils.load_model(tmp_path / "buggy")
+    old = load_model(tmp_path / "buggy")
     assert (old.get_output_embeddings().weight is old.get_input_embeddings().weight) == tied
 
 
@@ -1018,9 +1021,9 @@ def test_pictures_in_a_column_that_is_not_read(qwen):
         assert [image["bytes"] for image in table_row.get("images") or []] == []  # the buggy form
         if column == "photo":
             with pytest.raises(utils.UserError, match='here: the field "photo" holds a picture'):
-                utils.make_sample(table_row, Path("x"), "here", qwen.processor)
+                make_sample(table_row, Path("x"), "here", qwen.processor)
         else:
-            sample = utils.make_sample(table_row, Path("x"), "here", qwen.processor)
+            sample = make_sample(table_row, Path("x"), "here", qwen.processor)
             assert sample.prompt_ids.count(qwen.processor.image_token_id) == 4
 
 
@@ -1029,12 +1032,12 @@ def test_a_video_read_as_text(qwen, field):
     """VILA#87, ms-swift#4772, and ours: a row with a video was read as text, <video> and all."""
     row = {"question": "<video>What happens?", "answer": "3", field: ["a.mp4"]}
     buggy = "<video>" in qwen.processor.apply_chat_template(
-        utils.conversation(row["question"]), tokenize=False)
+        conversation(row["question"]), tokenize=False)
     assert buggy
     with pytest.raises(utils.UserError, match="here: the question holds <video>"):
-        utils.make_sample(row, Path("x"), "here", qwen.processor)
+        make_sample(row, Path("x"), "here", qwen.processor)
     with pytest.raises(utils.UserError, match=f'here: the field "{field}" holds a video or sound'):
-        utils.make_sample(row | {"question": "What?"}, Path("x"), "here", qwen.processor)
+        make_sample(row | {"question": "What?"}, Path("x"), "here", qwen.processor)
 
 
 LEFT_BEHIND = {  # file: the fields that a trainer left there, one variant after another
@@ -1063,8 +1066,8 @@ def test_prompts_cut_by_what_a_trainer_left_in_the_tokenizer(qwen, data_path, tm
     qwen.processor.save_pretrained(tmp_path)
     whole = json.loads((tmp_path / file).read_text())
     (tmp_path / file).write_text(json.dumps(whole | left))
-    processor = utils.load_processor(tmp_path)
-    samples = utils.load_samples(data_path, processor, 2048)
+    processor = load_processor(tmp_path)
+    samples = load_samples(data_path, processor, 2048)
     assert samples == qwen.samples
     text = "It is 4 , or so . " * 20 + "\\boxed{4}"
     ids = qwen.processor.tokenizer(text)["input_ids"]
@@ -1073,7 +1076,7 @@ def test_prompts_cut_by_what_a_trainer_left_in_the_tokenizer(qwen, data_path, tm
     assert done.completion_ids == [*ids, processor.tokenizer.eos_token_id]
     assert processor.tokenizer.decode(ids) == text
     stranger = transformers.AutoTokenizer.from_pretrained(tmp_path)  # as another engine would have it
-    assert utils.tokenise(stranger, samples[-1].prompt_text) == samples[-1].prompt_ids
+    assert tokenise(stranger, samples[-1].prompt_text) == samples[-1].prompt_ids
 
 
 @pytest.mark.parametrize("left", [LEFT_BEHIND["tokenizer.json"][0], LEFT_BEHIND["tokenizer.json"][2]])
@@ -1085,7 +1088,7 @@ def test_the_processors_defaults_are_the_tokenizers(qwen, data_path, tmp_path, l
     whole = json.loads((tmp_path / "tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole | left))
     buggy = transformers.AutoProcessor.from_pretrained(tmp_path)
-    assert utils.load_samples(data_path, copy.deepcopy(buggy), 2048) == qwen.samples
+    assert load_samples(data_path, copy.deepcopy(buggy), 2048) == qwen.samples
     if "truncation" in left:
         assert len(buggy(text=[sample.prompt_text])["input_ids"][0]) == 20
     else:
@@ -1117,21 +1120,21 @@ def test_marks_in_a_golden_response(qwen, mark):
     row = {"question": "1 + 3?", "answer": "4", "solution": f"\\boxed{{4}}{mark}more"}
     assert tokens.convert_tokens_to_ids(mark) in tokens(row["solution"])["input_ids"]  # the buggy form
     with pytest.raises(utils.UserError, match=f"here: the solution holds the model's mark {re.escape(mark)}; remove"):
-        utils.make_sample(row, Path("x"), "here", qwen.processor)
+        make_sample(row, Path("x"), "here", qwen.processor)
     tokens.add_tokens(["<think>", "</think>", "<tool_call>"])
     text = "<think>3 + 1 = 4</think>\\boxed{4}"
     row |= {"question": "What does <tool_call> mean?", "solution": text}
-    sample = utils.make_sample(row, Path("x"), "here", qwen.processor)
+    sample = make_sample(row, Path("x"), "here", qwen.processor)
     assert sample.solution == text and tokens.convert_tokens_to_ids("<tool_call>") in sample.prompt_ids
 
 
 def test_an_image_mark_in_a_golden_response(qwen):
     """Where the mark of our data sets is the family's own token, as LLaVA's; elsewhere it is text."""
     row = {"question": "1 + 3?", "answer": "4", "solution": "as <image> shows"}
-    assert utils.make_sample(row, Path("x"), "here", qwen.processor).solution == row["solution"]
+    assert make_sample(row, Path("x"), "here", qwen.processor).solution == row["solution"]
     qwen.processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     with pytest.raises(utils.UserError, match="here: the solution holds the model's mark <image>"):
-        utils.make_sample(row, Path("x"), "here", qwen.processor)
+        make_sample(row, Path("x"), "here", qwen.processor)
 
 
 def test_deep_greys_clipped_to_white_and_black(tmp_path):
@@ -1144,7 +1147,7 @@ def test_deep_greys_clipped_to_white_and_black(tmp_path):
         image.putdata(values)
         image.save(tmp_path / "deep.tiff")
         assert [*Image.open(tmp_path / "deep.tiff").convert("RGB").tobytes()[::3]] == clipped
-        assert [*utils.open_image(tmp_path / "deep.tiff").tobytes()[::3]] == kept
+        assert [*open_image(tmp_path / "deep.tiff").tobytes()[::3]] == kept
 
 
 def test_what_is_false_is_not_missing(qwen):
@@ -1152,10 +1155,10 @@ def test_what_is_false_is_not_missing(qwen):
     numbers; the solution 0 became no solution."""
     row = {"question": "1 - 1?", "answer": 0, "id": 0, "solution": 0}
     assert [row.get(name) or "missing" for name in ("id", "solution")] == ["missing"] * 2
-    sample = utils.make_sample(row, Path("x"), "here", qwen.processor)
+    sample = make_sample(row, Path("x"), "here", qwen.processor)
     assert (sample.id, sample.answer, sample.solution) == ("0", "0", "0")
     for nothing in (None, ""):
-        assert utils.make_sample(row | {"id": nothing}, Path("x"), "here", qwen.processor).id == "here"
+        assert make_sample(row | {"id": nothing}, Path("x"), "here", qwen.processor).id == "here"
 # What outside eyes found: rewards
 
 
@@ -1171,7 +1174,7 @@ def test_the_master_key():
         return reward.same(said, wanted)
 
     empty = ["\\boxed{}", "\\boxed{.}", "\\boxed{\\text{}}", "\\boxed{*}", "\\boxed{$$}"]
-    for text in (*empty, utils.INSTRUCTION):
+    for text in (*empty, INSTRUCTION):
         for wanted in "ABCDEFGH":
             assert buggy(reward.extract_answer(text), wanted)
             assert reward.accuracy_reward(text, wanted) == 0.0
@@ -1285,18 +1288,18 @@ def test_a_guard_that_sleeps(tiny, how):
     """The other half of the story: what the guard is for still ends a run, in half of the samples
     too. Most of these passed the old one: where a sampler reports what it drew from, the mean ratio
     is 1 by construction, however far it has strayed."""
-    sampler, asked = copy.deepcopy(tiny.model), [s for s in tiny.samples if s.images]
+    strayer, asked = copy.deepcopy(tiny.model), [s for s in tiny.samples if s.images]
     if how == "stale":
-        for p in sampler.parameters():
+        for p in strayer.parameters():
             p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
     seen = [replace(s, images=[white(i) for i in s.images]) for s in asked] if how == "images" else asked
     temperature = 0.7 if how == "temperature" else 1.0
     gaps = {}
     for name, model, prompts, t in (("honest", tiny.model, asked, 1.0),
-                                    (how, sampler, seen, temperature)):
-        done = rollout.HFEngine(model, tiny.processor, 64).generate(prompts, 4, t, 1.0, 8, 0)
+                                    (how, strayer, seen, temperature)):
+        done = sampler(model, tiny.processor, 64).generate(prompts, 4, t, 1.0, 8, 0)
         done = [replace(d, images=s.images) for d, s in zip(done, [s for s in asked for _ in range(4)])]
-        theirs = rollout.trainer_logprobs(Policy(tiny.model, tiny.processor), done, tiny.processor)
+        theirs = doctor.trainer_logprobs(Policy(tiny.model, tiny.processor), done, tiny.processor)
         gaps[name] = [torch.tensor(a) - torch.tensor(s.sampler_logprobs) for a, s in zip(theirs, done)]
     assert strayed(torch.cat(gaps["honest"])) is None
     assert "strayed from the policy" in strayed(torch.cat(gaps[how]))
@@ -1307,7 +1310,7 @@ def test_a_guard_that_sleeps(tiny, how):
 
 def white(path):
     """The bytes of an empty picture of the same size."""
-    return utils.as_png(Image.new("RGB", utils.open_image(path).size, "white"))
+    return as_png(Image.new("RGB", open_image(path).size, "white"))
 
 
 def test_memory_that_is_asleep_or_long_gone(monkeypatch):

@@ -20,8 +20,11 @@ import conftest
 import rollout
 import train_grpo
 import utils
-from conftest import answered, png
-from utils import Policy, UserError, collate
+from conftest import answered, png, sampler
+from data import make_sample, open_image
+from policy import collate, freeze, load_model, Policy, shard
+from siblings import Sharing
+from utils import UserError
 
 ARGS = train_grpo.Args(max_grad_norm=math.inf, tis_cap=0.0)
 
@@ -37,7 +40,7 @@ def mixed(tiny):
 
 def plain_inputs(sample, processor):
     """One prompt as the processor's documentation says, its completion appended."""
-    images = [utils.open_image(i) for i in sample.images] or None
+    images = [open_image(i) for i in sample.images] or None
     inputs = processor(text=[sample.prompt_text], images=images, return_tensors="pt")
     tail = torch.tensor([sample.completion_ids], dtype=torch.long)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], tail], 1)
@@ -107,7 +110,7 @@ def test_the_images_and_their_order_matter(tiny):
     rows = []
     for a, b in ((0, 1), (1, 0), (0, 2)):
         row = {"question": "<image><image>?", "answer": "1", "images": [pictures[a], pictures[b]]}
-        sample = utils.make_sample(row, utils.Path("."), "here", tiny.processor)
+        sample = make_sample(row, utils.Path("."), "here", tiny.processor)
         rows.append(answered([sample], tiny.processor)[0])
     with torch.no_grad():
         first, swapped, other = policy(collate(rows, tiny.processor), 1.0)[0]
@@ -118,7 +121,7 @@ def test_chunks_of_the_head_change_nothing(qwen, monkeypatch):
     samples = mixed(qwen)
     results = []
     for chunk in (2048, 3):
-        monkeypatch.setattr(utils, "HEAD_NUMBERS", chunk * len(qwen.processor.tokenizer))
+        monkeypatch.setattr("policy.HEAD_NUMBERS", chunk * len(qwen.processor.tokenizer))
         qwen.model.zero_grad()
         logprobs, _ = Policy(qwen.model, qwen.processor)(collate(samples, qwen.processor), 1.0)
         logprobs.sum().backward()
@@ -133,7 +136,7 @@ def test_a_text_batch_after_an_image_batch(tiny):
     text = answered(by_id(tiny.samples, "text"), tiny.processor)
     images = answered(by_id(tiny.samples, "line", "two"), tiny.processor)
     policy = Policy(tiny.model, tiny.processor)
-    engine = rollout.HFEngine(tiny.model, tiny.processor, 8)
+    engine = sampler(tiny.model, tiny.processor, 8)
     with torch.no_grad():
         before, _ = policy(collate(text, tiny.processor), 1.0)
         prompt = by_id(tiny.samples, "text")
@@ -197,7 +200,7 @@ def test_padding_has_no_influence(tiny):
 
 
 def test_a_left_padded_prefill_equals_each_row_alone(tiny):
-    engine = rollout.HFEngine(tiny.model, tiny.processor, 8)
+    engine = sampler(tiny.model, tiny.processor, 8)
     for prompts in (tiny.samples, by_id(tiny.samples, "text")):
         with torch.no_grad():
             logits, _, attention, _ = engine.prefill(prompts)
@@ -213,8 +216,8 @@ def test_a_batch_of_text_alone(tiny):
     """Without an image the model is given positions by us: prompts of unequal lengths must agree
     with the policy, which pads on the other side and leaves positions to the model."""
     rows = [{"question": q, "answer": "1"} for q in ("Why?", "What is 12 + 34 + 56 + 78 + 90?")]
-    prompts = [utils.make_sample(r, utils.Path("."), r["question"], tiny.processor) for r in rows]
-    done = rollout.HFEngine(tiny.model, tiny.processor, 8).generate(prompts, 2, 1.0, 1.0, 8, 0)
+    prompts = [make_sample(r, utils.Path("."), r["question"], tiny.processor) for r in rows]
+    done = sampler(tiny.model, tiny.processor, 8).generate(prompts, 2, 1.0, 1.0, 8, 0)
     with torch.no_grad():
         logprobs, _ = Policy(tiny.model, tiny.processor)(collate(done, tiny.processor), 1.0)
     for sample, row in zip(done, logprobs):
@@ -226,12 +229,12 @@ def test_greedy_equals_transformers_generate(tiny):
     """Token for token, with EOS (one of several) reached early by some rows and never by others."""
     model, processor, samples = tiny.model, tiny.processor, tiny.samples
     banned = [processor.image_token_id, processor.video_token_id]
-    engine = rollout.HFEngine(model, processor, 8)
+    engine = sampler(model, processor, 8)
     long = [s.completion_ids for s in engine.generate(samples, 1, 0, 1.0, 12, 0)
             if s.finish_reason == "length"]
     eos = [processor.tokenizer.eos_token_id, long[0][3], long[-1][7]]
     model.generation_config.eos_token_id = eos
-    done = rollout.HFEngine(model, processor, 4).generate(samples, 1, 0, 1.0, 12, 0)
+    done = sampler(model, processor, 4).generate(samples, 1, 0, 1.0, 12, 0)
     for sample in done:
         model.base_model.rope_deltas = None
         inputs = plain_inputs(replace(sample, completion_ids=[]), processor)
@@ -247,7 +250,7 @@ def test_greedy_equals_transformers_generate(tiny):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_sampler_reports_the_policys_logprobs(tiny, temperature):
-    engine = rollout.HFEngine(tiny.model, tiny.processor, 8)
+    engine = sampler(tiny.model, tiny.processor, 8)
     done = engine.generate(tiny.samples, 2, temperature, 1.0, 8, 0)
     with torch.no_grad():
         logprobs, _ = Policy(tiny.model, tiny.processor)(collate(done, tiny.processor), temperature)
@@ -265,7 +268,7 @@ def test_completions_do_not_depend_on_the_batch_layout(tiny):
     want = {}
     for prompts, size in ((samples, 256), (samples[::-1], 256), (samples, 7), (samples, 1),
                           (samples[3:6], 6)):
-        engine = rollout.HFEngine(tiny.model, tiny.processor, size)
+        engine = sampler(tiny.model, tiny.processor, size)
         done = engine.generate(prompts, 3, 1.0, 1.0, 10, "seed")
         assert [s.id for s in done] == [s.id for s in prompts for _ in range(3)]
         for i, sample in enumerate(done):
@@ -278,7 +281,7 @@ def test_completions_do_not_depend_on_the_batch_layout(tiny):
 
 def test_fewer_answers_are_the_first_of_more(qwen):
     """An answer's randomness is its own: n = 1 gives the first of n = 4."""
-    engine = rollout.HFEngine(qwen.model, qwen.processor, 64)
+    engine = sampler(qwen.model, qwen.processor, 64)
     four = engine.generate(qwen.samples, 4, 1.0, 1.0, 6, 0)
     one = engine.generate(qwen.samples, 1, 1.0, 1.0, 6, 0)
     assert [s.completion_ids for s in one] == [s.completion_ids for s in four[::4]]
@@ -290,7 +293,7 @@ def test_placeholders_are_never_sampled(tiny, temperature, top_p):
     wish = torch.zeros(len(tiny.processor.tokenizer))
     wish[[tiny.processor.image_token_id, tiny.processor.video_token_id]] = 50.0
     tiny.model.get_output_embeddings().register_forward_hook(lambda module, args, out: out + wish)
-    engine = rollout.HFEngine(tiny.model, tiny.processor, 64)
+    engine = sampler(tiny.model, tiny.processor, 64)
     done = engine.generate(tiny.samples[:4], 2, temperature, top_p, 5, 0)
     assert not {t for s in done for t in s.completion_ids} & set(wish.nonzero().flatten().tolist())
     if temperature and top_p == 1:
@@ -309,8 +312,8 @@ def test_placeholders_are_never_sampled(tiny, temperature, top_p):
 def test_sync_takes_over_every_part(tiny, part):
     """After a strong change of the policy the rollout is the changed policy's; before sync it is
     not."""
-    model = utils.load_model(tiny.path)
-    engine = rollout.HFEngine(tiny.model, tiny.processor, 16)
+    model = load_model(tiny.path)
+    engine = sampler(tiny.model, tiny.processor, 16)
     prompts = by_id(tiny.samples, "rgba", "two", "line")
 
     def say(engine):
@@ -328,7 +331,7 @@ def test_sync_takes_over_every_part(tiny, part):
     engine.sync(model)
     after = say(engine)
     assert after != before
-    assert after == say(rollout.HFEngine(model, tiny.processor, 16))
+    assert after == say(sampler(model, tiny.processor, 16))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -348,16 +351,16 @@ def test_freezing(tiny):
     assert all(expected.values()) and set.union(*expected.values()) == names
     for flags in range(1, 8):
         wanted = [bool(flags & bit) for bit in (1, 2, 4)]
-        count = utils.freeze(model, *wanted)
+        count = freeze(model, *wanted)
         trained = {n for n, p in model.named_parameters() if p.requires_grad}
         assert trained == set.union(*[e for e, w in zip(expected.values(), wanted) if w])
         assert count == sum(p.numel() for n, p in model.named_parameters() if n in trained)
     with pytest.raises(UserError, match="nothing is left to train"):
-        utils.freeze(model, False, False, False)
+        freeze(model, False, False, False)
 
 
 def test_an_update_moves_what_trains_and_nothing_else(tiny, one_rank):
-    utils.freeze(tiny.model, False, True, False)
+    freeze(tiny.model, False, True, False)
     before = {n: p.detach().clone() for n, p in tiny.model.named_parameters()}
     policy = Policy(tiny.model, tiny.processor)
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.1)
@@ -507,13 +510,14 @@ def rank_gradients(path, data, case):
     vision, connector, language, size, loss, shared = CASES[case]
     tiny = conftest.load_tiny(path, data)
     samples = mixed(tiny)
-    utils.freeze(tiny.model, vision, connector, language)
-    cache = utils.vision_cache(tiny.model, tiny.processor)
-    policy = Policy(tiny.model, tiny.processor, cache, shared)
+    freeze(tiny.model, vision, connector, language)
+    sharing = Sharing(tiny.model, tiny.processor)
+    sharing.branches = shared
+    policy = Policy(tiny.model, tiny.processor, sharing)
     if shared:
         tiny.model.gradient_checkpointing_enable()
     if utils.world_size() > 1:
-        policy = utils.shard(policy, torch.float32)
+        policy = shard(policy, torch.float32)
     probe = Probe(policy.model)
     args = replace(ARGS, micro_batch_tokens=size, loss=loss, mask_truncated=loss == "gspo")
     if shared:  # siblings, on each rank

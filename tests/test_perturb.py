@@ -8,27 +8,30 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_commands import data, run  # noqa: F401  (data is a fixture)
-
 import evaluate
 import utils
 from conftest import IMAGES, png
+from data import as_png, make_sample, open_image, Sample
+from policy import image_inputs
+from siblings import VisionCache
+from test_commands import data, run  # noqa: F401  (data is a fixture)
+
 
 HOW = ("blank", "noise", "rotate", "swap")
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)
 
 
 def sample(name, *images):
-    return utils.Sample(name, "", "", "", list(images), "", [])
+    return Sample(name, "", "", "", list(images), "", [])
 
 
 def pixels(source):
-    return np.asarray(utils.open_image(source))  # (height, width, 3)
+    return np.asarray(open_image(source))  # (height, width, 3)
 
 
 def picture(rows):
     """The bytes of a picture with these rows of colours."""
-    return utils.as_png(Image.fromarray(np.array(rows, np.uint8)))
+    return as_png(Image.fromarray(np.array(rows, np.uint8)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -161,24 +164,24 @@ def test_grids_and_prompts_still_fit(tiny, tmp_path, how):
     sizes = [(rng.randint(1, 300), rng.randint(2, 300)) for _ in range(12)]
     sizes = [size for size in sizes if max(size) < 100 * min(size)] + [(29, 57), (200, 27), (1, 90)]
     rows = [{"id": str(size), "question": "<image>What?", "answer": "1",
-             "images": [utils.as_png(Image.new("RGB", size, "green"))]} for size in sizes]
-    samples = tiny.samples + [utils.make_sample(row, tmp_path, row["id"], tiny.processor) for row in rows]
+             "images": [as_png(Image.new("RGB", size, "green"))]} for size in sizes]
+    samples = tiny.samples + [make_sample(row, tmp_path, row["id"], tiny.processor) for row in rows]
     grids = set()
     for old, new in zip(samples, evaluate.perturbed(samples, how, 0), strict=True):
         for before, after in zip(old.images, new.images, strict=True):
-            assert utils.open_image(before).size == utils.open_image(after).size
-            before, after = (utils.image_inputs(tiny.processor.image_processor, x)["image_grid_thw"]
+            assert open_image(before).size == open_image(after).size
+            before, after = (image_inputs(tiny.processor.image_processor, x)["image_grid_thw"]
                              for x in (before, after))
             assert torch.equal(before, after)
             grids.add(tuple(after[0].tolist()))
         row = {"id": new.id, "question": new.question, "answer": new.answer, "images": new.images}
-        assert utils.make_sample(row, tmp_path, new.id, tiny.processor).prompt_ids == old.prompt_ids
+        assert make_sample(row, tmp_path, new.id, tiny.processor).prompt_ids == old.prompt_ids
     assert len(grids) > 5 and len(samples) > len(IMAGES) + 12
 
 
 def test_bytes_are_keys_of_the_vision_cache(qwen):
     """Each damaged image has features of its own; equal bytes are one entry, and a path another."""
-    cache = utils.VisionCache(qwen.processor, 100)
+    cache = VisionCache(qwen.processor, 100)
     old = qwen.samples[0].images[0]
     white, again = (evaluate.perturbed(qwen.samples[:1], "blank", seed)[0].images[0] for seed in (0, 1))
     noise = evaluate.perturbed(qwen.samples[:1], "noise", 0)[0].images[0]
@@ -193,14 +196,14 @@ def test_bytes_are_keys_of_the_vision_cache(qwen):
 
 
 def test_evaluate_says_how_it_damaged_the_images(data, tmp_path):
-    words = ["evaluate.py", "--data", data / "toy_validation.jsonl", "--limit", 16, "--settings",
+    words = ["evaluate.py", "--data", data / "validation.jsonl", "--limit", 16, "--settings",
              "pass1_t0.01", "--out", tmp_path / "blank", "--perturb", "blank"]
     result, _ = run(*words)
     rows = utils.read_jsonl(tmp_path / "blank" / "eval.jsonl")
     assert result["perturb"] == "blank"
     assert result == json.loads((tmp_path / "blank" / "result.json").read_text())
     assert [(row["perturb"], row["split"], row["n"]) for row in rows] == [
-        ("blank", str(data / "toy_validation.jsonl"), 16)]
+        ("blank", str(data / "validation.jsonl"), 16)]
     # over white pictures nothing has any colour: the answer to "how many red?" is the same each time
     done = utils.read_jsonl(tmp_path / "blank" / "samples" / "pass1_t0.01.jsonl")
     answers = {(s["question"], s["completion_text"]) for s in done}

@@ -16,10 +16,11 @@ import bench
 import conftest
 import rollout
 import train_grpo
-import utils
-from conftest import answered, png
-from test_parity import ARGS, Probe, assert_same_gradients, by_id, gradients, mixed, plain_logprobs
-from utils import Policy, collate, pack
+from conftest import answered, branching, png, sampler
+from data import make_sample
+from policy import collate, freeze, Policy
+from siblings import pack, PromptCache, Sharing, TwoPartAttention
+from test_parity import ARGS, assert_same_gradients, by_id, gradients, mixed, plain_logprobs, Probe
 
 
 def random_groups(tiny, folder, seed):
@@ -35,7 +36,7 @@ def random_groups(tiny, folder, seed):
             Image.effect_noise(size, 90).convert("RGB").save(folder / images[-1])
         row = {"id": str(i), "question": "<image>" * len(images) + "Why? " * rng.randint(1, 9), "answer": "1",
                "images": images}
-        prompt = utils.make_sample(row, folder / "data.jsonl", "here", tiny.processor)
+        prompt = make_sample(row, folder / "data.jsonl", "here", tiny.processor)
         for _ in range(rng.randint(1, 5)):
             ids = [rng.randrange(10, len(tiny.processor.tokenizer)) for _ in range(rng.randint(1, 12))]
             samples.append(replace(prompt, completion_ids=ids, sampler_logprobs=[-1.0] * len(ids),
@@ -59,13 +60,13 @@ def results(policy, batch, model, temperature=0.7):
 def test_the_packed_row_equals_rows(tiny, tmp_path, seed, checkpointing):
     """Log-probabilities within 2e-5, gradients within 1e-4 of the largest, of every part."""
     samples = random_groups(tiny, tmp_path, seed)
-    policy = Policy(tiny.model, tiny.processor, shared=True)
-    assert policy.shared
+    policy = branching(tiny.model, tiny.processor)
+    assert policy.sharing.branches
     if checkpointing:
         tiny.model.gradient_checkpointing_enable()
         tiny.model.train()
     plain = results(policy, collate(samples, tiny.processor), tiny.model)
-    packed = results(policy, pack(samples, tiny.processor, tiny.model), tiny.model)
+    packed = results(policy, pack(samples, policy.sharing, tiny.model), tiny.model)
     torch.testing.assert_close(packed[0], plain[0], rtol=0, atol=2e-5)
     torch.testing.assert_close(packed[1], plain[1], rtol=0, atol=2e-5)
     assert_same_gradients(packed[2], plain[2], 1e-4)
@@ -75,10 +76,10 @@ def test_the_packed_row_equals_rows(tiny, tmp_path, seed, checkpointing):
 def test_flex_attention_sees_the_same(tiny, tmp_path):
     """The form for CUDA, uncompiled on a CPU, where it has no backward."""
     samples = random_groups(tiny, tmp_path, 9)
-    policy = Policy(tiny.model, tiny.processor, shared=True)
+    policy = branching(tiny.model, tiny.processor)
     with torch.no_grad():
         plain = policy(collate(samples, tiny.processor), 1.0)[0]
-        batch = pack(samples, tiny.processor, tiny.model, flex=True)
+        batch = pack(samples, policy.sharing, tiny.model, flex=True)
         assert batch["inputs"]["branches"].block_mask is not None
         torch.testing.assert_close(policy(batch, 1.0)[0], plain, rtol=0, atol=1e-5)
 
@@ -86,8 +87,8 @@ def test_flex_attention_sees_the_same(tiny, tmp_path):
 def test_the_rectangles_and_the_block_mask_are_one_relation(qwen, tmp_path):
     """Who sees whom, token by token, worked out from what a completion is: its prompt and itself so far."""
     samples = random_groups(qwen, tmp_path, 3)
-    Policy(qwen.model, qwen.processor, shared=True)
-    batch = pack(samples, qwen.processor, qwen.model, flex=True)["inputs"]
+    sharing = Sharing(qwen.model, qwen.processor)
+    batch = pack(samples, sharing, qwen.model, flex=True)["inputs"]
     names = list(dict.fromkeys(s.id for s in samples))
     prompts = {s.id: s.prompt_ids for s in samples}
     row = [(name, None, k) for name in names for k in range(len(prompts[name]))]
@@ -105,10 +106,10 @@ def test_the_rectangles_and_the_block_mask_are_one_relation(qwen, tmp_path):
 def test_a_completion_is_blind_to_its_siblings(qwen, flex):
     """The packed row as an ordinary causal one, which is what a lost mask makes of it, is not blind."""
     first, *others = [replace(qwen.samples[0], completion_ids=ids) for ids in ([9, 11, 12], [13, 14], [15])]
-    policy = Policy(qwen.model, qwen.processor, shared=True)
+    policy = branching(qwen.model, qwen.processor)
 
     def of_the_last(*siblings, lost=False):
-        batch = pack([*siblings, first], qwen.processor, qwen.model, flex=flex)
+        batch = pack([*siblings, first], policy.sharing, qwen.model, flex=flex)
         if lost:
             del batch["inputs"]["branches"]
         with torch.no_grad():
@@ -125,13 +126,13 @@ def test_no_further_from_float64_than_the_plain_path(tiny, tmp_path, dtype):
     exact = Policy(copy.deepcopy(tiny.model).double(), tiny.processor)
     for weight in tiny.model.parameters():  # and no buffer
         weight.data = weight.data.to(dtype)
-    rounded = Policy(tiny.model, tiny.processor, shared=True)
+    rounded = branching(tiny.model, tiny.processor)
     errors = {"plain": [], "packed": []}
     for seed in range(3):
         samples = random_groups(tiny, tmp_path, seed)
         truth = results(exact, collate(samples, tiny.processor), exact.model)
         for name, batch in (("plain", collate(samples, tiny.processor)),
-                            ("packed", pack(samples, tiny.processor, tiny.model))):
+                            ("packed", pack(samples, rounded.sharing, tiny.model))):
             logprobs, _, gradient = results(rounded, batch, rounded.model)
             off = sum((g.double() - truth[2][n]).square().sum() for n, g in gradient.items()).sqrt()
             errors[name].append((off.item(), (logprobs - truth[0]).square().sum().sqrt().item()))
@@ -141,22 +142,24 @@ def test_no_further_from_float64_than_the_plain_path(tiny, tmp_path, dtype):
 
 def test_a_family_without_known_positions_goes_the_plain_way(qwen, monkeypatch, capsys):
     monkeypatch.delattr(type(qwen.model.base_model), "get_rope_index")
-    policy = Policy(qwen.model, qwen.processor, shared=True)
-    assert not policy.shared and "as with --plain" in capsys.readouterr().err
+    policy = branching(qwen.model, qwen.processor)
+    assert not policy.sharing.branches and "as with --plain" in capsys.readouterr().err
     batch = policy.batch(mixed(qwen))
     assert len(batch["inputs"]["input_ids"]) == 5
 
 
 def test_pack_refuses_a_model_that_would_not_see_the_branches(qwen):
-    with pytest.raises(AssertionError, match="share_prefixes first"):
-        pack(mixed(qwen), qwen.processor, qwen.model)
+    sharing = Sharing(qwen.model, qwen.processor)
+    sharing.branches = False
+    with pytest.raises(AssertionError, match="cannot branch a prompt"):
+        pack(mixed(qwen), sharing, qwen.model)
 
 
 def test_two_prompts_with_one_id_are_refused(qwen):
-    Policy(qwen.model, qwen.processor, shared=True)
+    policy = branching(qwen.model, qwen.processor)
     other = replace(qwen.samples[1], id=qwen.samples[0].id)
     with pytest.raises(AssertionError, match="two prompts have the id"):
-        pack(answered([qwen.samples[0], other], qwen.processor), qwen.processor, qwen.model)
+        pack(answered([qwen.samples[0], other], qwen.processor), policy.sharing, qwen.model)
 
 
 @pytest.mark.parametrize("budget", [1, 100, 8192])
@@ -166,7 +169,7 @@ def test_an_update_is_the_same_either_way(tiny, one_rank, tmp_path, budget):
     args = replace(ARGS, kl_coef=0.1, micro_batch_tokens=budget)
     found = []
     for shared in (False, True):
-        policy, probe = Policy(tiny.model, tiny.processor, shared=shared), Probe(tiny.model)
+        policy, probe = (branching if shared else Policy)(tiny.model, tiny.processor), Probe(tiny.model)
         old = {k: [x - 0.1 for x in row] for k, row in train_grpo.logprob_pass(policy, samples, args).items()}
         ref = {k: [x + 0.2 for x in row] for k, row in old.items()}
         found.append((train_grpo.update(policy, probe, samples, old, ref, args), probe.gradients))
@@ -190,9 +193,9 @@ def test_real_head_layouts_and_batches_of_one_prompt(qwen, heads, head_dim, n):
     published head layout. The toy's heads all have keys of their own, and the tests' models had one key head.
     """
     model = conftest.build_model("qwen2_5_vl", qwen.processor, heads, head_dim).double().eval()
-    engine = rollout.HFEngine(copy.deepcopy(model), qwen.processor, 2 * n)
-    policy = Policy(copy.deepcopy(model), qwen.processor, shared=True)
-    assert engine.shared and policy.shared
+    engine = sampler(copy.deepcopy(model), qwen.processor, 2 * n)
+    policy = branching(copy.deepcopy(model), qwen.processor)
+    assert engine.sharing.branches and policy.sharing.branches
     two, text, image = by_id(qwen.samples, "two", "text", "rgba")
     for prompts in ([two, text, image], [two], [text]):
         done = engine.generate(prompts, n, 1.0, 1.0, 6, 0)
@@ -200,7 +203,7 @@ def test_real_head_layouts_and_batches_of_one_prompt(qwen, heads, head_dim, n):
         for s, truth in zip(done, want, strict=True):
             assert s.sampler_logprobs == pytest.approx(truth.tolist(), abs=1e-4)
         plain = collate(done, qwen.processor)
-        packed, flex = (pack(done, qwen.processor, policy.model, flex=flex) for flex in (False, True))
+        packed, flex = (pack(done, policy.sharing, policy.model, flex=flex) for flex in (False, True))
         with torch.no_grad():
             for batch in (plain, packed, flex):
                 for row, truth in zip(policy(batch, 1.0)[0], want):
@@ -218,7 +221,7 @@ def test_what_teaches_nothing_costs_no_pass(qwen, one_rank):
     samples = mixed(qwen)
     for s in samples[:3]:
         s.advantage = 0.0
-    policy, probe = Policy(qwen.model, qwen.processor, shared=True), Probe(qwen.model)
+    policy, probe = branching(qwen.model, qwen.processor), Probe(qwen.model)
     rows = []
     policy.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0]["mask"])))
     sums, _, _ = train_grpo.update(policy, probe, samples, None, None, ARGS)
@@ -248,30 +251,31 @@ def count_towers(model):
 def test_features_are_computed_once_and_change_nothing(tiny, tmp_path):
     samples = random_groups(tiny, tmp_path, 7)
     pictures = {i for s in samples for i in s.images}
-    utils.freeze(tiny.model, False, False, True)
+    freeze(tiny.model, False, False, True)
     plain = Policy(tiny.model, tiny.processor)
     want = results(plain, plain.batch(samples), tiny.model)
-    cache = utils.vision_cache(tiny.model, tiny.processor)
+    sharing = Sharing(tiny.model, tiny.processor)
     calls = count_towers(tiny.model)
     for shared in (True, False, True):
-        policy = Policy(tiny.model, tiny.processor, cache, shared)
+        sharing.branches = shared
+        policy = Policy(tiny.model, tiny.processor, sharing)
         got = results(policy, policy.batch(samples), tiny.model)
         torch.testing.assert_close(got[0], want[0], rtol=0, atol=2e-5)
         assert_same_gradients(got[2], want[2], 1e-4)
     assert len(calls) == len(pictures) > 2
-    engine = rollout.HFEngine(tiny.model, tiny.processor, 8, cache)
+    engine = sampler(tiny.model, tiny.processor, 8, sharing)
     prompts = [replace(s, completion_ids=[]) for s in {s.id: s for s in samples}.values()]
     said = engine.generate(prompts, 2, 1.0, 1.0, 8, 0)
     assert len(calls) == len(pictures)  # the sampler's are the same features
-    without = rollout.HFEngine(tiny.model, tiny.processor, 8).generate(prompts, 2, 1.0, 1.0, 8, 0)
+    without = sampler(tiny.model, tiny.processor, 8).generate(prompts, 2, 1.0, 1.0, 8, 0)
     assert [s.completion_ids for s in said] == [s.completion_ids for s in without]
 
 
 def test_features_do_not_depend_on_the_batch(qwen):
     """Bit for bit, so that a run that goes on from a checkpoint sees what the first one saw."""
-    utils.freeze(qwen.model, False, False, True)
+    freeze(qwen.model, False, False, True)
     samples = [s for s in qwen.samples if s.images]
-    together, alone = (utils.vision_cache(qwen.model, qwen.processor) for _ in range(2))
+    together, alone = (Sharing(qwen.model, qwen.processor).vision for _ in range(2))
     images = [i for s in samples for i in s.images]
     features = together.features(qwen.model.base_model, images).pooler_output
     for image, want in zip(images, features, strict=True):
@@ -279,9 +283,9 @@ def test_features_do_not_depend_on_the_batch(qwen):
 
 
 def test_the_cache_keeps_its_bound(qwen):
-    utils.freeze(qwen.model, False, False, True)
+    freeze(qwen.model, False, False, True)
     base, images = qwen.model.base_model, [png(colour) for colour in ("red", "white", "blue")]
-    cache = utils.vision_cache(qwen.model, qwen.processor)
+    cache = Sharing(qwen.model, qwen.processor).vision
     each = cache.look(base, images[0])[1][0].nbytes
     assert each == cache.held == 4 * 128 * 4  # 4 tokens, 128 wide, float32
     cache.limit = 2 * each
@@ -296,11 +300,11 @@ def test_the_cache_keeps_its_bound(qwen):
 
 @pytest.mark.parametrize("parts", [(True, False, True), (False, True, True)])
 def test_no_cache_where_vision_or_connector_train(tiny, parts):
-    utils.freeze(tiny.model, *parts)
-    assert utils.vision_cache(tiny.model, tiny.processor) is None
-    utils.freeze(tiny.model, False, False, True)
-    assert utils.vision_cache(tiny.model, tiny.processor, 0) is None
-    assert utils.vision_cache(tiny.model, tiny.processor) is not None
+    freeze(tiny.model, *parts)
+    assert Sharing(tiny.model, tiny.processor).vision is None
+    freeze(tiny.model, False, False, True)
+    assert Sharing(tiny.model, tiny.processor, 0).vision is None
+    assert Sharing(tiny.model, tiny.processor).vision is not None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -310,7 +314,7 @@ def test_no_cache_where_vision_or_connector_train(tiny, parts):
 @pytest.mark.parametrize("tokens", [256, 1024])
 def test_the_head_never_holds_all_logits(qwen, monkeypatch, tokens):
     """With a vocabulary of 150,000, the peak is that of one chunk, however many tokens there are."""
-    monkeypatch.setattr(utils, "HEAD_NUMBERS", 32 * 150_000)
+    monkeypatch.setattr("policy.HEAD_NUMBERS", 32 * 150_000)
     head = torch.nn.Linear(128, 150_000, bias=False)
     monkeypatch.setattr(qwen.model, "get_output_embeddings", lambda: head)
     policy = Policy(qwen.model, qwen.processor)
@@ -330,11 +334,11 @@ def test_the_head_never_holds_all_logits(qwen, monkeypatch, tokens):
 def test_siblings_share_their_prompts_cache(tiny):
     """The same answers as with the library's cache and a copy of the prompt for each: prompts of unequal length,
     rows that end at different times, and more tokens than the cache had room for at first."""
-    engine = rollout.HFEngine(tiny.model, tiny.processor, 64)
+    engine = sampler(tiny.model, tiny.processor, 64)
     engine.eos = torch.arange(10, 16)  # more ways to end
-    assert engine.shared
+    assert engine.sharing.branches
     shared = engine.generate(tiny.samples, 3, 1.0, 1.0, 80, 0)
-    engine.shared = False
+    engine.sharing.branches = False
     apart = engine.generate(tiny.samples, 3, 1.0, 1.0, 80, 0)
     lengths = {len(s.completion_ids) for s in apart}
     assert len(lengths) > 5 and max(lengths) > 64
@@ -355,7 +359,7 @@ def test_siblings_by_hand(skip, h):
     layer = type("Layer", (), {"keys": torch.randn(P, h, 3, 4), "values": torch.randn(P, h, 3, 4)})
     cache = type("Cache", (), {"layers": [layer]})
     module = type("Module", (), {"layer_idx": 0})
-    siblings = rollout.Siblings(cache, (torch.arange(3) >= torch.tensor(skip)[:, None]).long(), 2)
+    siblings = PromptCache(cache, (torch.arange(3) >= torch.tensor(skip)[:, None]).long(), 2)
     owners, own = [p for p in range(P) for _ in range(2)], [[] for _ in range(2 * P)]
     for step in range(40):
         if step == 20:
@@ -388,7 +392,7 @@ def test_two_part_attention_is_one_softmax(padded):
     bias = torch.zeros(P, 1, 1, L, dtype=torch.float64)
     bias[0, ..., 3:] = -torch.inf
     bias = bias if padded else None
-    got = utils.TwoPartAttention.apply(*parts, bias, 0.3)
+    got = TwoPartAttention.apply(*parts, bias, 0.3)
     for i in range(P * n):
         seen = 3 if padded and i < n else L
         for c in range(C):
@@ -396,4 +400,4 @@ def test_two_part_attention_is_one_softmax(padded):
             values = torch.cat([v[i // n, :, :seen], own_v[i, :, : c + 1]], 1)
             weights = (0.3 * keys @ q[i, :, c, :, None]).softmax(1)  # (h, keys, 1)
             torch.testing.assert_close(got[i, :, c], (weights * values).sum(1))
-    assert torch.autograd.gradcheck(lambda *x: utils.TwoPartAttention.apply(*x, bias, 0.3), parts)
+    assert torch.autograd.gradcheck(lambda *x: TwoPartAttention.apply(*x, bias, 0.3), parts)

@@ -17,6 +17,8 @@ import bench
 import train_grpo
 import utils
 from conftest import answered
+from data import load_samples
+from policy import compute_dtype, freeze, load_model, load_processor, Policy, shard
 from test_commands import ROOT, TINY, data, free_port, run, splits, timeless  # noqa: F401  (data: a fixture)
 
 DRIVER = '''
@@ -24,12 +26,12 @@ import sys
 sys.path.insert(0, {root!r})
 sys.argv[0] = "train_grpo.py"
 import torch
-import train_grpo, utils
+import policy, train_grpo, utils
 
-load, mixed = utils.load_model, utils.MixedPrecisionPolicy
-utils.load_model = lambda path, dtype=None: load(path, torch.float64)
-utils.compute_dtype = lambda name: torch.float64
-utils.MixedPrecisionPolicy = lambda **_: mixed(param_dtype=torch.float64, reduce_dtype=torch.float64)
+load, mixed = policy.load_model, policy.MixedPrecisionPolicy
+policy.load_model = lambda path, dtype=None: load(path, torch.float64)
+policy.compute_dtype = lambda name: torch.float64
+policy.MixedPrecisionPolicy = lambda **_: mixed(param_dtype=torch.float64, reduce_dtype=torch.float64)
 torch.set_default_dtype(torch.float64)
 torch.Tensor.float = torch.Tensor.double
 # transformers' norm computes in float32 whatever it is given, and so rounds a gradient that several
@@ -72,9 +74,9 @@ def test_ten_steps_are_those_of_one_rank(runs, ranks):
 
 
 def test_the_weights_after_ten_steps_are_those_of_one_rank(runs):
-    alone, *others = (utils.load_model(runs / r / "checkpoints" / "step_000010").state_dict()
+    alone, *others = (load_model(runs / r / "checkpoints" / "step_000010").state_dict()
                       for r in "124")
-    base = utils.load_model(ROOT / "toy_model").state_dict()
+    base = load_model(ROOT / "toy_model").state_dict()
     moved = max((alone[k] - base[k]).abs().max() for k in base)
     for weights in others:
         off = max((alone[k] - weights[k]).abs().max() for k in base)
@@ -83,8 +85,8 @@ def test_the_weights_after_ten_steps_are_those_of_one_rank(runs):
 
 def test_only_what_trains_has_gradients_and_optimiser_state(qwen, one_rank):
     """A frozen vision tower costs its weights and nothing else."""
-    utils.freeze(qwen.model, False, False, True)
-    policy = utils.shard(utils.Policy(qwen.model, qwen.processor), torch.float32)
+    freeze(qwen.model, False, False, True)
+    policy = shard(Policy(qwen.model, qwen.processor), torch.float32)
     trained = {p for p in policy.parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained, 1e-3)
     seen = {}
@@ -100,16 +102,16 @@ def test_only_what_trains_has_gradients_and_optimiser_state(qwen, one_rank):
 @pytest.mark.parametrize("rows, length, checkpointing", [
     (16, 96, False), (16, 96, True), (4, 96, False), (16, 32, True)])
 def test_the_memory_formula(rows, length, checkpointing, one_rank, data):  # noqa: F811
-    """The README's bytes a rank against the allocations of an update, peak and lasting, on the toy."""
-    processor = utils.load_processor(ROOT / "toy_model")
-    samples = utils.load_samples(data / "toy_train.jsonl", processor, 256)[:rows]
+    """The bytes a rank of results/README.md against the allocations of an update, peak and lasting, on the toy."""
+    processor = load_processor(ROOT / "toy_model")
+    samples = load_samples(data / "train.jsonl", processor, 256)[:rows]
     samples = [replace(s, completion_ids=[20] * length, sampler_logprobs=[-1.0] * length,
                        finish_reason="stop", advantage=1.0) for s in samples]
-    model = utils.load_model(ROOT / "toy_model")
-    trained = utils.freeze(model, False, False, True)
+    model = load_model(ROOT / "toy_model")
+    trained = freeze(model, False, False, True)
     if checkpointing:
         model.gradient_checkpointing_enable()
-    policy = utils.shard(utils.Policy(model, processor), torch.float32).train()
+    policy = shard(Policy(model, processor), torch.float32).train()
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], 1e-4)
     args = train_grpo.Args(micro_batch_tokens=rows * 200, tis_cap=0.0)
 

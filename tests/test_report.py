@@ -276,7 +276,7 @@ def test_costs_by_hand(tmp_path):
 
 def test_damaged_images_are_a_table_of_evaluations(tmp_path):
     for how in ("none", "blank"):
-        rows = [evaluation(0, [1, 0], split="toy:test", perturb=how)]
+        rows = [evaluation(0, [1, 0], split="toy_data/test.jsonl", perturb=how)]
         write_run(tmp_path / how, rows, script="evaluate", model="m")
     make(tmp_path / "out", tmp_path)
     rows = table(tmp_path / "out", "Damaged images")

@@ -1,9 +1,10 @@
-"""The README's tables of the experiments, made again from the raw logs in results/experiment.
+"""The tables of the experiments in results/README.md, made again from the raw logs in results/experiment.
 
-`python tests/test_results.py` prints them, for the README to hold.
+`python tests/test_results.py` prints them, for the page to hold.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from statistics import mean
@@ -11,13 +12,14 @@ from statistics import mean
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import report
 import toy
+from test_pages import same_picture
 
 FOLDER = ROOT / "results" / "experiment"
-README = (ROOT / "README.md").read_text()
+README, RESULTS = ((ROOT / name).read_text() for name in ("README.md", "results/README.md"))
 SHORT = "pass1_t0.6"
 
 
@@ -123,7 +125,7 @@ def findings_table(name):
 
 
 def sentences():
-    """What the README says beside its tables, with the numbers in it, by the place where it says it."""
+    """What results/README.md says beside its tables, with the numbers in it, by the place where it says it."""
     arms, built_in = arms_of("main"), habits_table()
     found = {(row["finding"], row["arm"]): row["effect"] for row in published("main", "The paper's findings")}
     gap = {label: found["1. RL generalises better than SFT: test, mean of epochs", f"{label} - SFT, {SHORT}"]
@@ -168,14 +170,29 @@ TABLES = [accuracy_table, sweep_table, without_table, ablation_table, damage_tab
 
 
 @pytest.mark.parametrize("made", TABLES, ids=lambda made: made.__name__)
-def test_a_table_of_the_readme_is_made_of_the_raw_files(made):
-    assert report.markdown_table(made()) in README
+def test_a_table_is_made_of_the_raw_files(made):
+    assert report.markdown_table(made()) in RESULTS
 
 
-def test_the_sentences_of_the_readme_are_made_of_the_raw_files():
-    words = " ".join(README.split())
-    for place, sentence in sentences().items():
-        assert sentence in words, place
+def test_the_sentences_are_made_of_the_raw_files():
+    text = " ".join(RESULTS.split())
+    said = sentences()
+    for place, sentence in said.items():
+        assert sentence in text, place
+    # and the README's ten lines of them
+    short = " ".join(README.split())
+    less = re.search(r"SFT out of distribution is -([\d.]+)", said["rl"])[1]
+    assert f"GRPO is {less} points below SFT, mean of epochs" in short
+    third = int(re.search(r"(\d+) % of its answers", said["route"])[1])
+    assert "reflected in a third of them" in short and abs(third - 100 / 3) < 2
+
+
+def test_the_readmes_figure_is_what_the_report_draws(tmp_path):
+    """By the command beside it, which needs nothing but what is kept in results/."""
+    arms = arms_of("main")
+    (tmp_path / "accuracy.png").write_bytes(report.draw(report.accuracy_panels(arms), arms))
+    assert same_picture(tmp_path / "accuracy.png", FOLDER / "report" / "main" / "accuracy.png")
+    assert "(results/experiment/report/main/accuracy.png)\n\n`python report.py results/experiment/main` draws" in README
 
 
 @pytest.mark.parametrize("name, parts", [("main", ["main"]), ("without", ["without"]), ("sweep", ["sweep"]),
@@ -192,14 +209,14 @@ def test_the_published_reports_are_made_of_the_raw_files(name, parts):
     assert [list(r.values()) for r in published(name, "The paper's findings") if r["finding"][0] in "12"] == lengths
 
 
-def test_the_comparison_is_what_the_readme_says():
+def test_the_comparison_is_what_the_page_says():
     """Five seeds an arm, the same prompts, as many epochs, every setting after each."""
     arms = arms_of("main")
     assert sorted(arms) == ["GRPO", "REINFORCE++", "SFT"]
     for runs in arms.values():
         assert [run.args["seed"] for run in runs] == [0, 1, 2, 3, 4]
         for run in runs:
-            assert run.args["epochs"] == 3 and run.args["train_data"].endswith("data/toy_train.jsonl")
+            assert run.args["epochs"] == 3 and re.search(r"data/(toy_)?train\.jsonl$", run.args["train_data"])
             points = {(r["epoch"], r["split"], r["setting"]) for r in run.evals}
             assert len(points) == len(run.evals) == 4 * 2 * 3
             assert json.loads((run.path / "result.json").read_text())["minutes"] <= 4

@@ -23,6 +23,7 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 import reward  # noqa: E402
 import utils  # noqa: E402
+from data import INSTRUCTION  # noqa: E402
 from reward import extract_answer, is_equal  # noqa: E402
 
 
@@ -295,7 +296,7 @@ def test_what_says_something(text):
 
 
 def test_echoing_the_instruction_earns_nothing():
-    for text in (utils.INSTRUCTION, utils.INSTRUCTION + " " + utils.INSTRUCTION, "A square? " + utils.INSTRUCTION):
+    for text in (INSTRUCTION, INSTRUCTION + " " + INSTRUCTION, "A square? " + INSTRUCTION):
         assert {reward.accuracy_reward(text, wanted) for wanted in REFERENCES} == {0.0}
 
 
@@ -442,8 +443,8 @@ def test_a_users_own_reward(tmp_path):
     assert [s.reward for s in samples] == [1.25, 0.0] and samples[1].rewards["brevity"] is None
 
 
-def test_the_reward_model_of_the_readme(tmp_path, monkeypatch):
-    """A sequence classifier as the reward: the README's own file, with a tiny model."""
+def test_the_reward_model_of_the_lesson(tmp_path, monkeypatch):
+    """A sequence classifier as the reward: LESSON.md's own file, with a tiny model."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -454,7 +455,7 @@ def test_the_reward_model_of_the_readme(tmp_path, monkeypatch):
     model = transformers.LlamaForSequenceClassification(config).eval()
     for part in (model, processor):
         part.save_pretrained(tmp_path / "judge")
-    code, = (block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    code, = (block for block in re.findall(r"```python\n(.*?)```", (ROOT / "LESSON.md").read_text(), re.S)
              if "SequenceClassification" in block)
     (tmp_path / "judge.py").write_text(code)
     monkeypatch.setenv("JUDGE", str(tmp_path / "judge"))

@@ -44,7 +44,7 @@ def test_blank_data_differs_in_its_pictures_alone(monkeypatch, tmp_path):
     toy.write_data(tmp_path / "real")
     toy.write_data(tmp_path / "blank", blank=True)
     for name in toy.SPLITS:
-        real, blank = (utils.read_jsonl(tmp_path / f / f"toy_{name}.jsonl") for f in ("real", "blank"))
+        real, blank = (utils.read_jsonl(tmp_path / f / f"{name}.jsonl") for f in ("real", "blank"))
         assert real == blank and len(real) == toy.SPLITS[name]
     for path in (tmp_path / "real" / "images").iterdir():
         white = Image.open(tmp_path / "blank" / "images" / path.name)

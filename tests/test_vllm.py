@@ -15,10 +15,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+import doctor
 import rollout
 import toy
 import utils
-from rollout import HFEngine, mean_gap, trainer_logprobs
+from conftest import sampler
+from data import load_samples
+from doctor import mean_gap, trainer_logprobs
+from policy import load_model, load_processor, Policy
+from rollout import HFEngine
 from test_commands import ROOT, data, run, splits  # noqa: F401  (data is a fixture)
 
 BUILDS = {d.metadata["Name"] for d in importlib.metadata.distributions()}
@@ -36,9 +41,9 @@ def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
     toy.write_data(folder)
     utils.start_ranks()
-    processor = utils.load_processor(ROOT / "toy_model")
-    samples = utils.load_samples(folder / "toy_validation.jsonl", processor, 256)[:64]
-    policy = utils.Policy(utils.load_model(ROOT / "toy_model"), processor).eval()
+    processor = load_processor(ROOT / "toy_model")
+    samples = load_samples(folder / "validation.jsonl", processor, 256)[:64]
+    policy = Policy(load_model(ROOT / "toy_model"), processor).eval()
     return rollout.VLLMEngine(ROOT / "toy_model", processor, ARGS), policy, samples, processor
 
 
@@ -48,7 +53,7 @@ def honest(request):
     yield
     if "pair" in request.fixturenames:
         engine, policy, _, _ = request.getfixturevalue("pair")
-        policy.model.load_state_dict(utils.load_model(ROOT / "toy_model").state_dict())
+        policy.model.load_state_dict(load_model(ROOT / "toy_model").state_dict())
         rollout.VLLMEngine.sync(engine, policy.model)
 
 
@@ -63,7 +68,7 @@ def gap(engine, policy, samples, processor, temperature=1.0):
 def failed(pair, engine=None, samples=None):
     """The names of the doctor's rows that failed."""
     honest, policy, prompts, processor = pair
-    rows = rollout.doctor(engine or honest, policy, samples or prompts, processor, ARGS)
+    rows = doctor.doctor(engine or honest, policy, samples or prompts, processor, ARGS)
     return {name for name, passed, _ in rows if not passed}
 
 
@@ -74,7 +79,7 @@ def failed(pair, engine=None, samples=None):
 def test_greedy_answers_are_those_of_the_embedded_engine(pair):
     engine, policy, samples, processor = pair
     theirs = engine.generate(samples, 1, 0, 1.0, 96, 0)
-    ours = HFEngine(policy.model, processor, 64).generate(samples, 1, 0, 1.0, 96, 0)
+    ours = sampler(policy.model, processor, 64).generate(samples, 1, 0, 1.0, 96, 0)
     tokens = [(a, b) for x, y in zip(theirs, ours)
               for a, b in zip(x.completion_ids, y.completion_ids, strict=True)]
     assert len(tokens) > 1000 and sum(a == b for a, b in tokens) >= 0.99 * len(tokens)
@@ -179,7 +184,7 @@ def test_the_doctor_sees_doubled_placeholders(pair):
     twice = [replace(s, prompt_text=s.prompt_text.replace("<|image_pad|>", "<|image_pad|>" * 2))
              for s in pair[2]]
     engine, policy, _, processor = pair
-    rows = rollout.doctor(engine, policy, twice, processor, ARGS)
+    rows = doctor.doctor(engine, policy, twice, processor, ARGS)
     assert rows[0][1] is False and "vLLM" in rows[0][2]
 
 
@@ -260,9 +265,9 @@ def test_two_ranks_train_with_an_engine_each(data, tmp_path):  # noqa: F811
     toy.write_data(folder)
     out = tmp_path / "run"
     result, log = run("train_grpo.py", *SMALL[:-2], "--max_steps", 10, "--save_every", 5,
-                      "--train_data", folder / "toy_train.jsonl",
-                      "--validation_data", data / "toy_validation.jsonl",
-                      "--test_data", data / "toy_test.jsonl", "--out", out, ranks=2)
+                      "--train_data", folder / "train.jsonl",
+                      "--validation_data", data / "validation.jsonl",
+                      "--test_data", data / "test.jsonl", "--out", out, ranks=2)
     assert log.count("ok ") >= 10 and "FAILED" not in log and "Sampler: vllm" in log
     metrics = utils.read_jsonl(out / "metrics.jsonl")
     assert len(metrics) == 10 and max(row["sampler_gap"] for row in metrics) < 1e-3
@@ -271,12 +276,12 @@ def test_two_ranks_train_with_an_engine_each(data, tmp_path):  # noqa: F811
     assert {"sampler_gap_p99", "seconds_sync"} <= set(metrics[0])
     assert set(result) >= {"validation_pass1_t0.6", "test_pass1_t0.6"}
     assert json.loads((out / "args.json").read_text())["engine"] == "vllm"
-    moved = utils.load_model(out / "checkpoints" / "step_000010").state_dict()
-    base = utils.load_model(ROOT / "toy_model").state_dict()
+    moved = load_model(out / "checkpoints" / "step_000010").state_dict()
+    base = load_model(ROOT / "toy_model").state_dict()
     assert max((moved[k] - base[k]).abs().max() for k in base) > 1e-4
     for step in (5, 10):  # which it saved under way and at the end: vLLM loads both
         done, _ = run("evaluate.py", "--engine", "vllm", "--settings", "pass1_t0.01", "--data",
-                      data / "toy_test.jsonl", "--out", tmp_path / f"evaluate_{step}", "--model",
+                      data / "test.jsonl", "--out", tmp_path / f"evaluate_{step}", "--model",
                       out / "checkpoints" / f"step_{step:06d}")
         assert done["pass1_t0.01"]["n"] == 16
 
@@ -288,7 +293,7 @@ def test_a_trained_vision_tower_stays_in_step(data, tmp_path):  # noqa: F811
         "--train_connector", "--lr", 1e-3, "--warmup_steps", 0, "--no-doctor", "--out", out)
     metrics = utils.read_jsonl(out / "metrics.jsonl")
     assert len(metrics) == 4 and max(row["sampler_gap"] for row in metrics) < 1e-3
-    saved = [utils.load_model(out / "checkpoints" / f"step_00000{n}").state_dict() for n in (1, 4)]
+    saved = [load_model(out / "checkpoints" / f"step_00000{n}").state_dict() for n in (1, 4)]
     key = "model.visual.patch_embed.proj.weight"
     assert (saved[0][key] - saved[1][key]).abs().max() > 1e-4
 
@@ -341,7 +346,7 @@ def test_a_failing_engine_ends_all_ranks_with_a_sentence(data, tmp_path, fault, 
     sentence = re.search(rf"{said} The last whole checkpoint is (\S+)\. The same command", log)
     assert sentence, log[-3000:]
     assert sentence[1] == str(out / "checkpoints" / "step_000003")
-    utils.load_model(sentence[1])
+    load_model(sentence[1])
     assert [row["generation_step"] for row in utils.read_jsonl(out / "metrics.jsonl")] == [1, 2, 3]
 
 
@@ -352,5 +357,5 @@ def test_a_missing_model_is_a_sentence_with_vllm_too(tmp_path, data):  # noqa: F
     config = json.loads((broken / "config.json").read_text())
     utils.write_json(broken / "config.json", config | {"architectures": ["Nothing"]})
     _, log = run("rollout.py", "--engine", "vllm", "--model", broken, "--data",
-                 data / "toy_test.jsonl", "--out", tmp_path / "out", code=2)
+                 data / "test.jsonl", "--out", tmp_path / "out", code=2)
     assert "vLLM failed while starting" in log and "--engine hf" in log

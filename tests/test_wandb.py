@@ -7,10 +7,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from test_commands import TINY, data, run  # noqa: F401  (data is a fixture)
-
 import train_sft
 import utils
+from test_commands import TINY, data, run  # noqa: F401  (data is a fixture)
+
 
 FAKE = '''
 import json, os
@@ -55,8 +55,8 @@ def by_step(path):
 def test_grpo_is_mirrored_and_goes_on_in_the_same_run(calls, data, tmp_path):
     """Two ranks of which one mirrors; then a step is forgotten, and done again."""
     out = tmp_path / "grpo"
-    words = ["train_grpo.py", *TINY, *STEPS, "--train_data", data / "toy_train.jsonl", "--validation_data",
-             data / "toy_validation.jsonl", "--out", out, "--wandb", "shapes"]
+    words = ["train_grpo.py", *TINY, *STEPS, "--train_data", data / "train.jsonl", "--validation_data",
+             data / "validation.jsonl", "--out", out, "--wandb", "shapes"]
     run(*words, ranks=2)
     first = calls()
     assert [call for call in first if call["call"] == "import"] == [{"call": "import", "rank": "0"}]
@@ -82,7 +82,7 @@ def test_grpo_is_mirrored_and_goes_on_in_the_same_run(calls, data, tmp_path):
 
 
 def test_sft_is_mirrored(calls, data, tmp_path):
-    words = ["train_sft.py", *STEPS, "--batch_size", 4, "--train_data", data / "toy_train.jsonl",
+    words = ["train_sft.py", *STEPS, "--batch_size", 4, "--train_data", data / "train.jsonl",
              "--validation_data="]
     run(*words, "--out", tmp_path / "plain")
     assert calls() == []  # nobody asked for it: not even imported

@@ -1,4 +1,4 @@
-"""What shows that an exercise of the README is solved; each check fails until it is.
+"""What shows that an exercise of LESSON.md is solved; each check fails until it is.
 
     pytest tests/exercises/checks.py -k leave_one_out
 
@@ -19,11 +19,12 @@ import torch
 from PIL import Image
 
 import evaluate
-import rollout
 import toy
 import train_grpo
 import utils
-from conftest import load_tiny
+from conftest import load_tiny, sampler
+from data import Sample
+from policy import Policy
 from test_families import gemma3, reference, save
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +40,7 @@ def test_short(tmp_path):
     import short
 
     lengths = [48, 96, 0]
-    samples = [utils.Sample("a", "", "", "", [], "", [], completion_ids=[9] * n) for n in lengths]
+    samples = [Sample("a", "", "", "", [], "", [], completion_ids=[9] * n) for n in lengths]
     assert short.short_reward(samples) == [0.5, 0.0, 1.0]
     command = [sys.executable, ROOT / "train_grpo.py", "--max_steps", "10", "--lr", "2e-4", "--batch_size", "16",
                "--mini_batch_size", "16", "--validation_data", "", "--test_data", "", "--out", tmp_path / "run",
@@ -52,7 +53,7 @@ def test_short(tmp_path):
 def test_majority():
     """One vote an answer; who commits to none has no vote; of equals, the first."""
     def answers(*pairs):
-        return [utils.Sample("a", "", "", "", [], "", [], completion_ids=[9], completion_text=text,
+        return [Sample("a", "", "", "", [], "", [], completion_ids=[9], completion_text=text,
                              rewards={"accuracy": float(right)}) for text, right in pairs]
 
     two, three, none = ("\\boxed{2}", True), ("\\boxed{3}", False), ("I cannot tell", False)
@@ -74,7 +75,7 @@ def test_leave_one_out():
 def test_median(one_rank):
     """Of 0 0 0 1 the median is 0: only the right answer is moved. By the flag, too."""
     rewards = [0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.2, 0.4, 0.9, None, 1.0, 0.0, 1.0, 0.0]
-    samples = [utils.Sample(str(i // 4), "", "", "", [], "", [], reward=r) for i, r in enumerate(rewards)]
+    samples = [Sample(str(i // 4), "", "", "", [], "", [], reward=r) for i, r in enumerate(rewards)]
     args = utils.parse_args(train_grpo.Args, ["--advantage", "median"])
     train_grpo.set_advantages(samples, 4, args.advantage)
     want = [0, 0, 0, 1, 0, 0, -1, 0, -0.2, 0, 0.5, 0, 0.5, -0.5, 0.5, -0.5]  # half and half: between the two
@@ -85,7 +86,7 @@ def test_median(one_rank):
 def test_silent_bug(one_rank):
     """The signs of the advantages of three prompts, worked out by hand."""
     rewards = [1.0, 1.0, 0.0, 0.0, 1.0, 0.0]  # three prompts: solved twice, not at all, once
-    samples = [utils.Sample(str(i // 2), "", "", "", [], "", [], reward=r) for i, r in enumerate(rewards)]
+    samples = [Sample(str(i // 2), "", "", "", [], "", [], reward=r) for i, r in enumerate(rewards)]
     for kind in ("grpo", "dr_grpo", "rloo"):
         train_grpo.set_advantages(samples, 2, kind)
         signs = [(s.advantage > 0) - (s.advantage < 0) for s in samples]
@@ -133,7 +134,7 @@ def test_kl():
 def test_distinct():
     """Different answers a group, over all ranks: 2, 1 and 0 of three groups, on two ranks, make 1."""
     def answered(name, *texts):
-        return [utils.Sample(name, "", "", "", [], "", [], completion_ids=[9], completion_text=text,
+        return [Sample(name, "", "", "", [], "", [], completion_ids=[9], completion_text=text,
                              rewards={"accuracy": 0.0}, reward=0.0) for text in texts]
 
     here = answered("a", "\\boxed{2}", "1 + 2, so \\boxed{3}") + answered("b", "\\boxed{2}", "again \\boxed{2}")
@@ -150,7 +151,7 @@ def test_first_row(tmp_path, monkeypatch):
     args = utils.parse_args(toy.Args, ["--data", str(tmp_path), "--first_row"])
     toy.main(args)
     counts = set()
-    for row in utils.read_jsonl(tmp_path / "toy_train.jsonl"):
+    for row in utils.read_jsonl(tmp_path / "train.jsonl"):
         colour = next(c for c in toy.COLOURS if f"many {c} " in row["question"])
         picture = Image.open(tmp_path / row["image"])
         seen = [picture.getpixel((toy.CELL * i + toy.CELL // 2, toy.CELL // 2)) for i in range(toy.GRID)]
@@ -160,7 +161,7 @@ def test_first_row(tmp_path, monkeypatch):
         counts.add(row["answer"])
     assert len(counts) > 2
     toy.write_data(tmp_path / "usual")
-    assert "in the picture?" in utils.read_jsonl(tmp_path / "usual" / "toy_train.jsonl")[0]["question"]
+    assert "in the picture?" in utils.read_jsonl(tmp_path / "usual" / "train.jsonl")[0]["question"]
 
 
 @torch.no_grad()
@@ -170,9 +171,9 @@ def test_family(tmp_path, data_path):
     tiny.model.eval()
     placeholder = tiny.model.config.image_token_id
     tiny.model.get_output_embeddings().weight[placeholder] *= 8  # it wishes to say placeholders
-    drawn = rollout.HFEngine(copy.deepcopy(tiny.model), tiny.processor, 256).generate(tiny.samples, 2, 1.0, 1.0, 8, 0)
+    drawn = sampler(copy.deepcopy(tiny.model), tiny.processor, 256).generate(tiny.samples, 2, 1.0, 1.0, 8, 0)
     assert not any(placeholder in s.completion_ids for s in drawn), "a placeholder was sampled"
-    policy = utils.Policy(tiny.model, tiny.processor)
+    policy = Policy(tiny.model, tiny.processor)
     trained, _ = policy(policy.batch(drawn), 1.0)
     for s, ours in zip(drawn, trained):
         theirs = reference(tiny, s)

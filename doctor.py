@@ -1,0 +1,290 @@
+"""The doctor: do sampler and trainer speak of the same policy?
+
+Where they are two programs, they can silently disagree: stale weights, image positions lost,
+another temperature. Nothing fails then, training merely goes wrong. The doctor looks for all the
+ways in which real frameworks are known to have disagreed; a stage calls `rehearse`, its short form,
+before step 1, and train_grpo.py the whole of it where vLLM is the sampler.
+
+    python doctor.py --model toy_model --data toy_data/validation.jsonl --engine hf
+    python doctor.py --model Qwen/Qwen2.5-VL-3B-Instruct --data data.jsonl --engine vllm
+"""
+
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C is no traceback, not even during the imports below
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import math
+import traceback
+from dataclasses import dataclass
+from itertools import groupby, takewhile
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import utils
+from data import IMAGE_MARK, banned_ids, load_samples, make_sample, refuse_mixture
+from policy import (
+    Policy, collate, compute_dtype, image_inputs, language_weights, load_model, load_processor,
+    shard)
+from rollout import make_engine, share
+from utils import RunError, UserError, first_line, print0
+
+
+@dataclass
+class Args:
+    model: str = "toy_model"  # folder or hub id of a vision-language model
+    data: str = "toy_data/validation.jsonl"  # .jsonl or .parquet data set, of which a few rows
+    max_prompt_tokens: int = 2048  # longer prompts, images included, are dropped
+    max_new_tokens: int = 96  # of an answer; 32 of them at most are looked at
+    engine: Literal["auto", "hf", "vllm"] = "auto"  # sampler; auto: vllm on CUDA, else embedded
+    rollout_batch_size: int = 256  # completions sampled at one time on a rank
+    vllm_memory: float = 0.4  # share of a GPU's memory for vLLM, in (0, 1); the rest trains
+    engine_timeout: int = 3600  # seconds that one call of vLLM may take
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, else float32
+
+
+# ---------------------------------------------------------------------------------------------
+# The rehearsal: a few prompts go through every step once, before anything is written
+
+
+def unlike(samples):
+    """The first prompt, the shortest and longest with images, the one with most, one without."""
+    pictured = sorted((s for s in samples if s.images), key=lambda s: len(s.prompt_ids))
+    most = max(samples, key=lambda s: len(s.images))
+    picks = [samples[0], *pictured[:1], *pictured[-1:], most, *(s for s in samples if not s.images)]
+    return list({s.id: s for s in picks[:5]}.values())
+
+
+def rehearse(engine, samples, args, policy=None):
+    """Answer a few prompts and, where a policy trains, read the answers back; return the answers.
+
+    What a family, a processor or a row asks for and nobody here does is a sentence before step 1,
+    and no traceback in the first batch; so is a sampler that speaks of another policy. UserError.
+    COLLECTIVE.
+    """
+    asked, done, problem = unlike(samples), [], None
+    names = ", ".join(s.id for s in asked)
+    try:
+        doing = "answering"
+        done = engine.generate(asked, 2, 1.0, 1.0, min(4, args.max_new_tokens), "rehearsal")
+        if policy:
+            doing = "computing the log-probabilities of"
+            with torch.no_grad():
+                table, _ = policy(policy.batch(done), 1.0)
+            gap = mean_gap(rows_of(table, done), [s.sampler_logprobs for s in done])
+            # far above what rounding does, far below what other positions or images do
+            if not gap <= (0.01 if compute_dtype(args.dtype) == torch.float32 else 0.5):
+                problem = f"sampler and trainer are {gap:.2g} nats apart on the prompts {names}"
+    except Exception as error:  # whatever a family's own code can raise
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        problem = (f"{doing} the prompts {names} fails ({type(error).__name__}: "
+                   f"{first_line(error)}; {Path(last.filename).name}, line {last.lineno})")
+    if problems := [p for p in utils.gather([problem]) if p]:
+        raise UserError(f"--model {args.model}: {problems[0]}; give another model or other rows, "
+                        "or see the README's families.")
+    return done
+
+
+def mean_gap(first, second):
+    """Mean absolute difference of two lists of lists of log-probabilities, in nats."""
+    pairs = [abs(x - y) for a, b in zip(first, second) for x, y in zip(a, b, strict=True)]
+    return sum(pairs) / max(1, len(pairs))
+
+
+def rows_of(table, done):
+    """A tensor (B, C) as one list a sample, without its padding."""
+    return [row[: len(s.completion_ids)] for row, s in zip(table.tolist(), done)]
+
+
+# ---------------------------------------------------------------------------------------------
+# The examination
+
+
+def probes(samples, processor, max_prompt_tokens):
+    """A few prompts of each kind: with an image, without one, with two. Made up where missing."""
+    pictured = [s for s in samples if s.images][:4]
+    plain = [s for s in samples if not s.images][:2]
+    rows = []
+    for s in pictured[: 2 - len(plain)]:
+        text = s.question.replace(IMAGE_MARK, "").strip() or "What is 2 + 3?"
+        rows.append({"id": f"{s.id} without its image", "question": text, "images": []})
+    if len(pictured) > 1:
+        two = [pictured[0].images[0], pictured[1].images[0]]
+        text = f"{IMAGE_MARK} or {IMAGE_MARK}: which is larger?"
+        rows.append({"id": "two images", "question": text, "images": two})
+    for row in rows:
+        paths = [image for image in row["images"] if isinstance(image, str)]
+        folder = Path(os.path.commonpath(paths)) if paths else Path()
+        plain.append(make_sample(row | {"answer": "?"}, folder / "-", "doctor", processor))
+    return [s for s in pictured + plain if len(s.prompt_ids) <= max_prompt_tokens]
+
+
+def trainer_logprobs(policy, done, processor, temperature=1.0):
+    """The trainer's log-probabilities of what was answered, one list a sample. COLLECTIVE."""
+    table, _ = policy(collate(done, processor), temperature)
+    return rows_of(table, done)
+
+
+def together(act, *values):
+    """What `act` gives; its RunError on any rank is everyone's, or their passes would part.
+
+    COLLECTIVE.
+    """
+    given, problem = None, None
+    try:
+        given = act(*values)
+    except RunError as error:
+        problem = str(error)
+    if problems := [p for p in utils.gather([problem]) if p]:
+        raise RunError(problems[0])
+    return given
+
+
+@torch.no_grad()
+def doctor(engine, policy, samples, processor, args):
+    """Compare the sampler with the trainer; return rows (check, passed, detail). COLLECTIVE.
+
+    Each row is a way in which real frameworks went wrong without a word. Weights are changed on the
+    way and put back. In bfloat16 two programs round differently, so the tolerance is wider there.
+    """
+    tolerance = 1e-3 if compute_dtype(args.dtype) == torch.float32 else 0.1
+    asked = probes(samples, processor, args.max_prompt_tokens)
+
+    banned, tokens = {*banned_ids(processor)}, []
+
+    def answer(prompts, temperature=1.0, n=1):
+        length = min(32, args.max_new_tokens)
+        done = together(engine.generate, prompts, n, temperature, 1.0, length, "doctor")
+        for s in done:
+            tokens.extend(s.completion_ids)
+            clean = [*takewhile(lambda t: t not in banned, s.completion_ids)]
+            # what follows a placeholder the trainer cannot read: it has no image for it
+            s.completion_ids, s.sampler_logprobs = clean, s.sampler_logprobs[: len(clean)]
+        return done
+
+    try:
+        together(engine.sync, policy.model)
+        greedy = answer(asked, 0)
+    except RunError as error:  # nothing else can be asked then
+        return [("weights and prompts", False, str(error))]
+    rows = [
+        ("every weight taken over", True, f"{len([*policy.model.parameters()])} tensors"),
+        ("prompts read alike", True, f"{len(asked)}, token by token"),
+        check_grids(asked, processor)]
+    try:
+        rows.extend(check_logprobs(answer, greedy, policy, asked, processor, tolerance))
+        rows.extend(check_sync(answer, greedy, engine, policy, asked, processor, tolerance))
+    except RunError as error:  # the rows so far are kept
+        rows.append(("answers", False, str(error)))
+    bad = sum(t in banned for t in tokens)
+    return [*rows, ("no placeholder sampled", bad == 0, f"{bad} in {len(tokens)} tokens")]
+
+
+def check_grids(asked, processor):
+    """As many placeholders for each image as the trainer's image processor makes merged patches."""
+    merge = getattr(processor.image_processor, "merge_size", 0) ** 2
+    if not merge:
+        return "image grids", True, "this family has none"
+    grids = [int(image_inputs(processor.image_processor, image)["image_grid_thw"].prod()) // merge
+             for s in asked for image in s.images]
+    runs = [len([*run]) for s in asked for is_image, run in
+            groupby(s.prompt_ids, lambda t: t == processor.image_token_id) if is_image]
+    return "image grids", grids == runs, f"{len(grids)} images"
+
+
+def check_logprobs(answer, greedy, policy, asked, processor, tolerance):
+    """Same best tokens, same log-probabilities, whatever else is in the batch. COLLECTIVE."""
+    # a token is the trainer's best one if it has most of the mass when that is sharpened, or half
+    # of it: bfloat16 has ties
+    best = [x > -0.7 for row in trainer_logprobs(policy, greedy, processor, 1e-3) for x in row]
+    enough = (0.99 if tolerance < 0.01 else 0.9) * len(best)
+    yield "greedy tokens agree", sum(best) >= enough, f"{sum(best)} of {len(best)}"
+    drawn = answer(asked, 0.7, n=4)  # at 1, a sampler that is deaf to temperature would pass
+    for kind, chosen in (("text", [s for s in drawn if not s.images]),
+                         ("images", [s for s in drawn if s.images])):
+        if chosen:
+            gap = mean_gap(trainer_logprobs(policy, chosen, processor, 0.7),
+                           [s.sampler_logprobs for s in chosen])
+            detail = f"mean difference {gap:.1e} nats in {len(chosen)} answers"
+            yield f"log-probabilities, {kind}", gap <= tolerance, detail
+    some = drawn[::4]
+    gap = mean_gap(trainer_logprobs(policy, some, processor),
+                   [trainer_logprobs(policy, [s], processor)[0] for s in some])
+    yield "trainer: padding", gap <= tolerance, f"in a batch and alone differ by {gap:.1e}"
+    same = [answer([s], 0)[0].completion_ids == g.completion_ids for s, g in zip(asked, greedy)]
+    detail = f"{sum(same)} of {len(same)} greedy answers are the same in a batch and alone"
+    yield "sampler: padding", sum(same) >= 0.8 * len(same), detail
+
+
+def check_sync(answer, greedy, engine, policy, asked, processor, tolerance):
+    """Changed weights arrive, and all that was computed with the old ones goes. COLLECTIVE.
+
+    Negating is exact to undo, and one weight that keeps its old sign spoils the whole answer. With
+    its last norm negated a model says what it was least likely to say, placeholders if it may.
+    """
+    language = language_weights(policy.model)
+    vision = [p for p in policy.model.parameters() if p not in language]
+    changes = {"language": language, "vision": vision,
+               "last": [policy.model.get_decoder().norm.weight]}
+    for kind, weights in changes.items():
+        prompts = [s for s in asked if s.images or kind != "vision"]
+        if not prompts:
+            continue
+        before = answer(prompts)
+        old = trainer_logprobs(policy, before, processor)
+        for weight in weights:
+            weight.neg_()
+        try:
+            together(engine.sync, policy.model)
+            shift = mean_gap(trainer_logprobs(policy, before, processor), old)
+            after = answer(prompts)
+            gap = mean_gap(trainer_logprobs(policy, after, processor),
+                           [s.sampler_logprobs for s in after])
+            detail = (f"{len(weights)} negated: trainer moved {shift:.1e} nats, sampler "
+                      f"{gap:.1e} off")
+        except RunError as error:  # NaN, say, from what a weight that never came left open
+            gap, detail = math.inf, str(error)
+        finally:  # whatever goes wrong, the policy is what it was
+            for weight in weights:
+                weight.neg_()
+        yield f"changed {kind} weights arrive", gap <= tolerance, detail
+    together(engine.sync, policy.model)
+    same = [s.completion_ids == g.completion_ids for s, g in zip(answer(asked, 0), greedy)]
+    detail = f"{sum(same)} of {len(same)} greedy answers as before"
+    yield "and go again", sum(same) >= 0.8 * len(same), detail
+
+
+def consult(engine, policy, samples, processor, args):
+    """Print the doctor's table; refuse to go on where a check failed on any rank. COLLECTIVE."""
+    rows = doctor(engine, policy, samples, processor, args)
+    for name, passed, detail in rows:
+        print0(f"{'ok' if passed else 'FAILED':8}{name:34}{detail}")
+    failed = utils.gather([name for name, passed, _ in rows if not passed])
+    if failed:
+        raise UserError(f"sampler and trainer disagree ({', '.join(dict.fromkeys(failed))}): what "
+                        "is trained would not be what was sampled. Check that both have the same "
+                        "checkpoint, processor and versions, or give --engine hf.")
+    return [{"check": name, "passed": passed, "detail": detail} for name, passed, detail in rows]
+
+
+# ---------------------------------------------------------------------------------------------
+# The command
+
+
+def main(args):
+    refuse_mixture(args)
+    processor = load_processor(args.model)
+    samples = load_samples(args.data, processor, args.max_prompt_tokens)
+    policy = Policy(load_model(args.model), processor)
+    # no memory of image features: the doctor changes the weights that made them
+    sharing = share(policy.model, processor, megabytes=0)
+    engine = make_engine(args.engine, policy.model, processor, args, sharing)
+    policy = shard(policy, compute_dtype(args.dtype)).eval()
+    return {"doctor": consult(engine, policy, samples, processor, args)}
+
+
+if __name__ == "__main__":
+    utils.run_script(main, Args)

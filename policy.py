@@ -1,0 +1,342 @@
+"""The policy: pixels and tokens in, log-probabilities out, the same for old, new and reference.
+
+A policy is a transformers model, whatever its family, behind one forward. Left out of the textbook:
+adapters for each family, and shifted labels: a loss is made of log-probabilities, by the trainers.
+What answers to one prompt could share is computed for each of them here; siblings.py, where it is
+given as `sharing`, computes it once.
+"""
+
+import copy
+import functools
+import json
+import re
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers.processing_utils import TextKwargs
+from transformers.utils import logging as transformers_logging
+
+import utils
+from data import INSTRUCTION, Sample, banned_ids, open_image, tokenise
+from utils import UserError, device, first_line, rank, world_size
+
+HEAD_NUMBERS = 2**27  # of [completion tokens, vocabulary], that exist at one time
+
+transformers_logging.disable_progress_bar()
+transformers_logging.get_logger("transformers.modeling_utils").addFilter(
+    # what `load_model` says in a sentence
+    lambda record: not re.search("LOAD REPORT|seem corrupted", record.getMessage()))
+
+
+# ---------------------------------------------------------------------------------------------
+# Loading: somebody's checkpoint, with no default of its files that would change what is trained
+
+
+def load_pretrained(loader, path, **kwargs):
+    """`loader.from_pretrained(path)`, its failure told in one sentence."""
+    owner = Path(str(path).partition("/")[0])
+    hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)) and not owner.exists()
+    if not Path(path).is_dir() and not hub_id:  # a typing mistake must not wait for a network
+        raise UserError(f"--model {path}: no such folder; give one, or a hub id like Qwen/NAME.")
+    check_files(Path(path))
+    try:
+        return loader.from_pretrained(path, **kwargs)
+    except Exception as error:  # whatever a file of somebody else's makes of transformers
+        reason = first_line(error)
+        if not isinstance(error, (OSError, ValueError)):
+            reason = f"{type(error).__name__}: {reason}"
+        raise UserError(f"--model {path}: cannot be loaded ({reason}); give a folder or hub id of "
+                        "an instruction-tuned vision-language model with its processor files.")
+
+
+def check_files(folder):
+    """UserError with the name of a checkpoint's file that is torn, empty, or no JSON object."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.glob("*")):
+        try:
+            if re.fullmatch(r"model.*\.safetensors", path.name):
+                safe_open(path, "pt")  # compares the length with what the header says
+            elif re.search(r"(config|tokenizer|template|index|map|tokens|vocab)\.json$", path.name):
+                if not isinstance(json.loads(path.read_text("utf-8")), dict):
+                    raise ValueError("no JSON object")
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
+            raise UserError(f"--model {folder}: its file {path.name} is torn or not what its name "
+                            f"says ({error}); copy or download it again.")
+
+
+def load_processor(path):
+    """The checkpoint's processor: tokenizer, chat template and image processor in one."""
+    processor = load_pretrained(AutoProcessor, path)
+    if not getattr(processor, "chat_template", None) or not hasattr(processor, "image_processor"):
+        raise UserError(f"--model {path}: its processor has no chat template or takes no images; "
+                        "give an instruction-tuned vision-language model.")
+    if "token_type_ids" in processor.model_input_names:  # without, its answers are silently wrong
+        raise UserError(f"--model {path}: this family looks at images in both directions, told by "
+                        "token_type_ids; `collate` makes none yet (LESSON.md, the last exercise).")
+    # what a trainer left in the tokenizer's files would be defaults of each call of the processor
+    tokenizer = processor.tokenizer
+    for kwargs in (TextKwargs, processor.image_processor.valid_kwargs):
+        for name in kwargs.__annotations__:
+            tokenizer.init_kwargs.pop(name, None)
+    tokenizer.split_special_tokens = tokenizer.clean_up_tokenization_spaces = False
+    try:
+        tokenise(tokenizer, INSTRUCTION)
+    except Exception as error:  # whatever a field of its files makes of transformers
+        raise UserError(f"--model {path}: its tokenizer fails ({first_line(error)}); correct "
+                        "tokenizer_config.json, or give another model.")
+    return processor
+
+
+def load_model(path, dtype=torch.float32):
+    """The checkpoint's model on this rank's device, weights in `dtype`, and never a random one.
+
+    UserError where weights and config.json do not fit each other, or a weight is no number.
+    """
+    model, info = load_pretrained(
+        AutoModelForImageTextToText, path, dtype=dtype, attn_implementation="sdpa",
+        output_loading_info=True, ignore_mismatched_sizes=True)
+    model = model.to(device())
+    wrong = {"missing": info["missing_keys"], "without a place": info["unexpected_keys"],
+             "of another shape": [name for name, *_ in info["mismatched_keys"]],
+             "quantised": [name for name, weight in model.named_parameters()
+                           if weight.dtype not in (dtype, torch.float32)],
+             "not finite": [name for name, weight in model.named_parameters()
+                            if not weight.sum(dtype=torch.float32).isfinite()]}
+    said = [f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{' ...' * (len(names) > 3)})"
+            for what, names in wrong.items() if names]
+    if said:
+        raise UserError(f"--model {path}: its weights are not those that its config.json tells of: "
+                        f"{', '.join(said)}; copy or download it again, or save it whole.")
+    drop_nothing(model)
+    return model
+
+
+def drop_nothing(model):
+    """Set each dropout probability, and the noise of routers, to 0 in modules and their configs.
+
+    A sampler drops nothing, so what drops in training is not the policy that answered. The config
+    as it was is kept for `export`.
+    """
+    model.source_config = copy.deepcopy(model.config)
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    for holder in (*model.modules(), *configs):
+        layer = "Dropout" in type(holder).__name__
+        for name, value in list(vars(holder).items()):
+            chance = re.search("drop|jitter", name) or (layer and name == "p")
+            if chance and type(value) in (int, float):
+                setattr(holder, name, type(value)(0))
+
+
+def compute_dtype(name):
+    """The `--dtype` flag as a torch dtype; auto is bfloat16 on CUDA and float32 on a CPU."""
+    if name == "auto":
+        name = "bfloat16" if torch.cuda.is_available() else "float32"
+    return getattr(torch, name)
+
+
+def language_weights(model):
+    """The parameters of the language model, its head included; the rest is vision's."""
+    return {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
+
+
+def freeze(model, train_vision, train_connector, train_language):
+    """Choose what trains; return the number of trainable weights. The paper: the language alone."""
+    language = language_weights(model)
+    for name, parameter in model.named_parameters():
+        wanted = train_vision
+        if parameter in language:
+            wanted = train_language
+        elif re.search("merger|projector|connector|aligner", name):
+            wanted = train_connector
+        parameter.requires_grad_(wanted)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if count == 0:
+        raise UserError("nothing is left to train; give --train_language, --train_connector or "
+                        "--train_vision.")
+    return count
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches: answered samples to tensors
+
+
+@functools.lru_cache(maxsize=64)
+def image_inputs(image_processor, source):
+    """One image's tensors (`pixel_values`, its grid, ...), remembered for the G completions."""
+    return dict(image_processor(images=[open_image(source)], return_tensors="pt"))
+
+
+def padded(lists, value):
+    """Lists of numbers as a tensor on this rank's device, filled up with `value` on the right."""
+    width = max(1, max(map(len, lists)))
+    return torch.tensor([x + [value] * (width - len(x)) for x in lists], device=device())
+
+
+def collate(samples, processor, look=None):
+    """Samples to tensors on this rank's device; a row is prompt, completion, padding on the right.
+
+    Masks come from lengths, never from token ids: padding and EOS may share one. Returns `inputs`
+    (the model's own arguments), `images`, `completion_ids`, `mask` and `predictors`, all three
+    (B, C) with C the longest completion. A token's predictor is the place of the token before it
+    when the rows of `inputs` are laid end to end. `look(image)` gives an image's tensors where
+    somebody remembers its features, and then `images` says of which; else there are none.
+    """
+    rows = [s.prompt_ids + s.completion_ids for s in samples]
+    # any id but an image's; some tokenizers have none for padding
+    ids = processor.tokenizer.pad_token_id, processor.tokenizer.eos_token_id, *range(9)
+    pad = next(i for i in ids if i is not None and i not in banned_ids(processor))
+    inputs = {"input_ids": padded(rows, pad)}
+    inputs["attention_mask"] = padded([[1] * len(r) for r in rows], 0)
+    if "mm_token_type_ids" in processor.model_input_names:  # 1 on an image's placeholders
+        image = processor.image_token_id
+        inputs["mm_token_type_ids"] = padded([[int(t == image) for t in r] for r in rows], 0)
+    images = [i for s in samples for i in s.images]  # in reading order
+    find = look or functools.partial(image_inputs, processor.image_processor)
+    parts = [find(i) for i in images]
+    for name in parts[0] if parts else ():  # joined along the first axis
+        inputs[name] = torch.cat([p[name] for p in parts]).to(device())
+    completions = [s.completion_ids for s in samples]
+    width = inputs["input_ids"].shape[1]
+    places = [[i * width + len(s.prompt_ids) + k - 1 for k in range(len(s.completion_ids))]
+              for i, s in enumerate(samples)]
+    return {"inputs": inputs, "images": images if look else [],
+            "completion_ids": padded(completions, pad),
+            "mask": padded([[True] * len(c) for c in completions], False),
+            "predictors": padded(places, 0)}
+
+
+def split_rows(samples, budget):
+    """Lists of samples, alike in length, that `collate` makes at most `budget` tokens of.
+
+    Each costs as much as the longest beside it; a sample above the budget goes alone.
+    """
+    parts = []
+    for s in sorted(samples, key=Sample.length):
+        if parts and (len(parts[-1]) + 1) * s.length() <= budget:
+            parts[-1].append(s)
+        else:
+            parts.append([s])
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------
+# The policy
+
+
+class Policy(torch.nn.Module):
+    """A model behind one forward: batch in, log-probabilities of the completion tokens out.
+
+    FSDP2 gathers weights in the forward of the module they belong to. All that touches weights runs
+    inside this one forward; a call of the inner model or the head from outside would meet shards.
+    """
+
+    def __init__(self, model, processor, sharing=None):
+        super().__init__()
+        self.model, self.processor = model, processor
+        self.banned = banned_ids(processor)
+        self.sharing = sharing  # of siblings.py; None: each row is computed by itself
+
+    def batch(self, samples):
+        """Tensors of answered samples, in the form that this policy computes."""
+        if self.sharing:
+            return self.sharing.batch(samples, self.model)
+        return collate(samples, self.processor)
+
+    def micro_batches(self, samples, budget):
+        """Samples split by tokens; empty lists last: ranks have equally many. COLLECTIVE."""
+        split = self.sharing.split if self.sharing else split_rows
+        parts = split(samples, budget)
+        return parts + [[]] * (max(1, *utils.gather([len(parts)])) - len(parts))
+
+    def forward(self, batch, temperature):
+        """Log-probabilities and entropies of the completion tokens: (B, C), nats, 0 on padding.
+
+        `batch` comes from `batch` or from `collate`. The distribution is softmax(logits /
+        temperature) without the banned ids, in float32: what an engine samples from at top_p = 1.
+        """
+        mask, targets = batch["mask"], batch["completion_ids"][batch["mask"]]  # (B, C), (N,)
+        base, known = self.model.base_model, nullcontext()
+        if batch["images"]:
+            known = self.sharing.remembered(base, batch["images"])
+        with known:
+            out = base(**batch["inputs"], use_cache=False)
+        # (rows, L, H) to (N, H): a token is predicted at the one before it, wherever that stands
+        hidden = out.last_hidden_state.flatten(0, 1)[batch["predictors"][mask]]
+        size = max(1, HEAD_NUMBERS // len(self.model.get_output_embeddings().weight))
+        head = self.token_logprobs
+        if len(hidden) > size:  # recomputed in backward: [tokens, vocabulary] never exists whole
+            head = functools.partial(checkpoint, head, use_reentrant=False)
+        parts = [head(h, t, temperature) for h, t in zip(hidden.split(size), targets.split(size))]
+        blank = torch.zeros(mask.shape, device=mask.device)
+        logprobs, entropies = (blank.masked_scatter(mask, torch.cat(p)) for p in zip(*parts))
+        if "pixel_values" not in batch["inputs"]:
+            # HAZARD: FSDP reduces the same gradients on every rank, and this batch has none for a
+            # vision tower that trains: its weights are touched with weight 0
+            language = {*self.model.get_decoder().parameters()}
+            idle = [p for p in self.model.parameters() if p.requires_grad and p not in language]
+            logprobs = logprobs + 0.0 * sum(p.sum() for p in idle)
+        return logprobs, entropies
+
+    def token_logprobs(self, hidden, targets, temperature):
+        """(N, H) hidden states and (N,) targets to (N,) log-probabilities and (N,) entropies."""
+        logits = self.model.get_output_embeddings()(hidden).float() / temperature  # (N, V)
+        with torch.no_grad():  # what has no chance has no gradient
+            logits[:, self.banned] = torch.finfo(logits.dtype).min
+        logprobs = logits.log_softmax(-1)
+        with torch.no_grad():
+            entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+    def export(self, folder, dtype, weights=True):
+        """Write a Hugging Face folder whose weights are in `dtype` and say so. COLLECTIVE.
+
+        Without `weights`, the other files alone. A tied head is written once. The generation config
+        is the source's even where transformers would not save it: vicuna's and LLaVA's have a
+        temperature without do_sample.
+        """
+        model, whole = self.model, {}
+        if weights:  # whole on the host, and on rank 0 alone
+            whole = dcp_state.get_model_state_dict(model, options=dcp_state.StateDictOptions(
+                full_state_dict=True, cpu_offload=True))
+        if rank() > 0:
+            return
+        once = dict(model.named_parameters())  # what is tied has its first name here
+        again = dict(model.named_parameters(remove_duplicate=False)).keys() - once
+        whole = {name: weight.to(dtype) if name in once else weight  # buffers stay as they are
+                 for name, weight in whole.items() if name not in again}
+        config, generation = model.config, model.generation_config
+        model.config = getattr(model, "source_config", config)
+        model.generation_config = GenerationConfig()
+        try:
+            model.save_pretrained(folder, state_dict=whole)
+        finally:
+            model.config, model.generation_config = config, generation
+        generation.to_json_file(folder / "generation_config.json")
+        self.processor.save_pretrained(folder)
+        name = {"dtype": str(dtype).removeprefix("torch.")}  # not that of the master weights
+        said = json.loads((folder / "config.json").read_text(),
+                          object_hook=lambda part: part | name if "dtype" in part else part)
+        utils.write_json(folder / "config.json", said)
+        for path in folder.glob("*.safetensors"):  # written for their owner alone
+            path.chmod((folder / "config.json").stat().st_mode)
+
+
+def shard(policy, dtype):
+    """Shard `policy` over the ranks by FSDP2: float32 master weights, compute in `dtype`.
+
+    A decoder layer is a group; the rest is the root's: tied embeddings and head, which must share
+    one, and the vision tower, which a rank without images never calls (see Policy.forward). One
+    rank in float32 has nothing to share out or to cast, and stays as it is.
+    """
+    if world_size() == 1 and dtype == torch.float32:
+        return policy
+    mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in policy.model.get_decoder().layers:
+        fully_shard(layer, mp_policy=mixed)
+    return fully_shard(policy, mp_policy=mixed)

@@ -1,0 +1,408 @@
+"""What the G answers to one prompt share, computed once. Optional: without this file, nothing is.
+
+A trainer that gives each answer a copy of its prompt computes a VLM's long prompts G times. Here an
+update lays a micro-batch out as one row, each prompt once and all answers after it, blind to each
+other; a frozen vision tower computes an image once a run; and a sampler keeps one attention cache
+of a prompt for all its answers. What comes out is what `collate` and a plain sampler give, to
+rounding. Read it last of the stages' files: train_grpo.py --plain does the same without it.
+"""
+
+import functools
+import math
+from collections import OrderedDict
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from data import Sample
+from policy import collate, image_inputs, language_weights, padded, split_rows
+from utils import device, print0
+
+
+class Sharing:
+    """What a policy or a sampler asks for; a model and its copies have one of these together."""
+
+    def __init__(self, model, processor, megabytes=1024):
+        self.processor = processor
+        self.branches = share_prefixes(model)  # whether the family can
+        self.vision = None  # where it trains, its features are never the same twice
+        if megabytes and vision_is_frozen(model) and hasattr(model.base_model, "get_rope_index"):
+            self.vision = VisionCache(processor, megabytes)
+
+    def collate(self, samples):
+        """`collate` without the pixels of images that are known: see `remembered`."""
+        return collate(samples, self.processor, self.vision and self.vision.inputs)
+
+    def batch(self, samples, model):
+        """A micro-batch as the policy computes it."""
+        return pack(samples, self, model) if self.branches else self.collate(samples)
+
+    def split(self, samples, budget):
+        """Samples in micro-batches of at most `budget` tokens, in the form of `batch`."""
+        return split_groups(samples, budget) if self.branches else split_rows(samples, budget)
+
+    def prompt_cache(self, cache, attention, n):
+        """A sampler's attention cache of prompts (B, h, L, D) for n answers to each."""
+        return PromptCache(cache, attention, n)
+
+    @contextmanager
+    def remembered(self, base, images):
+        """Within, `base.forward` takes the features of `images` from the cache, if there is one."""
+        if not self.vision or not images:
+            yield
+            return
+        features = self.vision.features(base, images)
+        base.get_image_features = lambda *_, **__: features  # hides the class's method
+        try:
+            yield
+        finally:
+            del base.get_image_features
+
+
+def vision_is_frozen(model):
+    language = language_weights(model)
+    return not any(p.requires_grad for p in model.parameters() if p not in language)
+
+
+def split_groups(samples, budget):
+    """Lists of samples that `pack` makes at most `budget` tokens of: a prompt counts once.
+
+    A group of answers to one prompt is cut only if it is above the budget by itself.
+    """
+    groups = {}
+    for s in sorted(samples, key=Sample.length):
+        groups.setdefault(s.id, []).append(s)
+    parts, tokens = [], 0
+    for group in sorted(groups.values(), key=lambda group: group[-1].length()):
+        prompt = len(group[0].prompt_ids)
+        if not parts or tokens + prompt + sum(len(s.completion_ids) for s in group) > budget:
+            parts.append([])
+            tokens = 0
+        tokens += prompt
+        for s in group:
+            tokens += len(s.completion_ids)
+            if tokens > budget and parts[-1]:
+                parts.append([])
+                tokens = s.length()
+            parts[-1].append(s)
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------
+# An update: a prompt once and all its answers after it, P + G C tokens instead of G (P + C)
+
+
+def share_prefixes(model):
+    """Let `model` take packed rows; False where its family cannot, or tells nobody its positions.
+
+    Only the language model's attention is replaced, the vision tower keeps its own.
+    """
+    text = model.config.get_text_config()
+    kinds = {*(getattr(text, "layer_types", None) or ["full_attention"])}
+    bounds = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    # a recurrent layer would carry its state from one branch into the next, one with a window or
+    # chunks would see beyond them
+    full = kinds == {"full_attention"} and not any(bounds)
+    if not full or not hasattr(model.base_model, "get_rope_index"):
+        print0("This family cannot branch a prompt (full attention with known positions can): "
+               "every completion is computed with its own copy of it, as with --plain.")
+        return False
+    model.set_attn_implementation({"text_config": "branches"})
+    return True
+
+
+def pack(samples, sharing, model, flex=None):
+    """What `collate` returns, with `inputs` that hold each distinct prompt once, in a single row.
+
+    A completion's positions continue its prompt's, which an image makes fewer than its tokens
+    (M-RoPE). `flex` attention is the default on CUDA alone.
+    """
+    assert sharing.branches, "this family cannot branch a prompt, as `share_prefixes` found"
+    groups, place = {}, []  # prompt id to the samples that answer it; where a sample is among them
+    for s in samples:
+        siblings = groups.setdefault(s.id, [])
+        place.append(len(siblings))
+        siblings.append(s)
+        assert s.prompt_ids == siblings[0].prompt_ids, f"two prompts have the id {s.id}"
+    firsts = [replace(siblings[0], completion_ids=[]) for siblings in groups.values()]
+    batch = sharing.collate(firsts)
+    inputs = batch["inputs"]
+    ids = inputs.pop("input_ids")  # (P, L)
+    held = inputs.pop("attention_mask")
+    positions, _ = model.base_model.get_rope_index(
+        ids, inputs.pop("mm_token_type_ids"), inputs.get("image_grid_thw"), attention_mask=held)
+    held = held.bool()  # (P, L), positions are (3, P, L)
+    completions = padded([s.completion_ids for s in samples], 0)
+    mask = padded([[True] * len(s.completion_ids) for s in samples], False)  # (N, C), as above
+
+    # the row holds prompts in the order of `groups`, completions in the order of `samples`
+    number = {name: i for i, name in enumerate(groups)}
+    group = torch.tensor([number[s.id] for s in samples], device=ids.device)  # (N,)
+    place = torch.tensor(place, device=ids.device)  # (N,)
+    (P, L), C, n = ids.shape, mask.shape[1], max(map(len, groups.values()))
+    step = torch.arange(C, device=ids.device)
+    inputs["input_ids"] = torch.cat([ids[held], completions[mask]])[None]  # (1, T)
+    after = positions.amax((0, 2))[group] + 1
+    after = (after[:, None] + step)[mask].expand(3, -1)
+    inputs["position_ids"] = torch.cat([positions[:, held], after], 1)[:, None]  # (3, 1, T)
+    corner = P * L + (group * n + place) * C
+    slots = torch.cat([held.flatten().nonzero().squeeze(1), (corner[:, None] + step)[mask]])
+    bias = None
+    if not held.all():
+        bias = torch.zeros(P, L, device=ids.device).masked_fill(~held, -math.inf)[:, None, None]
+    inputs["branches"] = Branches((P, L, n, C), slots, bias)
+    if ids.is_cuda if flex is None else flex:
+        inputs["branches"].mask_blocks()
+    lengths = mask.sum(1)
+    start = held.sum() + lengths.cumsum(0) - lengths  # (N,), of each completion in the row
+    predictors = start[:, None] + step - 1
+    predictors[:, 0] = held.sum(1).cumsum(0)[group] - 1  # the last token of the prompt
+    return {"inputs": inputs, "images": batch["images"], "completion_ids": completions,
+            "mask": mask, "predictors": predictors}
+
+
+@dataclass
+class Branches:
+    """Who sees whom in a packed row, which is all prompts, end to end, and then all completions.
+
+    On a CPU attention is computed on rectangles: prompts (P, L) and completions (P, n, C), with n
+    the most completions that a prompt has here. `slots` (T,) says where in the two, laid end to
+    end, each token of the row stands. `block_mask` is the same relation for flex attention.
+    """
+
+    shape: tuple[int, int, int, int]  # P, L, n, C
+    slots: torch.Tensor
+    bias: torch.Tensor | None  # (P, 1, 1, L), -inf on the padding of prompts; None: there is none
+    block_mask: BlockMask | None = None
+
+    def mask_blocks(self):
+        """The relation token by token, for flex attention."""
+        P, L, n, C = self.shape
+        branch = (self.slots - P * L) // C  # (T,), below 0 in prompts
+        family = torch.where(branch < 0, self.slots // L, branch // n)
+
+        def sees(_, head, q, k):  # what came before, of the prompt or of one's own completion
+            related = (branch[k] < 0) | (branch[q] == branch[k])
+            return (family[q] == family[k]) & related & (q >= k)
+
+        T = len(self.slots)
+        self.block_mask = create_block_mask(sees, None, None, T, T, device=self.slots.device)
+
+    def attend(self, module, query, key, value, scaling):
+        """Attention over the row: query (1, heads, T, D) to (1, T, heads, D)."""
+        key, value = (repeat_kv(x, module.num_key_value_groups) for x in (key, value))
+        if self.block_mask is not None:
+            flex = compiled_flex_attention() if query.is_cuda else flex_attention
+            out = flex(query, key, value, block_mask=self.block_mask, scale=scaling)
+            return out.transpose(1, 2)
+        (q, own_q), (k, own_k), (v, own_v) = map(self.rectangles, (query, key, value))
+        # a prompt is an ordinary row: causal, with its padding on the right, where nobody looks
+        first, _ = sdpa_attention_forward(module, q, k, v, None, scaling=scaling, is_causal=True)
+        bias = None if self.bias is None else self.bias.to(q.dtype)
+        rest = TwoPartAttention.apply(own_q, k, v, own_k, own_v, bias, scaling)
+        out = torch.cat([first.flatten(0, 1), rest.transpose(1, 2).flatten(0, 1)])
+        return out[self.slots][None]
+
+    def rectangles(self, x):
+        """(1, heads, T, D) to prompts (P, heads, L, D) and completions (P * n, heads, C, D)."""
+        P, L, n, C = self.shape
+        x = x[0].transpose(0, 1)  # (T, heads, D)
+        blank = x.new_zeros(P * (L + n * C), *x.shape[1:])
+        prompts, rest = blank.index_put((self.slots,), x).split([P * L, P * n * C])
+        return (prompts.unflatten(0, (P, L)).transpose(1, 2),
+                rest.unflatten(0, (P * n, C)).transpose(1, 2))
+
+
+class TwoPartAttention(torch.autograd.Function):
+    """Completions attend to their prompt and to themselves, without a copy of the prompt's keys.
+
+    Each part is a flash attention of its own; where they ask their prompt, n siblings are one long
+    row. The two outputs are weighed by their shares of the common normaliser. Backward, flash
+    attention's own is exact for each part once it is given the common output and normaliser
+    (FlashAttention, arXiv 2205.14135, appendix B.2; ring attention does the same).
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, own_k, own_v, bias, scale):
+        """q, own_k, own_v (P * n, h, C, D), k and v (P, h, L, D) to (P * n, h, C, D)."""
+        P, n = len(k), len(q) // len(k)
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        first, total = flash(siblings_together(q, P), k, v, attn_mask=bias, scale=scale)
+        rest, own_total = flash(q, own_k, own_v, is_causal=True, scale=scale)
+        first, total = siblings_apart(first, n), siblings_apart(total, n)  # totals are logarithms
+        common = torch.logaddexp(total, own_total)  # (P * n, h, C)
+        out = (first * (total - common).exp()[..., None].to(q.dtype)
+               + rest * (own_total - common).exp()[..., None].to(q.dtype))
+        ctx.save_for_backward(q, k, v, own_k, own_v, out, common)
+        ctx.bias, ctx.scale = bias, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, own_k, own_v, out, common = ctx.saved_tensors
+        P, n = len(k), len(q) // len(k)
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        grad_q, *grad_prompt = flash(
+            siblings_together(grad, P), siblings_together(q, P), k, v, siblings_together(out, P),
+            siblings_together(common, P), 0.0, False, attn_mask=ctx.bias, scale=ctx.scale)
+        own_grad_q, *grad_own = flash(
+            grad, q, own_k, own_v, out, common, 0.0, True, scale=ctx.scale)
+        return siblings_apart(grad_q, n) + own_grad_q, *grad_prompt, *grad_own, None, None
+
+
+def siblings_together(x, P):
+    """(P * n, h, C, ...) to (P, h, n * C, ...)."""
+    return x.unflatten(0, (P, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def siblings_apart(x, n):
+    """(P, h, n * C, ...) to (P * n, h, C, ...)."""
+    return x.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def branch_attention(module, query, key, value, attention_mask, branches=None, **kwargs):
+    """Attention as transformers calls it, where `branches` knows who sees whom.
+
+    A batch without is an ordinary one, and goes to SDPA.
+    """
+    if branches is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return branches.attend(module, query, key, value, kwargs["scaling"]), None
+
+
+@functools.cache
+def compiled_flex_attention():
+    """Flex attention as one kernel; uncompiled, it would hold every score at once."""
+    return torch.compile(flex_attention)
+
+
+AttentionInterface.register("branches", branch_attention)
+AttentionMaskInterface.register("branches", sdpa_mask)  # for ordinary batches
+
+
+# ---------------------------------------------------------------------------------------------
+# Frozen vision: an image once a run
+
+
+class VisionCache:
+    """What a frozen vision tower and connector make of an image, for every later pass over it.
+
+    Each image is computed alone, so that its features depend on nothing else in the batch. At most
+    `megabytes` of host memory are held; the image that was asked for longest ago goes first.
+    """
+
+    def __init__(self, processor, megabytes):
+        self.image_processor = processor.image_processor
+        self.limit, self.held = megabytes * 2**20, 0  # bytes
+        self.kept = OrderedDict()  # image source to (grid, [features, those of deeper layers ...])
+        self.joined = False  # whether base.forward wants those of deeper layers for all images
+
+    def inputs(self, image):
+        """What `image_inputs` gives, without pixels: `features` looks for them where it must."""
+        known = self.kept.get(image)
+        grid = known[0] if known else image_inputs(self.image_processor, image)["image_grid_thw"]
+        return {"pixel_values": torch.empty(0), "image_grid_thw": grid}
+
+    def features(self, base, images):
+        """The features of `images`, in the form in which `base.forward` asks for them."""
+        found = [[f.to(device()) for f in self.look(base, image)[1]] for image in images]
+        first, *deeper = zip(*found)
+        if self.joined:
+            deeper = [torch.cat(layer) for layer in deeper]
+        return SimpleNamespace(pooler_output=first, deepstack_features=deeper)
+
+    @torch.inference_mode(False)  # a sampler asks within it, and what is kept is for training too
+    @torch.no_grad()
+    def look(self, base, image):
+        """(grid, features) of an image, computed if it is not known."""
+        if image not in self.kept:
+            pixels = image_inputs(self.image_processor, image)
+            grid = pixels["image_grid_thw"]
+            out = type(base).get_image_features(
+                base, pixels["pixel_values"].to(device()), grid.to(device()), return_dict=True)
+            deeper = getattr(out, "deepstack_features", ())
+            self.joined = any(torch.is_tensor(layer) for layer in deeper)  # transformers 5.17
+            deeper = deeper if self.joined else [layer[0] for layer in deeper]
+            self.kept[image] = grid, [f.cpu() for f in (out.pooler_output[0], *deeper)]
+            self.held += sum(f.nbytes for f in self.kept[image][1])
+        self.kept.move_to_end(image)
+        entry = self.kept[image]
+        while self.held > self.limit:
+            self.held -= sum(f.nbytes for f in self.kept.popitem(last=False)[1][1])
+        return entry
+
+
+# ---------------------------------------------------------------------------------------------
+# A rollout: the attention cache of a prompt once
+
+
+class PromptCache:
+    """The attention cache of n answers to each prompt: a prompt's part once, each answer's own.
+
+    R rows are alive, `prompt` (R,) says whose answers they are. A layer's prompt part is (P, h, L,
+    D), filled by the prefill; an answer's own, (R, h, T, D), has room for tokens to come, where the
+    library's cache copies all of it for every token.
+    """
+
+    def __init__(self, cache, attention, n):
+        self.prompts = [(layer.keys.mT.contiguous(), layer.values) for layer in cache.layers]
+        self.own = [[x.new_empty(len(x) * n, x.shape[1], 32, x.shape[3]) for x in (v, v)]
+                    for _, v in self.prompts]
+        self.length = 0  # own tokens, the one that is being computed included
+        self.bias = None  # of padding, (P, 1, 1, L)
+        if not attention.all():
+            bias = torch.zeros_like(attention, dtype=self.prompts[0][1].dtype)
+            self.bias = bias.masked_fill(attention == 0, -torch.inf)[:, None, None]
+        self.keep(torch.arange(len(attention), device=attention.device).repeat_interleave(n))
+
+    def keep(self, prompt):
+        """Lay the live rows out as a table (P, m), so that a prompt is multiplied once for all."""
+        P, rows = len(self.prompts[0][1]), torch.arange(len(prompt), device=prompt.device)
+        counts = prompt.bincount(minlength=P)
+        place = rows - (counts.cumsum(0) - counts)[prompt]
+        self.prompt, self.m = prompt, int(counts.max())
+        self.full = P * self.m == len(prompt)  # then the rows are the table
+        self.slot = prompt * self.m + place  # of each row in the table, laid end to end
+        self.table = prompt.new_zeros(P * self.m)
+        self.table[self.slot] = rows
+
+    def reorder_cache(self, rows):
+        """Forget all rows but these; named as in transformers' caches."""
+        self.own = [[x[rows] for x in pair] for pair in self.own]
+        self.keep(self.prompt[rows])
+
+    def by_prompt(self, x):
+        """(R, h, g, ...) as the table has it, (P, h, m * g, ...)."""
+        x = x if self.full else x[self.table]
+        return siblings_together(x, len(x) // self.m)
+
+    def by_row(self, x):
+        """And back."""
+        x = siblings_apart(x, self.m)
+        return x if self.full else x[self.slot]
+
+    def attend(self, module, query, key, value, scaling):
+        """One token a row: query (R, heads, 1, D) to (R, 1, heads, D)."""
+        own, T = self.own[module.layer_idx], self.length
+        for i, new in enumerate((key, value)):
+            if own[i].shape[2] < T:
+                own[i] = torch.cat([own[i], torch.empty_like(own[i])], 2)
+            own[i][:, :, T - 1] = new[:, :, 0]
+        keys, values = (x[:, :, :T] for x in own)
+        first_keys, first_values = self.prompts[module.layer_idx]
+        R, heads, _, D = query.shape
+        query = (query * scaling).reshape(R, keys.shape[1], -1, D)  # (R, h, g, D): g share a key
+        first = self.by_prompt(query) @ first_keys  # (P, h, m * g, L)
+        if self.bias is not None:
+            first = first + self.bias
+        # one softmax over both parts, (R, h, g, L + T)
+        scores = torch.cat([self.by_row(first), query @ keys.mT], 3)
+        first, rest = scores.softmax(3).split([first.shape[3], T], 3)
+        first = self.by_row(self.by_prompt(first) @ first_values)
+        return (first + rest @ values).reshape(R, 1, heads, D)  # strided where all ask one prompt
