@@ -408,9 +408,9 @@ def judge(samples):
 
 
 @pytest.mark.parametrize("act, sentence", [
-    ("{}['key']", r"reward 'judge' \({}, line 8\) failed: KeyError: 'key'\."),
+    ("{}['key']", r"reward 'judge' failed \({}, line 8\): KeyError: 'key'\."),
     ("time.sleep(90)", r"reward 'judge' took 3 s; see --reward_timeout\."),
-    ("return 'well'", r"reward 'judge' must return a list of 8 finite numbers .* it returned well\.")])
+    ("return 'well'", r"reward 'judge' must return a list of 8 finite numbers .* it returned 'well'\.")])
 def test_a_reward_that_fails(whole, tmp_path, act, sentence):
     """At the third step: it raises, it hangs, it returns nonsense."""
     path = tmp_path / "judge.py"
@@ -424,9 +424,10 @@ def test_a_reward_that_fails(whole, tmp_path, act, sentence):
     assert steps(out) == [1, 2]
 
 
-def test_a_reward_that_cannot_be_called_is_named(tmp_path):
-    (tmp_path / "judge.py").write_text("def judge():\n    return []\n")
-    rewards = reward.load_rewards(f"{tmp_path}/judge.py:judge:1")
+def test_a_reward_that_cannot_be_called_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "uncallable.py").write_text("def judge():\n    return []\n")
+    rewards = reward.load_rewards(f"{tmp_path}/uncallable.py:judge:1")
     with pytest.raises(utils.RunError, match=r"^reward 'judge' failed: TypeError: judge\(\) takes 0 "):
         reward.score([], rewards)
 
