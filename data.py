@@ -8,16 +8,12 @@ of pictures; tensors are made of a few samples at a time, by `collate` in policy
     python data.py toy_data/train.jsonl --model toy_model      # look at a data set before you train
 """
 
-import os
-import signal
+import utils  # first: from here on Ctrl-C is no traceback
 
-if __name__ == "__main__":  # Ctrl-C is no traceback, not even during the imports below
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
-import functools
 import io
 import json
 import math
+import os
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -25,7 +21,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-import utils
 from utils import UserError, first_line, print0
 
 # the one prompt template: training, evaluation and every engine use it
@@ -89,12 +84,13 @@ def read_rows(path):
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the path of a .jsonl or .parquet data set.")
     if path.suffix == ".parquet":
-        import pyarrow.parquet
-
         try:
+            import pyarrow.parquet
+
             rows = pyarrow.parquet.read_table(path).to_pylist()
-        except (ValueError, OSError, NotImplementedError) as error:
-            raise UserError(f"{path}: cannot be read as parquet ({first_line(error)}); replace it.")
+        except (ImportError, ValueError, OSError, NotImplementedError) as error:
+            raise UserError(f"{path}: cannot be read as parquet ({first_line(error)}); replace it, "
+                            "or run `pip install pyarrow`.")
         yield from ((f"{path}, row {n}", row) for n, row in enumerate(rows, 1))
         return
     for n, line in enumerate(path.read_bytes().splitlines(), 1):
@@ -118,17 +114,16 @@ def unlike_fields(pairs):
     return row
 
 
-def text_of(row, name, place):
+def text_of(row, name):
     """A field as text, "" where there is none; UserError where it is no text or number."""
     value = row.get(name)
     if value is None:
         return ""
     number = type(value) is int or type(value) is float and math.isfinite(value)
     if not number and not isinstance(value, str):
-        raise UserError(f'{place}: field "{name}" is missing, empty or no text; correct it.')
+        raise UserError(f'field "{name}" is missing, empty or no text; correct it.')
     if re.search("[\ud800-\udfff]", str(value)):
-        raise UserError(f'{place}: field "{name}" holds half a character ({value!a:.40}); correct '
-                        "it.")
+        raise UserError(f'field "{name}" holds half a character ({value!a:.40}); correct it.')
     return str(value)
 
 
@@ -136,7 +131,7 @@ def text_of(row, name, place):
 # Pictures: every one of a row is used, or the row is refused
 
 
-def row_images(row, path, place):
+def row_images(row, folder):
     """The pictures of a row, each as a path or bytes; UserError where fields disagree."""
 
     def source(part):  # a struct as `datasets` writes it: where it has bytes, its path is a name
@@ -145,48 +140,45 @@ def row_images(row, path, place):
         return part.get("path") if part.get("bytes") is None else part["bytes"]
 
     def nowhere(parts):
-        return all(isinstance(p, str) and not os.path.isfile(path.parent / p) for p in parts)
+        return all(isinstance(p, str) and not os.path.isfile(folder / p) for p in parts)
 
     given = {}
     for name in PICTURES:
         value = row.get(name)
         if name == "images" and isinstance(value, str):
-            raise UserError(f"{place}: images must be a list of paths; correct it.")
+            raise UserError("images must be a list of paths; correct it.")
         if any(True for _ in leaves(value)):
             given[name] = [source(part) for part in (value if type(value) is list else [value])]
-    kept = next((n for n in given if all(isinstance(p, bytes) for p in given[n])), None)
-    for name in [n for n in given if kept and nowhere(given[n])]:  # as MathVista has it
-        if len(given[name]) == len(given[kept]):
-            say_once(f"{path}: images are those of {kept}; {name} names files that are not there.")
-            del given[name]
+    held = next((ps for ps in given.values() if all(isinstance(p, bytes) for p in ps)), None)
+    if held:  # beside them, names of files that are not there are metadata, as in MathVista
+        given = {name: parts for name, parts in given.items()
+                 if not (nowhere(parts) and len(parts) == len(held))}
     first = next(iter(given.values()), [])
     if any(parts != first for parts in given.values()):
-        raise UserError(f"{place}: {' and '.join(given)} hold different images; keep one of them.")
+        raise UserError(f"{' and '.join(given)} hold different images; keep one of them.")
     return first
 
 
-def refuse_lost_images(row, read, images, path, place):
+def refuse_lost_images(row, read, images, folder):
     """UserError where a field that nobody reads holds a picture, a video or a sound.
 
-    The name of a file that is not there is said and passed over, as metadata, where the row has
-    its pictures and the field has no picture's name.
+    The name of a file that is not there is metadata where the row has its pictures and the field
+    has no picture's name.
     """
     known = [text for name in PICTURES for text in leaves(row.get(name)) if isinstance(text, str)]
     known = {*known, *map(os.path.basename, known)}
     for name, leaf in ((n, leaf) for n in row if n not in read for leaf in leaves(row[n])):
         text = leaf if isinstance(leaf, str) else ""
-        what = f'{place}: the field "{name}" holds'
+        what = f'the field "{name}" holds'
         if VIDEO.search(text) or re.fullmatch("(video|audio)s?", name, re.I) and leaf:
             raise UserError(f"{what} a video or sound ({leaf!a:.40}); only text and images are "
                             "read, remove the row.")
-        looks, file = PICTURE.search(text), path.parent / text
-        if leaf in known or not (isinstance(leaf, bytes) or looks or is_image(file)):
-            continue
-        picture = re.fullmatch(r"(image|img|picture|pic|photo|figure)s?_?\d*", name, re.I)
-        if not images or not looks or looks[1] or picture or os.path.isfile(file):
+        looks, file = PICTURE.search(text), folder / text
+        named = re.fullmatch(r"(image|img|picture|pic|photo|figure)s?_?\d*", name, re.I)
+        lost = looks and (not images or looks[1] or named or os.path.isfile(file))
+        if leaf not in known and (isinstance(leaf, bytes) or lost or is_image(file)):
             raise UserError(f"{what} a picture ({leaf!a:.40}) that would be lost; rename the field "
                             "to image or images, or remove it.")
-        say_once(f"{path}: {name} names images that are not there; it is taken for metadata.")
 
 
 def leaves(value):
@@ -200,11 +192,6 @@ def leaves(value):
             yield value
 
 
-@functools.cache
-def say_once(sentence):
-    print0(sentence)
-
-
 def is_image(file):
     """Whether there is a file that begins as a picture does."""
     if not os.path.isfile(file):
@@ -216,21 +203,21 @@ def is_image(file):
     return True
 
 
-def checked_image(image, folder, place):
+def checked_image(image, folder):
     """A row's image, checked: its absolute path in the folder, or its bytes; and the picture."""
     name = "image bytes"
     if not isinstance(image, bytes):
         if not isinstance(image, str) or re.search("[\0\ud800-\udfff]", image):
-            raise UserError(f"{place}: an image is given as {image!a:.60}; give its path as text.")
+            raise UserError(f"an image is given as {image!a:.60}; give its path as text.")
         name, image = f"image {image:.100}", os.path.realpath(folder / image)
         if not Path(image).is_relative_to(folder.resolve()):
-            raise UserError(f"{place}: {name} lies outside {folder}; move it inside.")
+            raise UserError(f"{name} lies outside {folder}; move it inside.")
         if not os.path.isfile(image):
-            raise UserError(f"{place}: {name} does not exist in {folder}; correct the path.")
+            raise UserError(f"{name} does not exist in {folder}; correct the path.")
     try:
         return image, open_image(image)
     except Exception as error:  # Pillow's plug-ins raise what they like
-        raise UserError(f"{place}: {name} cannot be read ({first_line(error)}); replace it.")
+        raise UserError(f"{name} cannot be read ({first_line(error)}); replace it.")
 
 
 def open_image(source):
@@ -298,7 +285,7 @@ def banned_ids(processor):
     return [getattr(processor, n) for n in names if getattr(processor, n, None) is not None]
 
 
-def refuse_marks(text, what, place, processor):
+def refuse_marks(text, what, processor):
     """UserError where a text holds what would be a mark of the chat or of an image to the model."""
     tokenizer = processor.tokenizer
     marks = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -306,10 +293,10 @@ def refuse_marks(text, what, place, processor):
     for i in tokenise(tokenizer, text):
         if i in marks:
             mark = tokenizer.convert_ids_to_tokens(i)
-            raise UserError(f"{place}: the {what} holds the model's mark {mark}; remove it.")
+            raise UserError(f"the {what} holds the model's mark {mark}; remove it.")
 
 
-def written_prompt(question, place, processor):
+def written_prompt(question, processor):
     """The prompt's text, complete: with what the tokenizer puts before a text, such as BOS."""
     tokenizer, refused = processor.tokenizer, ""
     try:
@@ -324,7 +311,7 @@ def written_prompt(question, place, processor):
     except Exception as error:  # a template raises what it likes
         refused = f"fails ({first_line(error)})"
     if refused:
-        raise UserError(f"{place}: the model's chat template {refused}; give a model whose "
+        raise UserError(f"the model's chat template {refused}; give a model whose "
                         "template takes a user's text and images.")
     bare = tokenise(tokenizer, "a")  # what is put around a text does not depend on it
     whole = tokenizer("a", **BARE | {"add_special_tokens": True})["input_ids"]
@@ -338,47 +325,52 @@ def written_prompt(question, place, processor):
 
 
 def make_sample(row, path, place, processor):
-    """Check one row and make a sample of it."""
+    """A row, checked, as a sample. `place` is what a UserError names, and an id for want of one."""
+    try:
+        return checked_sample(row, path.parent, place, processor)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+
+
+def checked_sample(row, folder, place, processor):
     asked = "problem" if row.get("question") is None and "problem" in row else "question"
     read = (asked, "answer", "solution", "id")
-    question, answer, solution, name = (text_of(row, field, place) for field in read)
+    question, answer, solution, name = (text_of(row, field) for field in read)
     for field_, text in ((asked, question), ("answer", answer)):
         if not text.strip():
-            raise UserError(f'{place}: field "{field_}" is missing, empty or no text; correct it.')
-    refuse_marks(question.replace(IMAGE_MARK, ""), "question", place, processor)
-    refuse_marks(solution, "solution", place, processor)
-    odd = [mark[0] for mark in re.finditer(r"<(image|video|audio)[ _-]?\d*>", question, re.I)
-           if mark[0] != IMAGE_MARK]
-    if odd:
-        raise UserError(f"{place}: the question holds {odd[0]}; images alone are read, each at a "
-                        f"mark {IMAGE_MARK}: write these, or remove the row.")
-    images = row_images(row, path, place)
-    refuse_lost_images(row, (*read, *PICTURES), images, path, place)
-    pictures = [checked_image(image, path.parent, place) for image in images]
-    images = [source for source, _ in pictures]
+            raise UserError(f'field "{field_}" is missing, empty or no text; correct it.')
+    refuse_marks(question.replace(IMAGE_MARK, ""), "question", processor)
+    refuse_marks(solution, "solution", processor)
+    for mark in re.findall(r"<(?:image|video|audio)[ _-]?\d*>", question, re.I):
+        if mark != IMAGE_MARK:
+            raise UserError(f"the question holds {mark}; images alone are read, each at a mark "
+                            f"{IMAGE_MARK}: write these, or remove the row.")
+    images = row_images(row, folder)
+    refuse_lost_images(row, (*read, *PICTURES), images, folder)
+    images = [checked_image(image, folder) for image in images]
     if IMAGE_MARK not in question:  # then they stand first
         question = IMAGE_MARK * len(images) + question
     marks = question.count(IMAGE_MARK)
     if marks != len(images):
-        raise UserError(f"{place}: {marks} {IMAGE_MARK} marks in the question for {len(images)} "
-                        "images; give one mark an image.")
-    prompt = written_prompt(question, place, processor)
+        raise UserError(f"{marks} {IMAGE_MARK} marks in the question for {len(images)} images; "
+                        "give one mark an image.")
+    prompt = written_prompt(question, processor)
     try:
-        inputs = processor(text=[prompt], images=[picture for _, picture in pictures] or None,
-                           **BARE)
+        pictures = [picture for _, picture in images] or None
+        inputs = processor(text=[prompt], images=pictures, **BARE)
     except Exception as error:  # such as for a picture 200 times as wide as high
-        raise UserError(f"{place}: the processor refuses the row ({first_line(error)}); change its "
-                        "images.")
+        raise UserError(f"the processor refuses the row ({first_line(error)}); change its images.")
     ids = list(inputs["input_ids"][0])
     if images and not {*ids} & {*banned_ids(processor)}:
-        raise UserError(f"{place}: the model's chat template loses the images; give a model whose "
-                        "template takes a user's text and images.")
+        raise UserError("the model's chat template loses the images; give a model whose template "
+                        "takes a user's text and images.")
     if "image_grid_thw" in inputs:  # one placeholder for every merge x merge block of patches
         merged = sum(int(grid.prod()) for grid in inputs["image_grid_thw"])
         merged //= processor.image_processor.merge_size**2
         held = ids.count(processor.image_token_id)
         assert held == merged, f"{place}: {held} image placeholders for {merged} merged patches"
-    return Sample(name or place, question, answer, solution, images, prompt, ids)
+    sources = [source for source, _ in images]
+    return Sample(name or place, question, answer, solution, sources, prompt, ids)
 
 
 def read_samples(path, processor):
@@ -442,9 +434,9 @@ def refuse_mixture(args):
 
 
 def quantiles(values):
-    """QUANTILES of a list of numbers, each a value of the list."""
+    """QUANTILES of some numbers, each one of them; {} of none."""
     values = sorted(values)
-    return {f"{100 * q:.0f}%": values[int(q * (len(values) - 1))] for q in QUANTILES}
+    return {f"{q:.0%}": values[int(q * (len(values) - 1))] for q in QUANTILES if values}
 
 
 def main(args):
@@ -456,30 +448,25 @@ def main(args):
         tokens = [len(s.prompt_ids) for s in samples]
         long = [s.id for s in samples if len(s.prompt_ids) > args.max_prompt_tokens]
         sizes = [open_image(image).size for s in samples for image in s.images]
-        found = {"rows": len(samples), "dropped": len(long), "images": len(sizes),
-                 "rows_without_image": sum(not s.images for s in samples),
-                 "rows_without_solution": sum(not s.solution for s in samples),
-                 "prompt_tokens": quantiles(tokens)}
-        if sizes:
-            found["image_width"] = quantiles([width for width, _ in sizes])
-            found["image_height"] = quantiles([height for _, height in sizes])
+        result[path] = found = {
+            "rows": len(samples), "images": len(sizes), "dropped": len(long),
+            "without image": sum(not s.images for s in samples),
+            "without solution": sum(not s.solution for s in samples),
+            "prompt tokens": quantiles(tokens),
+            "image width": quantiles(width for width, _ in sizes),
+            "image height": quantiles(height for _, height in sizes)}
         print0(path)
         for name, value in found.items():
-            shown = value
-            if isinstance(value, dict):
-                shown = "  ".join(f"{q} {v:,}" for q, v in value.items())
-            print0(f"    {name.replace('_', ' '):24}{shown}")
+            print0(f"    {name:18}" + re.sub("[{}']", "", str(value)))
         if long:
-            print0(f"    dropped, as they are longer than --max_prompt_tokens "
-                   f"{args.max_prompt_tokens}: {', '.join(long[:5])}{' ...' * (len(long) > 5)}")
-        first = samples[0]
-        text = processor.tokenizer.decode(first.prompt_ids)
+            print0(f"    dropped, since longer than --max_prompt_tokens {args.max_prompt_tokens}: "
+                   f"{', '.join(long[:5])}{' ...' * (len(long) > 5)}")
+        text = processor.tokenizer.decode(samples[0].prompt_ids)
         for mark in map(processor.tokenizer.convert_ids_to_tokens, banned_ids(processor)):
-            text = re.sub(rf"({re.escape(mark)}){{2,}}",
-                          lambda run, mark=mark: f"{mark} x {len(run[0]) // len(mark)}", text)
-        print0(f"The prompt {first.id} as the model reads it, {tokens[0]} tokens; the answer is "
-               f"{first.answer!r}:\n{text}")
-        result[str(path)] = found
+            many = rf"(?:{re.escape(mark)}){{2,}}"
+            text = re.sub(many, lambda run: f"{mark} x {run[0].count(mark)}", text)
+        print0(f"The prompt {samples[0].id} as the model reads it, {tokens[0]} tokens; the answer "
+               f"is {samples[0].answer!r}:\n{text}")
     return result
 
 

@@ -9,26 +9,21 @@ before step 1, and train_grpo.py the whole of it where vLLM is the sampler.
     python doctor.py --model Qwen/Qwen2.5-VL-3B-Instruct --data data.jsonl --engine vllm
 """
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C is no traceback, not even during the imports below
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+import utils  # first: from here on Ctrl-C is no traceback
 
 import math
+import os
 import traceback
 from dataclasses import dataclass
-from itertools import groupby, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-import utils
 from data import IMAGE_MARK, banned_ids, load_samples, make_sample, refuse_mixture
 from policy import (
-    Policy, collate, compute_dtype, image_inputs, language_weights, load_model, load_processor,
-    shard)
+    Policy, collate, compute_dtype, language_weights, load_model, load_processor, shard)
 from rollout import make_engine, share
 from utils import RunError, UserError, first_line, print0
 
@@ -65,7 +60,7 @@ def rehearse(engine, samples, args, policy=None):
     and no traceback in the first batch; so is a sampler that speaks of another policy. UserError.
     COLLECTIVE.
     """
-    asked, done, problem = unlike(samples), [], None
+    asked, done, problems = unlike(samples), [], []
     names = ", ".join(s.id for s in asked)
     try:
         doing = "answering"
@@ -77,14 +72,14 @@ def rehearse(engine, samples, args, policy=None):
             gap = mean_gap(rows_of(table, done), [s.sampler_logprobs for s in done])
             # far above what rounding does, far below what other positions or images do
             if not gap <= (0.01 if compute_dtype(args.dtype) == torch.float32 else 0.5):
-                problem = f"sampler and trainer are {gap:.2g} nats apart on the prompts {names}"
+                problems = [f"sampler and trainer are {gap:.2g} nats apart on the prompts {names}"]
     except Exception as error:  # whatever a family's own code can raise
         last = traceback.extract_tb(error.__traceback__)[-1]
-        problem = (f"{doing} the prompts {names} fails ({type(error).__name__}: "
-                   f"{first_line(error)}; {Path(last.filename).name}, line {last.lineno})")
-    if problems := [p for p in utils.gather([problem]) if p]:
-        raise UserError(f"--model {args.model}: {problems[0]}; give another model or other rows, "
-                        "or see the README's families.")
+        problems = [f"{doing} the prompts {names} fails ({type(error).__name__}: "
+                    f"{first_line(error)}; {Path(last.filename).name}, line {last.lineno})"]
+    for problem in utils.gather(problems):
+        raise UserError(f"--model {args.model}: {problem}; give another model or other rows, or "
+                        "see the README's families.")
     return done
 
 
@@ -107,14 +102,12 @@ def probes(samples, processor, max_prompt_tokens):
     """A few prompts of each kind: with an image, without one, with two. Made up where missing."""
     pictured = [s for s in samples if s.images][:4]
     plain = [s for s in samples if not s.images][:2]
-    rows = []
-    for s in pictured[: 2 - len(plain)]:
-        text = s.question.replace(IMAGE_MARK, "").strip() or "What is 2 + 3?"
-        rows.append({"id": f"{s.id} without its image", "question": text, "images": []})
+    rows = [{"id": f"{s.id} without its image", "images": [],
+             "question": s.question.replace(IMAGE_MARK, "").strip() or "What is 2 + 3?"}
+            for s in pictured[: 2 - len(plain)]]
     if len(pictured) > 1:
-        two = [pictured[0].images[0], pictured[1].images[0]]
-        text = f"{IMAGE_MARK} or {IMAGE_MARK}: which is larger?"
-        rows.append({"id": "two images", "question": text, "images": two})
+        rows.append({"id": "two images", "images": [s.images[0] for s in pictured[:2]],
+                     "question": f"{IMAGE_MARK} or {IMAGE_MARK}: which is larger?"})
     for row in rows:
         paths = [image for image in row["images"] if isinstance(image, str)]
         folder = Path(os.path.commonpath(paths)) if paths else Path()
@@ -133,13 +126,13 @@ def together(act, *values):
 
     COLLECTIVE.
     """
-    given, problem = None, None
+    given, problems = None, []
     try:
         given = act(*values)
     except RunError as error:
-        problem = str(error)
-    if problems := [p for p in utils.gather([problem]) if p]:
-        raise RunError(problems[0])
+        problems = [str(error)]
+    for problem in utils.gather(problems):
+        raise RunError(problem)
     return given
 
 
@@ -172,8 +165,7 @@ def doctor(engine, policy, samples, processor, args):
         return [("weights and prompts", False, str(error))]
     rows = [
         ("every weight taken over", True, f"{len([*policy.model.parameters()])} tensors"),
-        ("prompts read alike", True, f"{len(asked)}, token by token"),
-        check_grids(asked, processor)]
+        ("prompts read alike", True, f"{len(asked)}, token by token")]
     try:
         rows.extend(check_logprobs(answer, greedy, policy, asked, processor, tolerance))
         rows.extend(check_sync(answer, greedy, engine, policy, asked, processor, tolerance))
@@ -181,18 +173,6 @@ def doctor(engine, policy, samples, processor, args):
         rows.append(("answers", False, str(error)))
     bad = sum(t in banned for t in tokens)
     return [*rows, ("no placeholder sampled", bad == 0, f"{bad} in {len(tokens)} tokens")]
-
-
-def check_grids(asked, processor):
-    """As many placeholders for each image as the trainer's image processor makes merged patches."""
-    merge = getattr(processor.image_processor, "merge_size", 0) ** 2
-    if not merge:
-        return "image grids", True, "this family has none"
-    grids = [int(image_inputs(processor.image_processor, image)["image_grid_thw"].prod()) // merge
-             for s in asked for image in s.images]
-    runs = [len([*run]) for s in asked for is_image, run in
-            groupby(s.prompt_ids, lambda t: t == processor.image_token_id) if is_image]
-    return "image grids", grids == runs, f"{len(grids)} images"
 
 
 def check_logprobs(answer, greedy, policy, asked, processor, tolerance):
@@ -203,9 +183,8 @@ def check_logprobs(answer, greedy, policy, asked, processor, tolerance):
     enough = (0.99 if tolerance < 0.01 else 0.9) * len(best)
     yield "greedy tokens agree", sum(best) >= enough, f"{sum(best)} of {len(best)}"
     drawn = answer(asked, 0.7, n=4)  # at 1, a sampler that is deaf to temperature would pass
-    for kind, chosen in (("text", [s for s in drawn if not s.images]),
-                         ("images", [s for s in drawn if s.images])):
-        if chosen:
+    for kind in ("text", "images"):
+        if chosen := [s for s in drawn if bool(s.images) == (kind == "images")]:
             gap = mean_gap(trainer_logprobs(policy, chosen, processor, 0.7),
                            [s.sampler_logprobs for s in chosen])
             detail = f"mean difference {gap:.1e} nats in {len(chosen)} answers"

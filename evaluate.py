@@ -9,11 +9,7 @@ to bring. Every headline number has a 95 % interval. The trainers call `evaluate
     torchrun --standalone --nproc_per_node 8 evaluate.py --model CHECKPOINT --data data.jsonl
 """
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C is no traceback, not even during the imports below
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+import utils  # first: from here on Ctrl-C is no traceback
 
 import math
 import random
@@ -24,7 +20,6 @@ from typing import Literal
 
 from PIL import Image
 
-import utils
 from utils import RunError, UserError, print0, rank, world_size
 
 # name: (completions a prompt, temperature, top_p), from section 4 of arXiv 2504.02587
@@ -83,37 +78,33 @@ def perturbed(samples, how, seed):
         shown = others(s.images, circle, place) if how == "swap" else s.images
         images = []
         for i, (image, other) in enumerate(zip(s.images, shown, strict=True)):
-            size = open_image(image).size
-            # by id, not by turn: one sample's noise depends on nobody else
-            rng = random.Random(f"{seed} {s.id} {i}")
-            images.append(as_png(damaged_image(open_image(other), size, how, rng)))
+            width, height = open_image(image).size
+            if how == "blank":
+                picture = Image.new("RGB", (width, height), "white")
+            elif how == "noise":  # by id, not by turn: it depends on no other sample
+                pixels = random.Random(f"{seed} {s.id} {i}").randbytes(3 * width * height)
+                picture = Image.frombytes("RGB", (width, height), pixels)
+            else:
+                picture = open_image(other)
+                if how == "rotate":  # anticlockwise
+                    picture = picture.transpose(Image.Transpose.ROTATE_90)
+                picture = picture.resize((width, height))
+            images.append(as_png(picture))
         damaged.append(replace(s, images=images))
     return damaged
 
 
-def damaged_image(image, size, how, rng):
-    """One image as `perturbed` wants it, of the given (width, height) in pixels."""
-    if how == "blank":
-        return Image.new("RGB", size, "white")
-    if how == "noise":
-        return Image.frombytes("RGB", size, rng.randbytes(3 * size[0] * size[1]))
-    if how == "rotate":  # anticlockwise
-        image = image.transpose(Image.Transpose.ROTATE_90)
-    return image.resize(size)
-
-
 def others(images, circle, place):
-    """For each of a sample's images the next one on the circle of all, not the sample's own.
+    """For each of a sample's images the next one on the circle of all, at its `place` there.
 
-    A sample shows none twice either. Where there are too few for that, at least each image is
-    another one; the only image that there is stays. `place` is that of each image on the circle.
+    It is none of the sample's own, and none comes twice. Where there are too few for that, each is
+    at least another image; the only one that there is stays.
     """
     shown = []
     for image in images:
         steps = range(1, min(len(circle), 2 * len(images)))  # passes its own and those shown
         near = [circle[(place[image] + step) % len(circle)] for step in steps]
-        best = min(near, key=lambda other: (other in images, other in shown), default=image)
-        shown.append(best)
+        shown.append(min(near, key=lambda other: (other in images, other in shown), default=image))
     return shown
 
 
@@ -156,31 +147,26 @@ def is_right(rewards):
 
 
 def reflection_metrics(texts, is_correct, substring=False):
-    """Count reflection words and relate them to being right (paper, section 4 and Table 2).
+    """The paper's five ratios (section 4, Table 2), and `words`: how often each word occurs.
 
     `texts` are the responses, `is_correct` a truth value for each, or None: neither right nor
-    wrong, and in no ratio that asks for it. A word counts between word boundaries; `substring=True`
-    is the paper's own rule, which finds "wait" in "await". Returns the five ratios, None where
-    nothing is to be divided by, and `words`: occurrences of each word.
+    wrong, and in no ratio that asks for it. A ratio is None where there is nothing to divide by. A
+    word counts between word boundaries; with `substring`, the paper's own rule, also within one.
     """
     return reflection_ratios([count_reflections(text, substring) for text in texts], is_correct)
 
 
 def reflection_ratios(found, is_correct):
     """The same from what `count_reflections` found in each response."""
-    known = [(bool(c), bool(r)) for r, c in zip(found, is_correct, strict=True) if c is not None]
-    n, right = len(known), sum(c for c, _ in known)
-    reflecting, both = sum(r for _, r in known), known.count((True, True))
-
-    def ratio(part, whole):
-        return part / whole if whole else None
-
-    return {
-        "reflection_ratio": ratio(sum(map(bool, found)), len(found)),
-        "reflection_ratio_in_correct_answers": ratio(both, right),
-        "reflection_ratio_in_incorrect_answers": ratio(reflecting - both, n - right),
-        "correct_ratio_in_reflection_texts": ratio(both, reflecting),
-        "correct_ratio_in_no_reflection_texts": ratio(right - both, n - reflecting),
+    known = [(bool(r), bool(c)) for r, c in zip(found, is_correct, strict=True) if c is not None]
+    shares = {
+        "reflection_ratio": [bool(r) for r in found],
+        "reflection_ratio_in_correct_answers": [r for r, c in known if c],
+        "reflection_ratio_in_incorrect_answers": [r for r, c in known if not c],
+        "correct_ratio_in_reflection_texts": [c for r, c in known if r],
+        "correct_ratio_in_no_reflection_texts": [c for r, c in known if not r],
+    }
+    return {name: sum(of) / len(of) if of else None for name, of in shares.items()} | {
         "words": {w: sum(counts.get(w, 0) for counts in found) for w in REFLECTION_WORDS},
     }
 
@@ -188,17 +174,14 @@ def reflection_ratios(found, is_correct):
 def summarize(samples, n):
     """Metrics of completions that come prompt by prompt, n each, with `rewards["accuracy"]` set.
 
-    `accuracy` is the mean over all completions, `pass@n` the share of prompts solved at least once.
     Intervals count prompts, not completions: the n answers to one prompt are not independent. A
     prompt with an answer that could not be scored (an accuracy of None) is neither solved nor
-    missed: all of these leave it out, and so does their `n`; the others are of all completions.
-    RunError where no prompt is left.
+    missed: accuracy, pass@n, their intervals and `n` leave it out. RunError where none is left.
     """
     right = [is_right(s.rewards) for s in samples]
     groups = [right[i : i + n] for i in range(0, len(right), n)]
     counts = [sum(group) for group in groups if None not in group]
-    prompts = len(counts)
-    if not prompts:
+    if not (prompts := len(counts)):
         raise RunError(f"none of {len(groups)} prompts can be scored; see their answers.")
     accuracy = sum(counts) / (prompts * n)
     passed = sum(pass_at_k(n, c, n) for c in counts) / prompts
@@ -254,22 +237,21 @@ def before_and_after(out):
     table = {}
     for row in utils.read_jsonl(out / "eval.jsonl"):
         entry = table.setdefault(f"{row['split']}_{row['setting']}", {})
-        interval = [round(bound, 4) for bound in row["accuracy_interval"]]
-        point = {"accuracy": round(row["accuracy"], 4), "interval_95": interval}
-        entry["after" if entry else "before"] = point
+        entry["after" if entry else "before"] = {
+            "accuracy": round(row["accuracy"], 4),
+            "interval_95": [round(bound, 4) for bound in row["accuracy_interval"]]}
     return table
 
 
 def chosen_settings(names):
     """Check a comma-separated list of settings, before anything slow happens."""
     wanted = [name.strip() for name in names.split(",") if name.strip()]
-    known = ", ".join(SETTINGS)
+    known = f"choose from {', '.join(SETTINGS)}."
     for name in wanted:
         if name not in SETTINGS:
-            raise UserError(f"no decoding setting is called {name!r}; choose from {known}.")
+            raise UserError(f"no decoding setting is called {name!r}; {known}")
     if not wanted or len(set(wanted)) < len(wanted):
-        raise UserError(f"the decoding settings {names!r} must be one or more, each once; choose "
-                        f"from {known}.")
+        raise UserError(f"the decoding settings {names!r} must be one or more, each once; {known}")
     return wanted
 
 
@@ -294,8 +276,7 @@ def main(args):
     utils.begin_run(out, args)
     utils.cut_logs(out, 0)  # an evaluation that was stopped starts anew
 
-    damage = {"perturb": args.perturb}
-    result = {"model": args.model, "data": args.data, **damage, "out": str(out)}
+    result = {"model": args.model, "data": args.data, "perturb": args.perturb, "out": str(out)}
     for setting in settings:
         metrics, done = evaluate(engine, samples, setting, args.max_new_tokens, args.seed)
         n = SETTINGS[setting][0]
@@ -306,8 +287,8 @@ def main(args):
         headline = (f"pass@{n}", f"pass@{n}_interval", "accuracy", "length", "truncated", "n")
         result[setting] = {name: metrics[name] for name in headline}
         if rank() == 0:
-            row = {"generation_step": 0, "epoch": 0, "split": args.data, **damage, **metrics}
-            utils.append_jsonl(out / "eval.jsonl", row)
+            row = {"generation_step": 0, "epoch": 0, "split": args.data, "perturb": args.perturb}
+            utils.append_jsonl(out / "eval.jsonl", row | metrics)
             utils.write_jsonl(out / "samples" / f"{setting}.jsonl", [s.record() for s in done])
     if rank() == 0:
         utils.write_json(out / "result.json", result)

@@ -47,25 +47,23 @@ def load_pretrained(loader, path, **kwargs):
     try:
         return loader.from_pretrained(path, **kwargs)
     except Exception as error:  # whatever a file of somebody else's makes of transformers
-        reason = first_line(error)
-        if not isinstance(error, (OSError, ValueError)):
-            reason = f"{type(error).__name__}: {reason}"
-        raise UserError(f"--model {path}: cannot be loaded ({reason}); give a folder or hub id of "
-                        "an instruction-tuned vision-language model with its processor files.")
+        raise UserError(f"--model {path}: cannot be loaded ({type(error).__name__}: "
+                        f"{first_line(error)}); give a folder or hub id of an instruction-tuned "
+                        "vision-language model with its processor files.")
 
 
 def check_files(folder):
     """UserError with the name of a checkpoint's file that is torn, empty, or no JSON object."""
     from safetensors import SafetensorError, safe_open
 
+    json_files = r".*(config|tokenizer|template|index|map|tokens|vocab)\.json"
     for path in sorted(folder.glob("*")):
         try:
             if re.fullmatch(r"model.*\.safetensors", path.name):
                 safe_open(path, "pt")  # compares the length with what the header says
-            elif re.search(r"(config|tokenizer|template|index|map|tokens|vocab)\.json$", path.name):
-                if not isinstance(json.loads(path.read_text("utf-8")), dict):
-                    raise ValueError("no JSON object")
-        except (OSError, ValueError, RecursionError, SafetensorError) as error:
+            elif re.fullmatch(json_files, path.name):
+                json.loads(path.read_text("utf-8")).keys()
+        except (OSError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
             raise UserError(f"--model {folder}: its file {path.name} is torn or not what its name "
                             f"says ({error}); copy or download it again.")
 
@@ -102,12 +100,11 @@ def load_model(path, dtype=torch.float32):
         AutoModelForImageTextToText, path, dtype=dtype, attn_implementation="sdpa",
         output_loading_info=True, ignore_mismatched_sizes=True)
     model = model.to(device())
+    weights = [*model.named_parameters()]
     wrong = {"missing": info["missing_keys"], "without a place": info["unexpected_keys"],
              "of another shape": [name for name, *_ in info["mismatched_keys"]],
-             "quantised": [name for name, weight in model.named_parameters()
-                           if weight.dtype not in (dtype, torch.float32)],
-             "not finite": [name for name, weight in model.named_parameters()
-                            if not weight.sum(dtype=torch.float32).isfinite()]}
+             "quantised": [n for n, w in weights if w.dtype not in (dtype, torch.float32)],
+             "not finite": [n for n, w in weights if not w.sum(dtype=torch.float32).isfinite()]}
     said = [f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{' ...' * (len(names) > 3)})"
             for what, names in wrong.items() if names]
     if said:
@@ -250,8 +247,7 @@ class Policy(torch.nn.Module):
 
     def micro_batches(self, samples, budget):
         """Samples split by tokens; empty lists last: ranks have equally many. COLLECTIVE."""
-        split = self.sharing.split if self.sharing else split_rows
-        parts = split(samples, budget)
+        parts = (self.sharing.split if self.sharing else split_rows)(samples, budget)
         return parts + [[]] * (max(1, *utils.gather([len(parts)])) - len(parts))
 
     def forward(self, batch, temperature):

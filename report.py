@@ -9,28 +9,24 @@ at once, since both were drawn; a difference between arms is taken on the same d
     python report.py runs --out runs/report        # every run that lies below a folder
 """
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C is no traceback, not even during the imports below
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+import utils  # first: from here on Ctrl-C is no traceback
 
 import base64
 import functools
-import html
 import io
 import json
 import math
 import textwrap
 from collections import defaultdict
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-import utils
 from data import as_png, open_image
+from evaluate import REFLECTION_WORDS, SETTINGS, count_reflections, is_right, reflection_ratios
 from utils import UserError, print0
 
 ROUNDS = 2000  # of the bootstrap
@@ -39,9 +35,7 @@ TRAINERS = ("train_grpo", "train_sft")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
 DASHES = ("-", "--", "-.", ":")
 MARKS = "os^Dv<>P"
-RATIOS = ("reflection_ratio", "reflection_ratio_in_correct_answers",
-          "reflection_ratio_in_incorrect_answers", "correct_ratio_in_reflection_texts",
-          "correct_ratio_in_no_reflection_texts")
+RATIOS = [name for name in reflection_ratios([], []) if name != "words"]  # the paper's five
 
 
 @dataclass
@@ -58,13 +52,13 @@ class Run:
 
     path: Path
     args: dict
-    metrics: list  # rows of metrics.jsonl
     evals: list  # rows of eval.jsonl
+    metrics: list  # rows of metrics.jsonl
+    samples: list  # files of completions, by step
+    reflection: dict  # by step: what reflection_metrics says
+    answers: np.ndarray  # (completions, 5): step, length, reflects, right or NaN, opening
+    aha: list  # records that reflect and are right, best first
     missing: list
-    reflection: dict = field(default_factory=dict)  # by step: what reflection_metrics says
-    answers: np.ndarray | None = None  # (completions, 5): step, length, reflects, right, opening;
-    # right is NaN where nobody said so
-    aha: list = field(default_factory=list)  # records that reflect and are right, best first
 
 
 # ---------------------------------------------------------------------------------------------
@@ -72,10 +66,9 @@ class Run:
 
 
 NEEDED = {  # what a row of each file must have
-    "eval": ("epoch", "split", "setting", "n", "accuracy", "seconds"),
-    "metrics": ("generation_step", "epoch", "length"),
-    "step": ("id", "question", "answer", "completion_text", "finish_reason", "rewards", "advantage",
-             "length"),
+    "eval": "epoch split setting n accuracy seconds",
+    "metrics": "generation_step epoch length",
+    "step": "id question answer completion_text finish_reason rewards advantage length",
 }
 
 
@@ -84,14 +77,14 @@ def read_lines(path, missing):
     if not path.exists():
         missing.append(f"{path.name} is not there")
         return []
-    rows, needed = [], NEEDED[path.stem.split("_")[0]]
+    rows, needed = [], set(NEEDED[path.stem.split("_")[0]].split())
     # a line that a crash cut may end inside a character
     for n, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         try:
             row = json.loads(line)
         except ValueError:
             row = None
-        if isinstance(row, dict) and all(name in row for name in needed):
+        if isinstance(row, dict) and needed <= row.keys():
             rows.append(row)
         else:
             missing.append(f"{path.name}, line {n} is no whole row and was passed over")
@@ -102,67 +95,49 @@ def find_runs(paths):
     """The run folders among and below `paths`, each once, in the order given."""
     found = {}
     for path in map(Path, paths):
-        if not path.is_dir():
-            raise UserError(f"{path}: no such folder; give run folders, or folders that hold them.")
-        below = [p.parent for p in sorted(path.rglob("args.json"))]
+        below = sorted(path.rglob("args.json"))
         if not below:
-            raise UserError(f"{path}: no args.json in it or below, so it holds no run.")
-        found |= {folder.resolve(): folder for folder in below}
+            raise UserError(f"{path}: no such folder, or one that holds no run, since no args.json "
+                            "lies in it or below; give run folders, or folders that hold them.")
+        found |= {file.parent.resolve(): file.parent for file in below}
     return list(found.values())
 
 
 def read_run(path, substring):
     """Read one run folder. A run without an args.json that can be read is a UserError."""
-    missing = []
     try:
         args = json.loads((path / "args.json").read_text())
     except ValueError as error:
         raise UserError(f"{path / 'args.json'}: not JSON ({error}); leave this run out.")
-    run = Run(path, args, [], read_lines(path / "eval.jsonl", missing), missing)
-    if args.get("script") in TRAINERS:
-        run.metrics = read_lines(path / "metrics.jsonl", missing)
-    if args.get("script") == "train_grpo":
-        read_samples(run, substring)
-    if not (path / "result.json").exists():
-        last = run.metrics[-1].get("generation_step") if run.metrics else 0
-        missing.append(f"it has not ended; its last logged step is {last}")
-    return run
-
-
-def read_samples(run, substring):
-    """Fill in what is known from the completions: reflection by step, lengths, examples."""
-    from evaluate import count_reflections, is_right, reflection_ratios
-
-    openings, rows = {}, []
-    files = sorted((run.path / "samples").glob("step_*.jsonl"))
-    for path in files:
-        step = int(path.stem.removeprefix("step_"))
-        records = read_lines(path, run.missing)
+    script, missing = args.get("script"), []
+    evals = read_lines(path / "eval.jsonl", missing)
+    metrics = read_lines(path / "metrics.jsonl", missing) if script in TRAINERS else []
+    samples = sorted((path / "samples").glob("step_*.jsonl")) if script == "train_grpo" else []
+    reflection, answers, aha, openings = {}, [], [], {}
+    for file in samples:
+        step, records = int(file.stem.removeprefix("step_")), read_lines(file, missing)
         right = [is_right(r["rewards"]) for r in records]
         found = [count_reflections(r["completion_text"], substring) for r in records]
-        run.reflection[step] = reflection_ratios(found, right)
+        reflection[step] = reflection_ratios(found, right)
         for r, good, words in zip(records, right, found):
             # how an answer begins tells its habit; within one habit length means something else
             opening = " ".join(r["completion_text"].split(maxsplit=3)[:3])
             number = openings.setdefault(opening, len(openings))
-            rows.append((step, r["length"], bool(words), good, number))
-        run.aha += [r | {"step": step} for r, good, words in zip(records, right, found)
-                    if good and words]
+            answers.append((step, r["length"], bool(words), good, number))
+            aha += [r | {"step": step}] if good and words else []
         # right where its siblings failed: the advantage says so
-        run.aha = sorted(run.aha, key=lambda r: (-r["advantage"], r["step"], r["id"]))[:3]
-    if rows:
-        run.answers = np.array(rows, dtype=float)
-        return
-    run.missing.append("samples/ holds no completions: no correlation within steps, no examples")
-    if substring:
-        run.missing.append("--substring needs the completions: its ratios are left out")
-        return
-    run.reflection = {m["generation_step"]: m for m in run.metrics if "reflection_ratio" in m}
-
-
-def is_sft(label):
-    """Whether an arm is supervised: its answers are given, and others are held against it."""
-    return label.startswith("SFT")
+        aha = sorted(aha, key=lambda r: (-r["advantage"], r["step"], r["id"]))[:3]
+    if script == "train_grpo" and not answers:
+        missing.append("samples/ holds no completions: no correlation within steps, no examples")
+        reflection = {m["generation_step"]: m for m in metrics if "reflection_ratio" in m}
+        if substring:
+            missing.append("--substring needs the completions: its ratios are left out")
+            reflection = {}
+    if not (path / "result.json").exists():
+        last = metrics[-1]["generation_step"] if metrics else 0
+        missing.append(f"it has not ended; its last logged step is {last}")
+    answers = np.array(answers, dtype=float).reshape(-1, 5)
+    return Run(path, args, evals, metrics, samples, reflection, answers, aha, missing)
 
 
 def in_arms(runs):
@@ -178,17 +153,17 @@ def in_arms(runs):
     arms = {}
     for kind, variants in kinds.items():
         settings = [json.loads(text) for text in variants]
-        unlike = {}  # flags in which the variants differ, with the value that goes without saying
-        for name in sorted({name for s in settings for name in s}):
-            values = [s.get(name) for s in settings]
-            usual = max(values, key=values.count)
-            if values.count(usual) < len(values):
-                unlike[name] = usual if values.count(usual) > 1 else None
-        for flags, members in zip(settings, variants.values()):
-            words = [f"--{name} {flags.get(name)}" for name, usual in unlike.items()
-                     if flags.get(name) != usual]
+        names = sorted({name for s in settings for name in s})
+        for mine, members in zip(settings, variants.values()):
+            words = [kind]
+            for name in names:
+                values = [s.get(name) for s in settings]
+                usual = max(values, key=values.count)  # goes without saying, unless all differ
+                alone = values.count(usual) == 1 < len(values)
+                if mine.get(name) != (None if alone else usual):
+                    words.append(f"--{name} {mine.get(name)}")
             members.sort(key=lambda run: (run.args.get("seed", 0), str(run.path)))
-            arms[" ".join([kind, *words])] = members
+            arms[" ".join(words)] = members
     return arms
 
 
@@ -220,14 +195,13 @@ def scores(run, split, setting):
     """
     rows = {r["epoch"]: r for r in run.evals if (r["split"], r["setting"]) == (split, setting)}
     epochs = sorted(rows)
-    values = np.array([rows[e][pass_name(rows[e])] for e in epochs])
-    redrawn = []
-    for e, value in zip(epochs, values):
-        right = rows[e].get("right")  # how many of a prompt's n answers; runs of old have none
-        # with n answers a prompt, pass@n asks for one right among them
-        solved = np.array(right) > 0 if right else np.full(1, value)
-        redrawn.append(draws(len(solved), 0) @ solved)
-    return epochs, values, np.array(redrawn).reshape(len(epochs), ROUNDS)
+    values = np.array([rows[e][pass_name(rows[e])] for e in epochs], dtype=float)
+    redrawn = np.repeat(values[:, None], ROUNDS, axis=1)
+    for i, e in enumerate(epochs):
+        if right := rows[e].get("right"):  # how many of a prompt's n answers; runs of old have none
+            # with n answers a prompt, pass@n asks for one right among them
+            redrawn[i] = draws(len(right), 0) @ (np.array(right) > 0)
+    return epochs, values, redrawn
 
 
 STATISTICS = {  # of an array (epochs, ...), epoch 0 first
@@ -240,62 +214,53 @@ STATISTICS = {  # of an array (epochs, ...), epoch 0 first
 
 
 def statistic(runs, split, setting, name):
-    """One of STATISTICS, averaged over runs: `(value, replicates (ROUNDS,))`, or None without runs.
-
-    Runs are drawn anew in each round too. A run that was not evaluated before training and after
-    at least one epoch does not count.
-    """
-    values, redrawn = [], []
+    """One of STATISTICS, averaged over runs: `(value, replicates (ROUNDS,))`, or None of no run."""
+    found = []
     for run in runs:
-        epochs, points, rounds = scores(run, split, setting)
-        if len(epochs) > 1 and epochs[0] == 0:
-            values.append(STATISTICS[name](points))
-            redrawn.append(STATISTICS[name](rounds))
-    if not values:
+        epochs, *arrays = scores(run, split, setting)
+        if len(epochs) > 1 and epochs[0] == 0:  # evaluated before training, and later
+            found.append([STATISTICS[name](array) for array in arrays])
+    if not found:
         return None
-    drawn = draws(len(values), 1, *map(ord, runs[0].path.name))  # other arms draw other seeds
+    values, redrawn = zip(*found)
+    drawn = draws(len(found), 1, *map(ord, runs[0].path.name))  # other arms draw other seeds
     return float(np.mean(values)), (drawn * np.array(redrawn).T).sum(1)
 
 
 def correlation(x, y, group, run, step):
     """Pearson's r of x and y within groups: `(r, [low, high], how many vary in both)`, or None.
 
-    All are (n,). The mean of each group is taken off, so that what differs between groups does not
-    count; the interval redraws runs, and steps within runs, since answers of a step are not
-    independent. A group in which one of them does not vary says nothing; None where all are such.
+    All are (n,), `group` also (n, k). The mean of each group is taken off: what differs between
+    groups does not count, and one in which x or y does not vary says nothing; None of such alone.
+    The interval redraws runs, and steps within runs, since answers of a step are not independent.
     """
     _, group = np.unique(group, axis=0, return_inverse=True)
     size = np.bincount(group)
-    x = x - (np.bincount(group, x) / size)[group]
-    y = y - (np.bincount(group, y) / size)[group]
+    x, y = (v - (np.bincount(group, v) / size)[group] for v in (x, y))
     x[np.abs(x) < 1e-9] = 0.0  # a group all alike is exactly 0, as the mean of it may not be
     y[np.abs(y) < 1e-9] = 0.0
     if not (x.any() and y.any()):
         return None
     varied = np.bincount(group, abs(x)) * np.bincount(group, abs(y)) > 0  # by group
-    totals, redrawn = np.zeros(3), []
+    redrawn = []
     for number in np.unique(run):
         mine = run == number
         _, block = np.unique(step[mine], return_inverse=True)
-        a, b = x[mine], y[mine]
-        sums = np.stack([np.bincount(block, w) for w in (a * b, a * a, b * b)], 1)  # (steps, 3)
-        totals += sums.sum(0)
-        redrawn.append(draws(len(sums), 2, int(number)) @ sums * len(sums))  # (ROUNDS, 3)
+        sums = [np.bincount(block, product[mine]) for product in (x * y, x * x, y * y)]
+        # (ROUNDS, 3): the sums of as many steps as there are, each round's own
+        redrawn.append(draws(len(sums[0]), 2, int(number)) @ np.stack(sums, 1) * len(sums[0]))
     # r of pooled sums, not a mean of the runs' r: a run in which little varies says little
-    weights = draws(len(redrawn), 3)
-    redrawn = np.einsum("br,rbs->bs", weights, np.array(redrawn))
+    pooled = np.einsum("br,rbs->sb", draws(len(redrawn), 3), np.array(redrawn))
     with np.errstate(invalid="ignore"):  # a draw in which nothing varies has no correlation
-        rounds = redrawn[:, 0] / np.sqrt(redrawn[:, 1] * redrawn[:, 2])
-    r = float(totals[0] / math.sqrt(totals[1] * totals[2]))
+        rounds = pooled[0] / np.sqrt(pooled[1] * pooled[2])
+    r = float(x @ y / math.sqrt((x @ x) * (y @ y)))
     return r, interval(rounds[~np.isnan(rounds)]), int(varied[group].sum())
 
 
 def seed_sensitivity(lengths):
-    """How much the length of the last epoch's answers depends on the seed; None with one seed.
+    """How far lengths, `[[mean of a step, ...] of a seed, ...]`, depend on the seed; None of one.
 
-    `lengths` holds, for every seed, the mean length at each step of the last epoch. Returns the
-    mean, the standard deviation between seeds, the mean one within a seed (between its steps), and
-    their ratio, with an interval of `between` over redrawn seeds.
+    `between` seeds and `within` one are standard deviations; the interval redraws seeds.
     """
     if len(lengths) < 2 or min(map(len, lengths)) < 2:
         return None
@@ -303,11 +268,8 @@ def seed_sensitivity(lengths):
     weights = draws(len(means), 4)
     spread = weights @ means**2 - (weights @ means) ** 2  # (ROUNDS,), divided by n
     redrawn = np.sqrt(np.maximum(spread, 0) * len(means) / (len(means) - 1))
-    within = float(np.mean([np.std(steps, ddof=1) for steps in lengths]))
-    between = float(means.std(ddof=1))
-    return {"seeds": len(means), "mean": float(means.mean()), "between": between,
-            "interval": interval(redrawn), "within": within,
-            "ratio": between / within if within else None}
+    return {"mean": means.mean(), "between": means.std(ddof=1), "interval": interval(redrawn),
+            "within": np.mean([np.std(steps, ddof=1) for steps in lengths])}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -325,12 +287,11 @@ def percent(found):
 
 def measured(arms):
     """The (split, setting) pairs that some run was evaluated on, in the paper's order."""
-    from evaluate import SETTINGS
-
-    rows = [row for runs in arms.values() for run in runs for row in run.evals]
-    order = ["validation", "test", *SETTINGS]  # what is in neither stands last
-    return sorted({(row["split"], row["setting"]) for row in rows}, key=lambda pair: [
-        (order.index(name) if name in order else len(order), name) for name in pair])
+    order = {name: i for i, name in enumerate(("validation", "test", *SETTINGS))}
+    pairs = {(r["split"], r["setting"]) for runs in arms.values() for run in runs
+             for r in run.evals}
+    # what is in neither stands last
+    return sorted(pairs, key=lambda pair: [(order.get(name, len(order)), name) for name in pair])
 
 
 def accuracy_table(arms):
@@ -346,16 +307,13 @@ def accuracy_table(arms):
 
 
 def against_sft(arms):
-    """Every other arm minus SFT from the same base, for every split and setting, on the same draws.
-
-    Yields `(split, setting, "arm - SFT", mean of epochs, last epoch)`; see `statistic`.
-    """
+    """Arms against SFT from the same base: `(split, setting, "arm - SFT", mean, last epoch)`."""
     pairs = [(one, other) for other in arms for one in arms
-             if is_sft(other) and not is_sft(one)
+             if other.startswith("SFT") and not one.startswith("SFT")
              and arms[one][0].args["model"] == arms[other][0].args["model"]]
     for split, setting in measured(arms):
         for one, other in pairs:
-            found = []  # the two arms' seeds are drawn apart, their prompts together
+            found = []  # as `statistic` has it; seeds are drawn apart, prompts together
             for name in ("mean", "last"):
                 a, b = (statistic(arms[label], split, setting, name) for label in (one, other))
                 found.append((a[0] - b[0], a[1] - b[1]) if a and b else None)
@@ -364,9 +322,8 @@ def against_sft(arms):
 
 def difference_table(arms):
     rows = [["split", "setting", "arms", "mean of epochs, points", "last epoch, points"]]
-    for *place, mean, last in against_sft(arms):
-        rows.append([*place, percent(mean), percent(last)])
-    return rows
+    return rows + [[*place, percent(mean), percent(last)]
+                   for *place, mean, last in against_sft(arms)]
 
 
 def transfer_table(arms):
@@ -385,15 +342,12 @@ def transfer_table(arms):
 def robustness_table(runs):
     """What evaluate.py measured on images as they are and on damaged ones."""
     rows = [["model", "data", "setting", "images", "prompts", "pass@n"]]
-    for run in runs:
-        if run.args.get("script") in TRAINERS:
-            continue
+    for run in (run for run in runs if run.args.get("script") not in TRAINERS):
         for row in run.evals:
             name = pass_name(row)
-            cell = percent((row[name], row[f"{name}_interval"]))
             damage = row.get("perturb", "none").replace("none", "as they are")
-            place = [row["split"], row["setting"], damage, row["n"]]
-            rows.append([run.args["model"], *place, cell])
+            rows.append([run.args["model"], row["split"], row["setting"], damage, row["n"],
+                         percent((row[name], row[f"{name}_interval"]))])
     return rows
 
 
@@ -403,19 +357,17 @@ def cost_table(arms):
     rows = [["arm", "steps", *(f"{p}, s" for p in phases), "evaluation, s", "completion tokens",
              "peak memory, GB", "device-seconds"]]
     for label, runs in arms.items():
-        runs = [run for run in runs if run.metrics]
-        if not runs:
-            continue
-        spent = {p: [sum(m.get(f"seconds_{p}", 0.0) for m in run.metrics) for run in runs]
-                 for p in phases}
-        devices = [sum(m.get("ranks", 1) * m.get(f"seconds_{p}", 0.0) for m in run.metrics
-                       for p in phases) for run in runs]
-        evaluation = [sum(r["seconds"] for r in run.evals) for run in runs]
-        tokens = [sum(m.get("tokens", 0) for m in run.metrics) for run in runs]
-        peak = [max(m.get("peak_memory_gb", 0.0) for m in run.metrics) for run in runs]
-        rows.append([label, f"{np.mean([len(run.metrics) for run in runs]):.0f}",
-                     *(f"{np.mean(spent[p]):.1f}" for p in phases), f"{np.mean(evaluation):.1f}",
-                     f"{np.mean(tokens):,.0f}", f"{np.mean(peak):.2f}", f"{np.mean(devices):.1f}"])
+        costs = []  # of a run; logs of old lack the last three
+        for run in (run for run in runs if run.metrics):
+            *seconds, ranks, tokens, peak = np.array([
+                [*(m.get(f"seconds_{p}", 0.0) for p in phases), m.get("ranks", 1),
+                 m.get("tokens", 0), m.get("peak_memory_gb", 0.0)] for m in run.metrics]).T
+            costs.append((len(ranks), *np.sum(seconds, 1), sum(r["seconds"] for r in run.evals),
+                          tokens.sum(), peak.max(), (ranks * seconds).sum()))
+        if costs:
+            steps, *seconds, tokens, peak, devices = np.mean(costs, 0)
+            rows.append([label, f"{steps:.0f}", *(f"{s:.1f}" for s in seconds), f"{tokens:,.0f}",
+                         f"{peak:.2f}", f"{devices:.1f}"])
     return rows
 
 
@@ -433,28 +385,6 @@ def by_epoch(run, name):
     return dict(values)
 
 
-def correlations(runs):
-    """Length against reflection in three ways, from an arm's completions: `{how: correlation}`."""
-    known = [run.answers for run in runs if run.answers is not None]
-    steps = []  # run, step, mean length, reflection ratio
-    for i, run in enumerate(runs):
-        steps += [(i, m["generation_step"], m["length"], found["reflection_ratio"])
-                  for m in run.metrics if (found := run.reflection.get(m["generation_step"]))]
-    result = {}
-    if steps:
-        run, step, length, ratio = np.array(steps, dtype=float).T
-        result["between steps of a run"] = correlation(length, ratio, run, run, step)
-    if known:
-        run = np.repeat(np.arange(len(known)), [len(a) for a in known])
-        step, length, reflects, _, opening = np.concatenate(known).T
-        place = np.stack([run, step], 1)
-        result["between answers of a step"] = correlation(length, reflects, place, run, step)
-        place = np.stack([run, step, opening], 1)
-        result["between answers of a step that open alike"] = correlation(
-            length, reflects, place, run, step)
-    return result
-
-
 def judge(low, high):
     """The verdict on an effect that the paper found to be positive, from its interval."""
     return "reproduced" if low > 0 else "the opposite" if high < 0 else "undecided"
@@ -470,60 +400,64 @@ def findings(arms):
                          judge(*interval(mean[1]))])
     for label, runs in arms.items():
         last = [list(lengths.values())[-1] for run in runs
-                if (lengths := by_epoch(run, "length")) and not is_sft(label)]
-        found = seed_sensitivity(last)
-        if found:
-            verdict = "not reproduced"
+                if (lengths := by_epoch(run, "length")) and not label.startswith("SFT")]
+        if found := seed_sensitivity(last):
             # more than a run's own unrest, and enough to be seen in a plot
-            if found["between"] > max(found["within"], 0.05 * found["mean"]):
-                verdict = "reproduced"
+            parted = found["between"] > max(found["within"], 0.05 * found["mean"])
             low, high = found["interval"]
             effect = (f"SD between seeds {found['between']:.2f} [{low:.2f}, {high:.2f}] of "
                       f"{found['mean']:.1f} tokens, within a run {found['within']:.2f}")
-            rows.append(["2. Response length depends on the seed", label, effect, verdict])
+            rows.append(["2. Response length depends on the seed", label, effect,
+                         "reproduced" if parted else "not reproduced"])
     for label, runs in arms.items():
-        for how, found in correlations(runs).items():
+        steps = [(i, m["generation_step"], m["length"], found["reflection_ratio"])
+                 for i, run in enumerate(runs) for m in run.metrics
+                 if (found := run.reflection.get(m["generation_step"]))]
+        known, results = [run.answers for run in runs if len(run.answers)], {}
+        if steps:
+            run, step, length, ratio = np.array(steps, dtype=float).T
+            results["steps of a run"] = correlation(length, ratio, run, run, step)
+        if known:
+            run = np.repeat(np.arange(len(known)), [len(answers) for answers in known])
+            step, length, reflects, _, opening = np.concatenate(known).T
+            for how, group in (("answers of a step", (run, step)),
+                               ("answers of a step that open alike", (run, step, opening))):
+                results[how] = correlation(length, reflects, np.stack(group, 1), run, step)
+        for how, result in results.items():
             effect, verdict = "length or reflection does not vary", "not testable"
-            if found:
-                r, (low, high), n = found
+            if result:
+                r, (low, high), n = result
                 effect = f"r = {r:.2f} [{low:.2f}, {high:.2f}], n = {n:,}"
                 verdict = judge(low, high)
-            rows.append([f"3. Reflection goes with length, {how}", label, effect, verdict])
+            rows.append([f"3. Reflection goes with length, between {how}", label, effect, verdict])
     return rows
 
 
 def diagnose(label, run):
     """Failure signatures of one run, as `(what, measured, is it a sign of trouble)`."""
-    def ends(name):
-        values = list(by_epoch(run, name).values())
-        return (float(np.mean(values[0])), float(np.mean(values[-1]))) if values else None
-
-    reward, dead, cut = ends("reward"), ends("groups_all_alike"), ends("truncated")
+    reward, dead, cut = ([np.mean(values) for values in by_epoch(run, name).values()]
+                         for name in ("reward", "groups_all_alike", "truncated"))
     for split, setting in measured({label: [run]}):
         epochs, values, redrawn = scores(run, split, setting)
         # the reward is of training prompts: memorising them shows as a slump elsewhere
         if split == "validation" and reward and len(epochs) > 1:
             low = interval(redrawn[:-1].max(0) - redrawn[-1])[0]  # surely below an earlier one
             yield ("reward up while validation is down",
-                   f"reward {reward[0]:.2f} to {reward[1]:.2f}, {setting} {values[:-1].max():.1%} "
+                   f"reward {reward[0]:.2f} to {reward[-1]:.2f}, {setting} {values[:-1].max():.1%} "
                    f"at its best before, {values[-1]:.1%} at last",
-                   reward[1] > reward[0] and low > 0)
+                   reward[-1] > reward[0] and low > 0)
     if dead:  # all right: nothing left to learn; all wrong: nothing that can be learned
-        yield ("dead groups", f"{dead[1]:.0%} of the last epoch's groups all alike", dead[1] > 0.5)
+        yield "dead groups", f"{dead[-1]:.0%} of the last epoch's groups all alike", dead[-1] > 0.5
     if cut:
-        yield "answers cut off", f"{cut[1]:.1%} of the last epoch's", cut[1] > 0.1
-    gaps = [m["sampler_gap"] for m in run.metrics if "sampler_gap" in m]
-    if gaps:
+        yield "answers cut off", f"{cut[-1]:.1%} of the last epoch's", cut[-1] > 0.1
+    if gaps := [m["sampler_gap"] for m in run.metrics if "sampler_gap" in m]:
         yield ("sampler and trainer disagree", f"mean difference {max(gaps):.1e} nats at worst",
                max(gaps) > 0.01)
-    if run.answers is not None:
-        step, _, reflects, right, _ = run.answers[~np.isnan(run.answers[:, 3])].T
-        if len(step) and 0 < reflects.mean() < 1:
-            found = correlation(right, reflects, step, np.zeros(len(step)), step)
-            if found:
-                r, (low, high), _ = found
-                yield ("reflection unrelated to success", f"r = {r:.2f} [{low:.2f}, {high:.2f}] "
-                       "between the answers of a step", low <= 0 <= high)
+    step, _, reflects, right, _ = run.answers[~np.isnan(run.answers[:, 3])].T
+    if found := correlation(right, reflects, step, np.zeros(len(step)), step):
+        r, (low, high), _ = found
+        yield ("reflection unrelated to success", f"r = {r:.2f} [{low:.2f}, {high:.2f}] between "
+               "the answers of a step", low <= 0 <= high)
 
 
 def diagnostics(arms, found):
@@ -536,11 +470,11 @@ def diagnostics(arms, found):
         signs = defaultdict(list)
         for run in runs:
             for what, said, bad in diagnose(label, run):
-                signs[what].append((not bad, f"{run.path.name}: {said}"))
+                signs[what].append((bad, f"{run.path.name}: {said}"))
         for what, seen in signs.items():
-            shown = sum(not good for good, _ in seen)
-            _, said = min(seen, key=lambda pair: pair[0])  # the first bad one, else the first
-            rows.append([label, what, f"{shown} of {len(seen)}", said])
+            shown = [said for bad, said in seen if bad]
+            measure = shown[0] if shown else seen[0][1]
+            rows.append([label, what, f"{len(shown)} of {len(seen)}", measure])
     # lengths that part over seeds are the arm's, not a run's
     return rows + [[label, "length unstable over seeds", "yes" if verdict == "reproduced" else "no",
                     effect] for what, label, effect, verdict in found if what[0] == "2"]
@@ -550,24 +484,28 @@ def diagnostics(arms, found):
 # Figures: panels `(title, x, y, {arm: [{x: y} of a run, ...]})` laid side by side
 
 
+def curves_of(arms, points):
+    """The curves of a panel; `points(run)` are those of a run, and a y of None is a gap."""
+    return {label: [{x: y for x, y in points(run).items() if y is not None} for run in runs]
+            for label, runs in arms.items()}
+
+
 def accuracy_panels(arms):
     """Accuracy by epoch: of the answers given in training, then of every split and setting."""
-    curves = {}
-    for label, runs in arms.items():  # cumulative: the mean over all steps of the epoch
-        curves[label] = [{epoch: 100 * np.mean(values) for epoch, values in
-                          by_epoch(run, "reward/accuracy").items()} for run in runs]
-    panels = [("train, as it was answered", "epoch", "accuracy, %", curves)]
-    panels = panels if drawn(curves) else []
+    panels, bases = [], {runs[0].args["model"] for runs in arms.values()}
+    curves = curves_of(arms, lambda run: {  # cumulative: the mean over all steps of the epoch
+        epoch: 100 * np.mean(v) for epoch, v in by_epoch(run, "reward/accuracy").items()})
+    if any(map(any, curves.values())):  # without accuracies, nothing is right or wrong
+        panels.append(("train, as it was answered", "epoch", "accuracy, %", curves))
     for split, setting in measured(arms):
-        curves, bases = {}, defaultdict(list)  # by model: what its runs had at epoch 0
-        for label, runs in arms.items():
-            found = [scores(run, split, setting)[:2] for run in runs]
-            curves[label] = [dict(zip(epochs, 100 * values)) for epochs, values in found]
-            bases[runs[0].args["model"]] += [c[0] for c in curves[label] if 0 in c]
+        curves = curves_of(arms, lambda run: {
+            epoch: 100 * value for epoch, value, _ in zip(*scores(run, split, setting))})
         end = max(max(curve, default=0) for found in curves.values() for curve in found)
-        for model, starts in bases.items():
-            name = "untrained" if len(bases) == 1 else f"untrained {Path(model).name}"
-            curves[name] = [{0: start, end: start} for start in starts]
+        for label, runs in arms.items():  # what the runs over each base had at epoch 0
+            base = Path(runs[0].args["model"]).name
+            name = "untrained" if len(bases) == 1 else f"untrained {base}"
+            flat = [{0: curve[0], end: curve[0]} for curve in curves[label] if 0 in curve]
+            curves[name] = curves.get(name, []) + flat
         row = next(r for runs in arms.values() for run in runs for r in run.evals
                    if (r["split"], r["setting"]) == (split, setting))
         title = f"{split}, {setting}, n = {row['n']}"
@@ -575,35 +513,22 @@ def accuracy_panels(arms):
     return panels
 
 
-def drawn(curves):
-    """Whether a panel has anything to show: without accuracies, nothing is right or wrong."""
-    return any(curve for runs in curves.values() for curve in runs)
-
-
-def reflection_curves(arms, value):
-    """`value` of what `reflection_metrics` said of each step; None is a gap in the curve."""
-    return {label: [{step: v for step, found in run.reflection.items()
-                     if (v := value(found)) is not None} for run in runs]
-            for label, runs in arms.items()}
-
-
 def training_panels(arms):
     """Response length and the paper's five ratios by generation step."""
-    curves = {label: [{m["generation_step"]: m["length"] for m in run.metrics} for run in runs]
-              for label, runs in arms.items()}
-    panels = [("response length", "generation step", "tokens", curves)]
+    lengths = curves_of(arms, lambda run: {m["generation_step"]: m["length"] for m in run.metrics})
+    panels = [("response length", "generation step", "tokens", lengths)]
     for name in RATIOS:  # in percent; without a denominator, a ratio is None
-        curves = reflection_curves(arms, lambda found: found[name] and 100 * found[name])
-        panels += [(name, "generation step", "%", curves)] if drawn(curves) else []
+        curves = curves_of(arms, lambda run: {
+            step: found[name] and 100 * found[name] for step, found in run.reflection.items()})
+        panels += [(name, "generation step", "%", curves)] if any(map(any, curves.values())) else []
     return panels
 
 
 def words_panels(arms):
     """How often each of the 15 words occurs; those that nobody said have no panel."""
-    from evaluate import REFLECTION_WORDS
-
     for word in REFLECTION_WORDS:
-        curves = reflection_curves(arms, lambda found: found["words"][word])
+        curves = curves_of(arms, lambda run: {
+            step: found["words"][word] for step, found in run.reflection.items()})
         if any(any(curve.values()) for runs in curves.values() for curve in runs):
             yield f'"{word}"', "generation step", "times a step", curves
 
@@ -618,32 +543,26 @@ def draw(panels, arms):
     beside = 1 if max(map(len, arms)) > 40 else 4  # entries of the legend in a row
     height = 2.6 * rows + 0.8 + 0.2 * math.ceil((len(arms) + 1) / beside)
     figure = Figure(figsize=(3.6 * columns, height), layout="constrained", dpi=120)
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
-    for axis, (title, x, y, curves) in zip(axes, panels):
+    for number, (title, at, y, curves) in enumerate(panels, 1):
+        axis = figure.add_subplot(rows, columns, number)
         for i, (label, runs) in enumerate(curves.items()):
-            at = defaultdict(list)
-            for curve in runs:
-                for where, value in curve.items():
-                    at[where].append(value)
-            xs, values = sorted(at), [at[where] for where in sorted(at)]
+            xs = sorted({x for curve in runs for x in curve})
+            values = [[curve[x] for curve in runs if x in curve] for x in xs]
             mean = np.array([np.mean(v) for v in values])
             spread = np.array([np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values])
             j = i + i // 8  # from the ninth on, a colour meets another dash and mark
             axis.plot(xs, mean, label=label, color=COLOURS[i % 8], linestyle=DASHES[j % 4],
                       marker=MARKS[j % 8], markevery=max(1, len(xs) // 6), markersize=4)
-            most = 100 if "%" in y else math.inf  # no share lies outside 0 and 100 %
-            axis.fill_between(xs, np.maximum(mean - spread, 0), np.minimum(mean + spread, most),
-                              color=COLOURS[i % 8], alpha=0.2, linewidth=0)
+            # no share lies outside 0 and 100 %
+            low, high = np.clip((mean - spread, mean + spread), 0, 100 if "%" in y else None)
+            axis.fill_between(xs, low, high, color=COLOURS[i % 8], alpha=0.2, linewidth=0)
         axis.set_title(title, fontsize=9)
-        axis.set_xlabel(x, fontsize=8)
+        axis.set_xlabel(at, fontsize=8)
         axis.set_ylabel(y, fontsize=8)
         axis.tick_params(labelsize=8)
         axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    shown = axes[len(panels) - 1]  # the last one has all the lines
-    figure.legend(*shown.get_legend_handles_labels(), fontsize=8, loc="outside upper center",
-                  ncols=beside)
+    lines = axis.get_legend_handles_labels()  # the last panel has them all
+    figure.legend(*lines, fontsize=8, loc="outside upper center", ncols=beside)
     seeds = [", ".join(str(run.args.get("seed")) for run in runs) for runs in arms.values()]
     caption = (f"Mean over seeds ({'; '.join(seeds)}, in the legend's order); the band is one "
                "standard deviation.")
@@ -665,12 +584,16 @@ def markdown_table(rows):
 
 def html_table(rows):
     """Every cell is escaped: labels hold what a user typed, cells what a model wrote."""
-    def line(row, tag):
-        cells = ["–" if cell is None else html.escape(str(cell)) for cell in row]
-        cells = "".join(f"<{tag}>{cell}</{tag}>" for cell in cells)
-        return f"<tr>{cells}</tr>"
+    lines = []
+    for row in rows:
+        tag = "td" if lines else "th"
+        cells = (escape("–" if cell is None else str(cell)) for cell in row)
+        lines.append("".join(f"<{tag}>{cell}</{tag}>" for cell in cells))
+    return f"<table><tr>{'</tr><tr>'.join(lines)}</tr></table>"
 
-    return f"<table>{line(rows[0], 'th')}{''.join(line(row, 'td') for row in rows[1:])}</table>"
+
+def embedded(png, words):
+    return f'<img alt="{words}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 def picture(source):
@@ -678,36 +601,42 @@ def picture(source):
     try:
         image = open_image(source)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return f"<p class=missing>picture not found: {html.escape(str(source))}</p>"
+        return f"<p class=missing>picture not found: {escape(str(source))}</p>"
     image.thumbnail((256, 256))  # a page of full photographs would be too heavy to send
     return embedded(as_png(image), "the prompt's picture")
 
 
-def embedded(png, words):
-    return f'<img alt="{words}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+def card(r):
+    """One completion with its rewards."""
+    rewards = ", ".join(f"{name} {value}" for name, value in r["rewards"].items())
+    # a mark beside the colour: one of them reaches everybody
+    kind, mark = {True: ("good", "✓"), False: ("bad", "✗"), None: ("unscored", "")}[
+        is_right(r["rewards"])]
+    return (f"<div class={kind}><b>{mark} advantage {r['advantage']:+.2f}</b> "
+            f"<small>{escape(rewards)}; {r['length']} tokens, {escape(r['finish_reason'])}</small>"
+            f"<pre>{escape(r['completion_text'])}</pre></div>")
 
 
-def html_group(records, title):
-    """One prompt: its pictures, its question, and its G completions side by side."""
-    from evaluate import is_right
-
-    first, cards = records[0], []
-    for r in records:
-        rewards = ", ".join(f"{name} {value}" for name, value in r["rewards"].items())
-        # a mark beside the colour: one of them reaches everybody
-        kind, mark = {True: ("good", "✓"), False: ("bad", "✗"), None: ("unscored", "")}[
-            is_right(r["rewards"])]
-        cards.append(f"<div class={kind}><b>{mark} advantage {r['advantage']:+.2f}</b> "
-                     f"<small>{html.escape(rewards)}; {r['length']} tokens, "
-                     f"{html.escape(r['finish_reason'])}</small>"
-                     f"<pre>{html.escape(r['completion_text'])}</pre></div>")
-    pictures = "".join(map(picture, first.get("images", [])))
-    return (f"<section><h3>{html.escape(title)}</h3><div class=prompt>{pictures}<p>"
-            f"{html.escape(first['question'])}</p><p>Answer: <b>{html.escape(first['answer'])}</b>"
-            f"</p></div><div class=cards>{''.join(cards)}</div></section>")
+def groups_of(run, label, count):
+    """HTML of `count` prompts of a run's first, middle and last kept step, each with G answers."""
+    files = run.samples
+    for path in dict.fromkeys(files[i] for i in (0, len(files) // 2, -1) if files):
+        groups = defaultdict(list)
+        for r in read_lines(path, []):
+            groups[r["id"]].append(r)
+        for prompt, records in list(groups.items())[:count]:
+            title, first = f"{label}, {run.path.name}, {path.stem}, prompt {prompt}", records[0]
+            yield (f"<section><h3>{escape(title)}</h3><div class=prompt>"
+                   f"{''.join(map(picture, first.get('images', [])))}"
+                   f"<p>{escape(first['question'])}</p><p>Answer: <b>{escape(first['answer'])}</b>"
+                   f"</p></div><div class=cards>{''.join(map(card, records))}</div></section>")
 
 
-STYLE = """
+# one file that opens without a network; its policy forbids scripts, whatever it holds
+HEAD = """<!doctype html><html lang=en><meta charset=utf-8><title>Glassbox report</title>
+<meta http-equiv=Content-Security-Policy content="default-src 'none'; \
+img-src data:; style-src 'unsafe-inline'">
+<style>
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em;
        color: #111; background: #fff }
 table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }
@@ -717,32 +646,7 @@ img { max-width: 100% } .prompt img { image-rendering: pixelated; min-width: 128
 .cards div { border-left: 4px solid #999; background: #f6f6f6; padding: .4em .6em }
 .cards .good { border-color: #0072B2 } .cards .bad { border-color: #D55E00 } small { color: #444 }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3em 0 0; font-size: 12px }
-"""
-
-
-def html_page(sections, figures, groups):
-    """One file that opens without a network; its policy forbids scripts, whatever it holds."""
-    parts = ["<!doctype html><html lang=en><meta charset=utf-8><title>Glassbox report</title>",
-             "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; "
-             "img-src data:; style-src 'unsafe-inline'\">",
-             f"<style>{STYLE}</style><h1>Glassbox report</h1>"]
-    for name, png in figures.items():
-        parts.append(f"<h2>{name.capitalize()}</h2>{embedded(png, name)}")
-    for title, body in sections.items():
-        content = html_table(body) if isinstance(body, list) else f"<p>{html.escape(body)}</p>"
-        parts.append(f"<h2>{html.escape(title)}</h2>{content}")
-    return "\n".join([*parts, "<h2>Prompts and their answers</h2>", *groups])
-
-
-def groups_of(run, label, count):
-    """HTML of some groups of a run: `count` prompts of its first, middle and last kept step."""
-    files = sorted((run.path / "samples").glob("step_*.jsonl"))
-    for path in dict.fromkeys(files[i] for i in (0, len(files) // 2, -1) if files):
-        by_prompt = defaultdict(list)
-        for r in read_lines(path, []):
-            by_prompt[r["id"]].append(r)
-        for prompt, records in list(by_prompt.items())[:count]:
-            yield html_group(records, f"{label}, {run.path.name}, {path.stem}, prompt {prompt}")
+</style><h1>Glassbox report</h1>"""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -751,16 +655,10 @@ def groups_of(run, label, count):
 
 def main(args):
     runs = [read_run(path, args.substring) for path in find_runs(args.runs)]
-    out = Path(args.out) if args.out else Path(args.runs[0]) / "report"
+    out = Path(args.out or Path(args.runs[0]) / "report")
     arms = in_arms(runs)
     trained = {label: members for label, members in arms.items() if measured({label: members})}
-    missing = [["run", "what is missing"], *([str(run.path), sentence] for run in runs
-                                             for sentence in run.missing)]
-    ahas = [["run", "step", "question", "answer", "advantage", "response"]]
-    for run in runs:
-        ahas += [[str(run.path), r["step"], r["question"], r["answer"], f"{r['advantage']:+.2f}",
-                  r["completion_text"]] for r in run.aha]
-
+    answering = {label: runs for label, runs in arms.items() if not label.startswith("SFT")}
     found = findings(arms)
     tables = {
         "Accuracy": accuracy_table(trained),
@@ -770,32 +668,41 @@ def main(args):
         "The paper's findings": found,
         "Cost": cost_table(arms),
         "Failure signatures": diagnostics(arms, found),
-        "Reflections that were right": ahas,
-        "Missing": missing,
+        "Reflections that were right": [
+            ["run", "step", "question", "answer", "advantage", "response"],
+            *([str(run.path), r["step"], r["question"], r["answer"], f"{r['advantage']:+.2f}",
+               r["completion_text"]] for run in runs for r in run.aha)],
+        "Missing": [["run", "what is missing"], *([str(run.path), sentence] for run in runs
+                                                  for sentence in run.missing)],
     }
     tables = {title: rows for title, rows in tables.items() if len(rows) > 1}
-    answering = {label: members for label, members in arms.items() if not is_sft(label)}
     panels = {"accuracy": (accuracy_panels(trained), trained),
               "training": (training_panels(answering), answering),
               "words": (list(words_panels(answering)), answering)}
     figures = {name: draw(*shown) for name, shown in panels.items() if all(shown)}
-    groups = []
-    for label, members in arms.items():  # one run of each: a page of all would be too large
-        groups += groups_of(members[0], label, args.groups)
+
     note = ("pass@n of the setting, in percent, with 95 % intervals that redraw seeds and prompts "
             f"{ROUNDS} times. Best epoch: the maximum over epochs, which favours noise.")
+    page, text = [HEAD], [f"# Report\n\n{note}"]
     for name, png in figures.items():
+        page.append(f"<h2>{name.capitalize()}</h2>{embedded(png, name)}")
+        text.append(f"![{name}]({name}.png)")
         utils.write_bytes(out / f"{name}.png", png)
-    utils.write_text(out / "report.html", html_page({"Note": note} | tables, figures, groups))
-    text = [f"# Report\n\n{note}"] + [f"![{name}]({name}.png)" for name in figures]
-    text += [f"## {title}\n\n{markdown_table(rows)}" for title, rows in tables.items()]
+    page.append(f"<h2>Note</h2><p>{escape(note)}</p>")
+    for title, rows in tables.items():
+        page.append(f"<h2>{escape(title)}</h2>{html_table(rows)}")
+        text.append(f"## {title}\n\n{markdown_table(rows)}")
+    page.append("<h2>Prompts and their answers</h2>")
+    for label, members in arms.items():  # one run of each: a page of all would be too large
+        page += groups_of(members[0], label, args.groups)
+    utils.write_text(out / "report.html", "\n".join(page))
     utils.write_text(out / "report.md", "\n\n".join(text) + "\n")
     utils.write_json(out / "report.json", {
         title: [dict(zip(rows[0], row)) for row in rows[1:]] for title, rows in tables.items()})
-    for sentence in missing[1:]:
-        print0(": ".join(sentence))
+    for row in tables.get("Missing", [])[1:]:
+        print0(": ".join(row))
     return {"out": str(out), "runs": len(runs), "arms": {k: len(v) for k, v in arms.items()},
-            "completions": sum(len(r.answers) for r in runs if r.answers is not None)}
+            "completions": sum(len(run.answers) for run in runs)}
 
 
 if __name__ == "__main__":

@@ -3,52 +3,41 @@
     python reward.py '\\frac{1}{2}' 0.5       # is PREDICTION equal to REFERENCE?
     python reward.py --audit answers.jsonl    # verdicts over rows of prediction, reference, equal
 
-The grader extracts the answer from a response, normalises its spelling, cuts it into tokens, parses
-these into values of 100 digits and compares them. Left out on purpose: algebra (what is no number,
-list or interval is compared as text), unit conversion, eval, sympy, signals, threads.
-The policy:
+The grader extracts an answer, cuts it into tokens of one spelling, parses these into values of 100
+digits and compares them. Left out on purpose: algebra (what is no number, list or interval is
+compared as text), unit conversion, eval, sympy, signals, threads. The policy:
 - A reference's decimals (two digits or more) are a rounding: 36.37 accepts 21\\sqrt{3}, not 36.373,
   and 21\\sqrt{3} refuses 36.37. Seven decimals or more accept their own rounding to six digits.
 - 25\\% (pct, percent) is 25, 0.25 and 1/4. Degrees, units and $ are ignored where one side alone
   has them; two units must agree (12 cm is not 120 mm). Other words (12 apples) are dropped.
 - A comma before three digits groups thousands (1,234 or 1{,}234, not next to a bracket), any other
   makes a list. A decimal comma is read in its LaTeX form alone, 3{,}14.
-- 1, 2 and {2, 1} and "2 or 1" are one set, \\pm 2 is {2, -2}; (1, 2) keeps its order and brackets.
 - An integer before a fraction makes a mixed number: 2 1/2 and 2\\frac12 are 2.5.
+- 1, 2 and {2, 1} and "2 or 1" are one set, \\pm 2 is {2, -2}; (1, 2) keeps its order and brackets.
 - x = 5, 5 = x, BC \\approx 5, x \\in (0, 5), "the length is 5": the value counts (and 21\\sqrt{3}
   of 21\\sqrt{3} \\approx 36.37); two names must agree; an equation (2x = 10, a^2 + b = 0), an
   inequality and a ratio of three are text.
 - (B), b, \\text{B}, B. and B. 45 are choice B; B. 45 is 45 too.
 - An answer that says nothing (\\boxed{}, \\text{}, ?, -, $$) equals nothing, itself neither. A sign
   (<, +, \\infty) does say something, \\{\\} is the empty set.
-- Extraction: the last balanced \\boxed{}, even an empty one (a box that is cut off is no answer);
-  else what follows the last "answer is" or ####; else a choice the response opens with (B. 12);
-  else the last number with its sum, ratio or bracket; else the last lone A to H. Nothing inside a
-  think block counts.
+- Extraction, after all thinking: the last balanced \\boxed{}, even an empty one (a cut-off box is
+  none); else what follows the last "answer is" or ####; else a choice the response opens with
+  (B. 12); else the last number with its sum, ratio or bracket; else the last lone A to H.
 - Mere spelling: trailing punctuation, LaTeX spacing and sizing (\\, \\! \\quad \\left \\big), $..$,
   \\text{ cm}, \\dfrac, \\frac12, \\sqrt3, 2*sqrt(3), 1.2e3, full-width digits, × ÷ − π √ ° ² ½.
 """
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C is no traceback, not even during the imports below
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
 import decimal
+import importlib.machinery
 import json
-import math
+import os
 import re
 import sys
-import time
 import traceback
-import types
 import unicodedata
 from collections import Counter, namedtuple
-from contextlib import contextmanager
 from decimal import Decimal
 from functools import lru_cache, partial
-from typing import SupportsFloat
 
 # Bounds on work: hostile text meets one of them, a real answer does not.
 LONGEST_ANSWER, LONGEST_RESPONSE = 400, 6_000  # characters; of a response the end is read
@@ -58,9 +47,7 @@ MOST_DIGITS, MOST_DEPTH, MOST_POWERS, MOST_ITEMS = 40, 20, 20, 20
 # ---------------------------------------------------------------------------------------------
 # Step 1. Extract: response -> answer
 
-NESTED = r"[^{}]*"
-for _ in range(6):  # braces in braces, six deep: a regular expression cannot count any further
-    NESTED = rf"(?:[^{{}}]|\{{{NESTED}\}})*"
+NESTED = r"(?:[^{}]|\{" * 6 + r"[^{}]*" + r"\})*" * 6  # braces in braces, six deep
 BOX = re.compile(rf"\\boxed\s*(?:\{{({NESTED})\}}|([^\s{{$]+))")
 PHRASE = re.compile(r"####|<answer>|(?:answers?|option|choice)[\s*]*(?:is|are|:|=)[\s:*#]*"
                     r"|answer\**\s*\n[\s*#]*", re.I)
@@ -104,49 +91,42 @@ def extract_answer(text: str) -> str | None:
 # Step 2. Normalise and tokenise: answer -> tokens with one spelling each
 
 GROUPING = str.maketrans("", "", ",~ \\")  # what stands between the thousands
-DEGREES = str.maketrans("º˚", "°°")
 SIGNS = str.maketrans("−–—×·⋅∗÷∕⁄∶≈∈∪", "---****///:==,", "€£¥")
 SPELLINGS = [(re.compile(pattern, re.ASCII), meaning) for pattern, meaning in (
     # what surrounds an answer and says nothing
     (r"\\(?:text(?!color)|math|mbox|operatorname|underline|boldsymbol)[a-z]*\s*\{([^{}]*)\}",
      r" \1 "),
-    (r"\\!", ""),
+    (r"\\!", ""), (r"^\W*(?:[Oo]ption|[Cc]hoice)\b", ""),
     (r"\\\{\s*(?:\\right\s*)?\\\}|\\(?:emptyset|varnothing)(?![A-Za-z])", "∅"),
     (r"(?<!\\)\b(?:left|right)(?=\s*\\?[()\[\]{}|])", ""),
-    (r"^\W*(?:[Oo]ption|[Cc]hoice)\b", ""),
     # degrees, powers of units, big numbers
     (r"(?:\{\})?\^\s*\{\s*(?:\\circ|o)\s*\}|\^?\s*\\(?:circ|degree)(?![a-z])|\^o\b", "°"),
     (r"\s*\^\s*(?:\{\s*(\d)\s*\}(?!\s*\d))?", r"^\1"),  # cm ^ {2} is cm^2
-    (r"(?<=[a-z]{2})\.(?=\s)", ""),  # sq. cm
+    (r"(?<=[a-z]{2})\.(?=\s)", ""), (r"\bmph\b", "mi per h"),  # sq. cm
     (r"(?<=[a-z])/(?=(?:h|hr|hour|s|sec|second|min|minute)\b)", " per "),
-    (r"\bmph\b", "mi per h"),
     (r"\bthousand\b", "*10^3"), (r"\bmillion\b", "*10^6"), (r"\bbillion\b", "*10^9"),
     (r"(?<=\d)\s*x\s*(?=10\s*\^)", "*"),  # 1.5 x 10^3
     # 1{,}234 and 3{,}14; mixed numbers; a point with its name, A(3, -2)
     (r"\{,\}(?=\d{3}(?!\d))", ","), (r"\{,\}", "."),
     (r"(?<![\d.^_])(\d+)\s*\\[dtc]?frac\s*(\{)?(\d+)(?(2)\})\s*(\{)?(\d+)(?(4)\})", r"(\1+\3/\5)"),
-    (r"(?<![\d.^_,/])(\d+)\s+(\d+)/(\d+)", r"(\1+\2/\3)"),
-    (r"^\s*([A-Z]'*)\s*(?=\(.*,)", r"\1="))]
+    (r"(?<![\d.^_,/])(\d+)\s+(\d+)/(\d+)", r"(\1+\2/\3)"), (r"^\s*([A-Z]'*)\s*(?=\(.*,)", r"\1="))]
 TOKEN = re.compile(
     r"(?<![(\[{\d,.])[1-9]\d{0,2}(?:(?:,|\\,|~| )\d{3})+(?![\d)\]},])(?:\.\d*)?"  # 1,234
     r"|\d+\.?\d*(?:[eE][-+]?[0-4]?\d(?!\d))?|\.\d+|(?<=[a-z])(?<!pi)\^[23](?!\d)"  # 1.2e3, cm^2
     r"|\\not\s*=|[<>!]=|\\[A-Za-z]+|\\.|\*\*|[A-Za-z]+|\S", re.ASCII)
-MEANING = dict.fromkeys(  # of a spelling; these have none
-    r"\left \right \big \Big \bigl \bigr \Bigl \Bigr \bigg \displaystyle \rm \bf \limits \quad "
-    r"\qquad ~ \, \; \: \( \) \[ \] \\ \$ $".split() + ["\\ "], "") | dict(
-    pair.split() for pair in (
-        r"\dfrac \frac|\tfrac \frac|\cfrac \frac|frac \frac|dfrac \frac|sqrt \sqrt|√ \sqrt|pi \pi"
-        r"|π \pi|\times *|\cdot *|\ast *|\div /|** ^|\pm ±|\infty ∞|\% %|\{ {|\} }|\cup ,|and ,"
-        r"|or ,|; ,|\approx =|\simeq =|approx =|approximately =|about =|around =|nearly =|roughly ="
-        r"|\in =|is =|are =|equals =|\le ≤|\leq ≤|<= ≤|\ge ≥|\geq ≥|>= ≥|\lt <|\gt >|!= ≠|\ne ≠"
-        r"|\neq ≠|\not= ≠").split("|"))
-
-MUTE = re.compile(  # what may stand in an answer and says nothing by itself
-    r"\\(?:[hv]?(?:space|phantom)|(?:text)?color|begin|end)\*?\s*\{[^{}]*\}"
-    r"|\\[A-Za-z]+\s*(?=\{)"  # a command with an argument says what the argument says
-    r"|\\(?:[a-z]*(?:quad|space|skip|style|box|boxed|dots|fill|line)|(?:text|math)[a-z]*"
-    r"|[bB]igg?[lrm]?|left|right|middle|limits|rm|bf|it|sf|tt|[dtc]?frac|sqrt|cdot|ast|circ"
-    r"|bullet|prime|mid|[lr]?[vV]ert|[lL]arge|small|null|strut|relax)(?![A-Za-z])"
+MEANING = {spelling: meaning for meaning, spellings in {
+    "": r"\left \right \big \Big \bigl \bigr \Bigl \Bigr \bigg \displaystyle \rm \bf \limits \quad "
+        r"\qquad ~ \, \; \: \( \) \[ \] \\ \$ $", r"\frac": r"\dfrac \tfrac \cfrac dfrac frac",
+    r"\sqrt": "sqrt √", r"\pi": "pi π", "*": r"\times \cdot \ast", "/": r"\div", "^": "**",
+    "±": r"\pm", "∞": r"\infty", "%": r"\%", "{": r"\{", "}": r"\}", ",": r"\cup and or ;",
+    "=": r"\approx \simeq \in approx approximately about around nearly roughly is are equals",
+    "≤": r"\le \leq <=", "≥": r"\ge \geq >=", "<": r"\lt", ">": r"\gt", "≠": r"!= \ne \neq \not=",
+}.items() for spelling in spellings.split()} | {"\\ ": ""}
+MUTE = re.compile(  # says nothing by itself; a command with an argument says what that says
+    r"\\(?:[hv]?(?:space|phantom)|(?:text)?color|begin|end)\*?\s*\{[^{}]*\}|\\[A-Za-z]+\s*(?=\{)"
+    r"|\\(?:[a-z]*(?:quad|space|skip|style|box|boxed|dots|fill|line)|(?:text|math)[a-z]*|left|right"
+    r"|middle|[bB]igg?[lrm]?|limits|rm|bf|it|sf|tt|[dtc]?frac|sqrt|cdot|ast|circ|bullet|prime|mid"
+    r"|[lr]?[vV]ert|[lL]arge|small|null|strut|relax)(?![A-Za-z])"
     r"|\\[^A-Za-z{}]|[−∗∘∙⋅∶∣⋮-⋱\u115f\u1160\u3164\uffa0]")
 # a letter or a digit; a sign, an arrow, a shape, an emoji; the empty set
 SAYS = re.compile(r"[^\W_]|[<=>+×÷±¬℀-⏿■-⟿⤀-⯿🀀-🫿]|\\\{\s*\\\}")
@@ -161,7 +141,7 @@ def tokenise(text: str) -> list[str]:
     r"""Cut an answer into tokens: "\dfrac12 \text{ cm}" -> \frac, 12, cm."""
     if not text.isascii():
         text = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text))
-        text = unicodedata.normalize("NFKC", text.translate(DEGREES)).translate(SIGNS)
+        text = unicodedata.normalize("NFKC", re.sub("[º˚]", "°", text)).translate(SIGNS)
         text = text[:2 * LONGEST_ANSWER]  # one letter can normalise to eighteen
     for pattern, meaning in SPELLINGS:
         text = pattern.sub(meaning, text)
@@ -177,47 +157,34 @@ def tokenise(text: str) -> list[str]:
 
 # 100 digits stand for exactness: two different fractions of 40-digit numbers differ by 10^-80 or
 # more, two different a*sqrt(b)/c of 15-digit numbers likewise, so that 90 equal digits mean equal.
-PRECISE = decimal.Context(prec=100, Emax=999, Emin=-999, traps=[
-    decimal.Overflow, decimal.DivisionByZero, decimal.InvalidOperation])
+PRECISE = decimal.Context(prec=100, Emax=999, Emin=-999)
 PI = Decimal("3.141592653589793238462643383279502884197169399375"
              "1058209749445923078164062862089986280348253421170680")
 OPERATORS = {  # sign: (how tightly it binds, what it does); "=" is met in combine
     "=": (1, None), "+": (2, Decimal.__add__), "-": (2, Decimal.__sub__), "*": (3, Decimal.__mul__),
     "/": (3, Decimal.__truediv__), ":": (3, Decimal.__truediv__),
     "^": (5, lambda x, y: x.sqrt() if y == Decimal("0.5") else x ** y)}  # sqrt is 20 times faster
-OPENING, CLOSING = ("(", "[", "{"), (")", "]", "}")
-ENDS = {"", ",", "^2", "^3", *"=+-*/^", *CLOSING}  # of a name
+ENDS = {"", ",", "^2", "^3", *"=+-*/^)]}"}  # of a name
 UNITS = {word + plural: words.split()[0] for words in (
-    "% percent pct", "° degree deg", "mm millimeter millimetre", "cm centimeter centimetre", "dm",
-    "m meter metre", "km kilometer kilometre", "in inch inche", "ft foot feet", "yd yard", "g gram",
-    "mi mile", "kg kilogram", "L liter litre", "mL ml", "s sec second", "min minute", "h hr hour",
-    "rad radian", "day", "week", "month", "year", "lb pound", "oz ounce", "gallon", "pint", "cent",
-    "^2 square sq", "^3 cubic", "per",
-) for word in words.split() for plural in ("", "s")}
-AMOUNTS = {  # words that change a number, and so are not dropped
-    "hundred", "trillion", "dozen", "squared", "cubed", "plus", "minus", "over", "half", "halves",
-    *(word + plural for word in ("third", "quarter", "fourth", "fifth", "sixth", "tenth")
-      for plural in ("", "s"))}
+    "% percent pct, ° degree deg, mm millimeter millimetre, cm centimeter centimetre, dm, m meter "
+    "metre, km kilometer kilometre, in inch inche, ft foot feet, yd yard, mi mile, g gram, kg "
+    "kilogram, L liter litre, mL ml, s sec second, min minute, h hr hour, rad radian, day, week, "
+    "month, year, lb pound, oz ounce, gallon, pint, cent, ^2 square sq, ^3 cubic, per"
+).split(", ") for word in words.split() for plural in ("", "s")}
+AMOUNTS = set(  # words that change a number, and so are not dropped
+    "hundred trillion dozen squared cubed plus minus over half halves third thirds quarter "
+    "quarters fourth fourths fifth fifths sixth sixths tenth tenths".split())
 # decimals: as written, 2 in 0.50, and 0 for what is computed; exact: 21\sqrt3 in 21\sqrt3 = 36.37
 Number = namedtuple("Number", "value decimals unit name exact", defaults=(0, frozenset(), "", None))
 Group = namedtuple("Group", "brackets items")  # "{}" is a set; "()", "[)" and so on keep the order
 
 
-def answers(tokens: list[str], depth: int = 0) -> list:
-    """All that commas separate: Numbers, Groups, names. tokens is a stack, the next one is last."""
-    items = [expression(tokens, 0, depth)]
-    while tokens[-1] == "," and len(items) < MOST_ITEMS:  # factor skips the comma itself
-        items.append(expression(tokens, 0, depth))
-    return items
-
-
 def expression(tokens: list[str], binding: int, depth: int):
-    """Precedence climbing: read all that binds tighter than binding."""
+    """Precedence climbing: read what binds tighter than binding. The next token is the last."""
     left = factor(tokens, depth)
     while True:
         token = tokens[-1]
-        # two factors side by side are a product: 21 \sqrt 3
-        sign = "*" if token in ("\\frac", "\\sqrt", "\\pi", "(", "{") else token
+        sign = "*" if token in ("\\frac", "\\sqrt", "\\pi", "(", "{") else token  # 21 \sqrt 3
         if isinstance(left, str) and token not in ENDS:
             left += str(factor(tokens, depth))  # a name goes on: m \angle A, f(2)
         elif isinstance(left, Number) and (token in UNITS or token.isalpha() and len(token) > 3
@@ -238,40 +205,40 @@ def factor(tokens: list[str], depth: int):
     token = tokens.pop()
     while token in ("=", ","):  # an empty part, as in "x ==" or ", and"
         token = tokens.pop()
-    if depth > MOST_DEPTH or token in ENDS - {"+", "-"}:
-        raise ArithmeticError("nested too deep, or a part is missing")
+    if depth > MOST_DEPTH or token in ENDS - {"+", "-"} or len(token) > MOST_DIGITS:
+        raise ArithmeticError("nested too deep, a part is missing, or too many digits")
     if token[0] in ".0123456789" and token != ".":
-        if len(token) > MOST_DIGITS:
-            raise ArithmeticError("too many digits")
         value = Decimal(token)
         return Number(value, 0 if token.isdecimal() else max(0, -value.as_tuple().exponent))
-    if token in ("+", "-"):
+    if token == "-":
         value = expression(tokens, 2, depth + 1)
-        if isinstance(value, Number):
-            return value._replace(value=-value.value) if token == "-" else value
-        return token + str(value) if token == "-" else value  # -\infty
-    if token in OPENING:
-        items = answers(tokens, depth + 1)
+        return value._replace(value=-value.value) if isinstance(value, Number) else f"-{value}"
+    if token == "+":
+        return expression(tokens, 2, depth + 1)
+    if token in ("(", "[", "{"):
+        items = [expression(tokens, 0, depth + 1)]
+        while tokens[-1] == "," and len(items) < MOST_ITEMS:  # factor skips the comma itself
+            items.append(expression(tokens, 0, depth + 1))
         brackets = token + tokens.pop()
-        if brackets[1:] not in CLOSING:
+        if brackets[1:] not in (")", "]", "}"):
             raise ArithmeticError("a bracket that never closes")
         return items[0] if len(items) == 1 else Group(brackets, items)
     if token == "\\frac":
         if tokens[-1].isdecimal():  # \frac12: each argument is one digit
             tokens[-1:] = reversed(tokens[-1])
         above, below = factor(tokens, depth + 1), factor(tokens, depth + 1)
-        named = isinstance(above, str) or isinstance(below, str)
+        named = str in (type(above), type(below))
         return f"{above}/{below}" if named else combine(above, "/", below)
     if token == "\\sqrt":
-        power = Number(Decimal("0.5"))
-        if tokens[-1] == "[":
-            power = combine(Number(Decimal(1)), "/", factor(tokens, depth + 1))
+        index = factor(tokens, depth + 1) if tokens[-1] == "[" else Number(Decimal(2))
+        power = combine(Number(Decimal(1)), "/", index)
         return combine(factor(tokens, depth + 1), "^", power)
     return Number(PI) if token == "\\pi" else token
 
 
 def combine(left, sign: str, right):
     """left sign right. Of an equation the right side is kept, under the name on its left."""
+    numbers = isinstance(left, Number) and isinstance(right, Number)
     if sign == "=":
         if isinstance(left, str) and left[0] == "-":
             raise ArithmeticError("an equation: -x = 5")
@@ -279,12 +246,11 @@ def combine(left, sign: str, right):
             return right._replace(name=left)
         if isinstance(right, str):  # 5 = x, or AB = CD
             return left._replace(name=right) if isinstance(left, Number) else f"{left}={right}"
-        agree = isinstance(left, Number) and isinstance(right, Number) and rounds(left.value, right)
+        agree = numbers and rounds(left.value, right)
         return right._replace(name=left.name, exact=left.value) if agree else right
-    if not (isinstance(left, Number) and isinstance(right, Number)):
-        raise ArithmeticError("algebra")
-    if sign in "+-" and left.unit != right.unit and (left.unit | right.unit) - {"°", "%"}:
-        raise ArithmeticError("algebra: 5m + 3")
+    if not numbers or (sign in "+-" and left.unit != right.unit
+                       and (left.unit | right.unit) - {"°", "%"}):
+        raise ArithmeticError("algebra, as 5m + 3 is")
     value = OPERATORS[sign][1](left.value, right.value)
     if value and abs(value.adjusted()) > 50:
         raise ArithmeticError("too large or too small")
@@ -304,46 +270,40 @@ def is_equal(prediction: str, reference: str) -> bool:
     prediction, reference = prediction.strip(), reference.strip()
     if PLAIN.fullmatch(prediction) and PLAIN.fullmatch(reference):
         return float(prediction) == float(reference)  # a double tells 15 digits apart
-    prediction, reference = prediction[-LONGEST_RESPONSE:], reference[-LONGEST_RESPONSE:]
     prediction, reference = (
         extract_answer(answer) or "" if "\\boxed" in answer or "answer is" in answer else answer
-        for answer in (prediction, reference))
+        for answer in (prediction[-LONGEST_RESPONSE:], reference[-LONGEST_RESPONSE:]))
     if prediction == reference:
         return not says_nothing(prediction)
     if max(len(prediction), len(reference)) > LONGEST_ANSWER:
         return False
     with decimal.localcontext(PRECISE):
         (letter, said), (wanted_letter, wanted) = understand(prediction), understand(reference)
-        if letter and wanted_letter and not (said and wanted):
-            return letter == wanted_letter
-        return bool(said and wanted) and same(said, wanted)  # nothing equals nothing
+        if not (said and wanted):  # a choice alone, or what equals nothing
+            return letter == wanted_letter != ""
+        return same(said, wanted)
 
 
 @lru_cache(maxsize=10_000)  # the responses to one prompt share a reference, and often an answer
 def understand(answer: str) -> tuple:
     """An answer, under PRECISE, as (choice letter or "", else: Number, Group, text; "" if none)."""
-    tokens = tokenise(answer)
-    letter = ""
+    letter, tokens = "", tokenise(answer)
     if choice := CHOICE.fullmatch(" ".join(tokens)):
         letter, tokens = (choice[1] or choice[2]).upper(), (choice[3] or "").split()
     text = "".join(tokens)
     if says_nothing(text if letter else answer):
         return letter, ""
     if "±" in text:  # two answers, one with each sign
-        tokens = " ".join(tokens)
-        tokens = f"{tokens.replace('±', '+')} , {tokens.replace('±', '-')}".split()
-    if re.search(r":[^:=,]*:", text):  # 1:2:3 is no quotient
-        return letter, text
-    if tokens.count("^") + tokens.count("\\sqrt") > MOST_POWERS:
+        tokens = " , ".join(" ".join(tokens).replace("±", sign) for sign in "+-").split()
+    rest = ["", "}", *reversed(tokens), "{"]  # an answer is read like what stands in braces
+    ratio = re.search(r":[^:=,]*:", text)  # 1:2:3 is no quotient
+    if ratio or tokens.count("^") + tokens.count("\\sqrt") > MOST_POWERS:
         return letter, text
     try:
-        rest = ["", *reversed(tokens)]
-        items = answers(rest)
+        value = factor(rest, -1)
     except ArithmeticError:  # what we refuse; decimal's own errors are of this kind too
         return letter, text
-    if rest != [""]:  # something unread is left
-        return letter, text
-    return letter, Group("{}", items) if len(items) > 1 else items[0]
+    return letter, text if rest != [""] else value  # where something unread is left
 
 
 def same(said, wanted) -> bool:
@@ -360,9 +320,8 @@ def same(said, wanted) -> bool:
                 and all(map(same, said.items, wanted.items)))
     if any(x != y and x and y for x, y in ((said.name, wanted.name), (said.unit, wanted.unit))):
         return False
-    scales = [1]
-    if said.unit != wanted.unit:
-        scales += [Decimal("0.01")] * ("%" in said.unit) + [100] * ("%" in wanted.unit)
+    scales = [1] if said.unit == wanted.unit else [
+        1, *[Decimal("0.01")] * ("%" in said.unit), *[100] * ("%" in wanted.unit)]
     values = [said.value] if said.exact is None else [said.value, said.exact]
     return any(rounds(value * scale, wanted) for value in values for scale in scales)
 
@@ -385,11 +344,9 @@ def rounds(value: Decimal, wanted: Number) -> bool:
 
 def accuracy_reward(completion: str, answer: str) -> float | None:
     """1.0 for the right answer, else 0.0; None (cannot be scored) where the data has no answer."""
-    answer = answer or ""
-    if not is_equal(answer, answer):  # it says nothing, so that no answer could be right
+    if not (answer and is_equal(answer, answer)):  # it says nothing: no answer could be right
         return None
-    found = extract_answer(completion)
-    return float(found is not None and is_equal(found, answer))
+    return float(is_equal(extract_answer(completion) or "", answer))
 
 
 def language_reward(completion: str) -> float:
@@ -404,8 +361,8 @@ def format_reward(completion: str) -> float:
     """1.0 for exactly one balanced, filled \\boxed{} after all thinking, else 0.0."""
     text = completion.rpartition("</think>")[2][-LONGEST_RESPONSE:]
     boxes = BOX.findall(text)
-    one = len(boxes) == text.count("\\boxed") == 1
-    return float(one and not says_nothing("".join(boxes[0])) and "<think>" not in text)
+    one = len(boxes) == text.count("\\boxed") == 1 and "<think>" not in text
+    return float(one and not says_nothing("".join(boxes[0])))
 
 
 def unfinished_penalty(samples: list, min_tokens: int = 1) -> list[float]:
@@ -428,7 +385,7 @@ REWARDS = {  # what --rewards can name: functions of the samples, a number or No
 
 
 LARGEST_REWARD = 1e15  # float32, in which advantages are computed, still holds its square
-HOMES = {os.path.dirname(os.path.abspath(__file__)): {}}  # folder: modules loaded from it, by name
+FOLDERS = set()  # of the reward files that were loaded
 
 
 def load_rewards(spec: str, max_new_tokens: int = 2048) -> dict[str, tuple]:
@@ -443,116 +400,45 @@ def load_rewards(spec: str, max_new_tokens: int = 2048) -> dict[str, tuple]:
         if not re.fullmatch(r"-?(\d+\.?\d*|\.\d+)(e-?\d\d?)?", weight) or name in rewards:
             raise UserError(f"reward {part!r} has no weight, or its name is there twice: write "
                             "name:weight for each, as in accuracy:1.0,language:0.5")
-        if path and not os.path.isfile(path):
-            what = "is a folder" if os.path.isdir(path) else "does not exist"
-            raise UserError(f"reward file {path!r} {what}: give the path of a Python file")
         if path not in files:
             files[path] = load_file(path)
-        function = files[path].get(name)
-        if not callable(function):
+        if not callable(files[path].get(name)):
             raise UserError(f"{path or 'reward.py'} has no reward {name!r}: take one of "
                             f"{', '.join(REWARDS)}, or file.py:function:weight with your own")
-        if path:
-            function = imports_beside(os.path.abspath(path))(function)
-            function.path = os.path.abspath(path)  # for score's sentence
-        rewards[name] = (function, float(weight))
+        rewards[name] = (files[path][name], float(weight))
     return rewards
 
 
 def load_file(path: str) -> dict:
-    """Run a reward file, once, as a module of its own name, and give what it defines."""
+    """Import a reward file, its folder first on sys.path, and give what it defines."""
     from utils import UserError
 
-    whole = os.path.abspath(path)
-    folder, name = os.path.dirname(whole), os.path.basename(path).partition(".")[0]
-    with imports_beside(whole):
-        if name in sys.modules and name not in HOMES[folder]:
-            name = f"reward_{name}"  # there must be no second json, or torch
-        module = types.ModuleType(name)
-        module.__file__ = whole
-        sys.modules[name] = HOMES[folder][name] = module
-        try:
-            with open(whole, encoding="utf-8-sig") as file:
-                exec(compile(file.read(), whole, "exec"), vars(module))
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # whatever a user's file can raise, sys.exit too
-            raise UserError(f"reward file {path!r} cannot be loaded{place(error, whole)}: "
-                            f"{shown(error)}. Mend that line, or install what it needs.")
-    return vars(module)
-
-
-@contextmanager
-def imports_beside(path: str):
-    """While code of a reward file runs, imports find what lies beside it before all else.
-
-    Files of two such folders, and ours, may have one name. Process pools find the file's functions
-    under its plain name: forked workers in sys.modules, spawned ones by sys.path.
-    """
-    folder = os.path.dirname(path)
-    own = HOMES.setdefault(folder, {})
-    near = {entry.removesuffix(".py") for entry in os.listdir(folder)}
-
-    def lies_in(home, name, module):
-        file = getattr(module, "__file__", None) or ""
-        return file.startswith(os.path.join(home, name.partition(".")[0]))
-
-    aside = {name: module for name, module in list(sys.modules.items())
-             if own.get(name, module) is not module or name.partition(".")[0] in near
-             and any(lies_in(home, name, module) for home in HOMES if home != folder)}
-    for name in aside:
-        del sys.modules[name]
-    before = {*sys.modules}
-    sys.modules.update(own)
-    sys.path.insert(0, folder)
+    if not (path.endswith(".py") and os.path.isfile(path)):
+        raise UserError(f"reward file {path!r} does not exist, or is no file that ends in .py")
+    folder, file = os.path.split(os.path.realpath(path))
+    find_spec = importlib.machinery.PathFinder.find_spec
+    others = [other for other in sys.path if os.path.realpath(other) != folder]
+    for name in {entry.partition(".")[0] for entry in os.listdir(folder)}:
+        here, there = (getattr(find_spec(name, x), "origin", None) for x in ([folder], others))
+        if here and (there or name in sys.stdlib_module_names):  # one would stand in for the other
+            raise UserError(f"{here} has the name of another module: rename it, or give the reward "
+                            f"file {path!r} a folder of its own")
+    FOLDERS.add(folder)
+    sys.path.insert(0, folder)  # for the helpers beside the file, and for the workers of its pools
     try:
-        yield
-    finally:
-        sys.path.remove(folder)
-        own.update((name, module) for name, module in list(sys.modules.items())
-                   if name not in before and lies_in(folder, name, module))
-        sys.modules.update(aside)
+        return vars(importlib.import_module(file.removesuffix(".py")))
+    except (Exception, SystemExit) as error:
+        raise UserError(f"reward file {path!r} cannot be loaded{told(error)}.")
 
 
-def place(error: BaseException, path: str) -> str:
-    """Where an error left a user's file, or else a file beside it: " (FILE, line N)"."""
-    passed = [(frame.f_code.co_filename, line)
-              for frame, line in traceback.walk_tb(error.__traceback__)]
-    if isinstance(error, UnicodeDecodeError):  # of the file itself, if no line of it was passed
-        passed.insert(0, (path, error.object.count(b"\n", 0, error.start) + 1))
+def told(error: BaseException) -> str:
+    """What a user's code raised, and its last line in a reward file or beside one."""
+    places = [(x.filename, x.lineno) for x in traceback.extract_tb(error.__traceback__)[1:]]
     if isinstance(error, SyntaxError) and error.lineno:
-        passed.append((str(error.filename), error.lineno))
-    near = [x for x in passed if os.path.dirname(x[0]) == os.path.dirname(path)]
-    near = [x for x in near if x[0] == path] or near
-    return " ({}, line {})".format(*near[-1]) if near else ""
-
-
-def shown(thing) -> str:
-    """What a user's code raised or returned, on one short line, whatever it holds."""
-    kind = f"{type(thing).__name__}: " if isinstance(thing, BaseException) else ""
-    try:
-        text = " ".join(str(thing).split())
-    except Exception as error:  # an int of 5,000 digits, a __str__ of the user's
-        text = f"what cannot be shown ({type(error).__name__})"
-    text = (kind + text[:300]).removesuffix(": ")
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def as_floats(column, count: int, weight: float) -> list | None:
-    """A reward's values as floats, None staying None; None for all that is no such list.
-
-    A number is what float() takes, text aside: int, float, bool, Decimal, Fraction, and NumPy's and
-    torch's scalars. It is at most LARGEST_REWARD, with its weight and without.
-    """
-    if not isinstance(column, list) or len(column) != count:
-        return None
-    try:
-        column = [x if x is None else float(x) if isinstance(x, SupportsFloat) else math.nan
-                  for x in column]
-    except Exception:  # 10**400, an array of two
-        return None
-    known = [x for x in column if x is not None]
-    return column if all(max(1, abs(weight)) * abs(x) <= LARGEST_REWARD for x in known) else None
+        places.append((str(error.filename), error.lineno))
+    places = [" ({}, line {})".format(*x) for x in places if os.path.dirname(x[0]) in FOLDERS]
+    text = traceback.format_exception_only(error)[-1]  # even where its __str__ raises
+    return f"{''.join(places[-1:])}: {' '.join(text.split())[:300]}"
 
 
 def score(samples: list, rewards: dict[str, tuple], timeout: int = 3600) -> None:
@@ -567,18 +453,19 @@ def score(samples: list, rewards: dict[str, tuple], timeout: int = 3600) -> None
         try:
             with watchdog(timeout, f"reward {name!r} took {timeout} s; see --reward_timeout."):
                 column = function(samples)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # whatever a user's function can raise, sys.exit too
-            tb = error.__traceback__.tb_next  # None where it could not even be called
-            path = getattr(function, "path", tb and tb.tb_frame.f_code.co_filename)
-            at = place(error, path) if path else ""
-            raise RunError(f"reward {name!r}{at} failed: {shown(error)}.")
-        values[name] = as_floats(column, len(samples), weight)
-        if values[name] is None:
+                shown = ascii(column)[:80]  # here, since a __repr__ can raise too
+        except (Exception, SystemExit) as error:
+            raise RunError(f"reward {name!r} failed{told(error)}.")
+        try:
+            values[name] = [x if x is None else x.__float__() for x in column]  # text has none
+            good = isinstance(column, list) and len(column) == len(samples) and all(
+                x is None or max(1, abs(weight)) * abs(x) <= LARGEST_REWARD for x in values[name])
+        except Exception:  # None, 10**400, an array of two
+            good = False
+        if not good:
             raise RunError(f"reward {name!r} must return a list of {len(samples)} finite numbers "
                            "(None for what cannot be scored), each, weighed too, at most "
-                           f"{LARGEST_REWARD:.0e}: it returned {shown(column)[:80]}.")
+                           f"{LARGEST_REWARD:.0e}: it returned {shown}.")
     for sample, *row in zip(samples, *values.values()):
         sample.rewards = dict(zip(values, row))
         parts = {name: rewards[name][1] * x for name, x in sample.rewards.items() if x is not None}
@@ -589,12 +476,10 @@ def score(samples: list, rewards: dict[str, tuple], timeout: int = 3600) -> None
 # ---------------------------------------------------------------------------------------------
 # The command line
 
-COLUMNS = ("rows", "right", "false +", "false -", "unscored", "us a call")
-
 
 def audit(path: str) -> dict:
-    """Grade the rows of a JSON lines file; print what their "equal" denies, and a table."""
-    kinds, bad_lines = {}, []
+    """Grade the rows of a JSON lines file, print what their "equal" denies, and count by kind."""
+    kinds = {}
     with open(path, encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -602,24 +487,16 @@ def audit(path: str) -> dict:
                 said, wanted, equal = row["prediction"] + "", row["reference"] + "", row["equal"]
             except (ValueError, KeyError, TypeError, RecursionError):
                 print(f"{path}:{number}: left out: no row of prediction, reference and equal")
-                bad_lines.append(number)
                 continue
-            start = time.perf_counter()
             found = extract_answer(said) if row.get("pred_form") == "response" else said
-            verdict = found is not None and is_equal(found, wanted)
-            microseconds = (time.perf_counter() - start) * 1e6
-            kind = "(doubtful)" if row.get("doubtful") else str(row.get("kind"))
+            verdict = is_equal(found or "", wanted)
             if verdict != equal:
-                print(f"{path}:{number}: {kind}: {found!r} {'=' if verdict else '!='} {wanted!r}")
-            cells = (1, verdict == equal, verdict and not equal, equal and not verdict,
-                     found is None, microseconds)
-            for name in {kind, "(doubtful)" if row.get("doubtful") else "all"}:
-                kinds[name] = [x + y for x, y in zip(kinds.get(name, [0] * 6), cells)]
-    print("".join(f"{name:>12}" for name in ("kind", *COLUMNS)))
-    for kind, cells in sorted(kinds.items()):
-        cells[-1] = round(cells[-1] / cells[0], 1)
-        print("".join(f"{cell:>12}" for cell in (kind, *cells)))
-    return {"bad_lines": bad_lines} | {kind: dict(zip(COLUMNS, kinds[kind])) for kind in kinds}
+                print(f"{path}:{number}: {found!r} {'=' if verdict else '!='} {wanted!r}")
+            outcome = "right" if verdict == equal else "false +" if verdict else "false -"
+            for kind in ["(doubtful)"] if row.get("doubtful") else ["all", str(row.get("kind"))]:
+                counts = kinds.setdefault(kind, Counter({"right": 0, "false +": 0, "false -": 0}))
+                counts.update(("rows", outcome))
+    return kinds
 
 
 def main() -> None:
@@ -630,12 +507,10 @@ def main() -> None:
     elif len(arguments) == 2 and arguments[0] == "--audit" and os.path.isfile(arguments[1]):
         print(json.dumps(audit(arguments[1])))
     elif len(arguments) == 2 and not arguments[0].startswith("--"):
-        verdict = is_equal(*arguments)
-        print("equal" if verdict else "not equal")
         for answer in arguments:
             with decimal.localcontext(PRECISE):
-                print(f"  {answer} is read as {understand(answer[:LONGEST_ANSWER])}")
-        print(json.dumps({"equal": verdict, "prediction": arguments[0], "reference": arguments[1]}))
+                print(f"{answer} is read as {understand(answer[:LONGEST_ANSWER])}")
+        print(json.dumps({"equal": is_equal(*arguments)}))
     else:
         sys.stderr.write("usage: reward.py PREDICTION REFERENCE, or --audit FILE, or --help\n")
         sys.exit(2)

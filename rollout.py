@@ -14,16 +14,13 @@ work to vLLM. Where sampler and trainer are two programs, they can silently disa
         --data data.jsonl --n 8 --max_new_tokens 2048     # without --, torchrun would take --n
 """
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C is no traceback, not even during the imports below
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+import utils  # first: from here on Ctrl-C is no traceback
 
 import copy
 import hashlib
 import importlib.util
 import math
+import os
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -34,7 +31,6 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-import utils
 from data import banned_ids, load_samples, open_image, refuse_mixture, tokenise
 from policy import collate, compute_dtype, load_model, load_pretrained, load_processor
 from utils import RunError, UserError, first_line, print0, rank, world_size
@@ -250,8 +246,8 @@ class HFEngine:
 
         Returns logits (B, V), the cache, the attention mask (B, P) and the next positions (B, 1).
         """
-        share = self.sharing
-        whole = share.collate(samples) if share else collate(samples, self.processor)
+        sharing = self.sharing
+        whole = sharing.collate(samples) if sharing else collate(samples, self.processor)
         batch = whole["inputs"]
         width = batch["input_ids"].shape[1]
         lengths = batch["attention_mask"].sum(1)
@@ -270,7 +266,7 @@ class HFEngine:
         # never look there; all is kept, and the model's own mask is the window
         cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x
                         for x in cache.layers]
-        known = share.remembered(base, whole["images"]) if share else nullcontext()
+        known = sharing.remembered(base, whole["images"]) if sharing else nullcontext()
         with known:
             out = self.model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
         # M-RoPE gives an image fewer positions than tokens; its models say by how many

@@ -17,11 +17,7 @@ paper's four steps (arXiv 2504.02587), which are the banners below:
         --test_data geometry3k/test.jsonl --batch_size 128 --lr 1e-6 --max_new_tokens 2048
 """
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C is no traceback, not even during the imports below
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+import utils  # first: from here on Ctrl-C is no traceback
 
 import copy
 import math
@@ -36,7 +32,6 @@ import torch
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-import utils
 from utils import RunError, UserError, print0, rank, world_size
 
 
@@ -405,7 +400,8 @@ def update(policy, optimizer, samples, old, ref, args):
     utils.stop_if_not_finite(norm, "gradient norm", samples)
     optimizer.step()
     optimizer.zero_grad()
-    return sums, norm.item(), percentile_99(torch.cat(gaps).abs())
+    gaps = torch.cat(gaps).abs()[: 2**24]  # torch.quantile refuses more
+    return sums, norm.item(), torch.quantile(gaps, 0.99).item() if len(gaps) else 0.0
 
 
 def gap_sums(gap):
@@ -418,15 +414,6 @@ def gap_sums(gap):
             "sampler_gap_clipped": gap.abs().clamp(max=1).sum().item(),
             "sampler_ratio": held.exp().sum().item(),
             "sampler_ratio_squared": (2 * held).exp().sum().item()}
-
-
-def percentile_99(values):
-    """torch.quantile(values, 0.99), which refuses more than 2^24 of them; 0 for none."""
-    if not len(values):
-        return 0.0
-    place = 0.99 * torch.tensor(len(values) - 1.0)
-    low, high = values.sort().values[[int(place), math.ceil(place)]].cpu()
-    return torch.lerp(low, high, place.frac()).item()
 
 
 def beside(mask, samples, rows):
@@ -447,16 +434,13 @@ def rollout_sums(samples, group_size):
     flat = [g for g in groups if all(s.advantage == 0 for s in g)]
     sums = Counter()
     for s in samples:
-        sums["completions"] += 1
-        sums["tokens"] += len(s.completion_ids)
-        sums["truncated"] += s.finish_reason == "length"
-        sums["unscored"] += s.reward is None
-        for name, value in [("reward", s.reward), *s.rewards.items()]:
-            name = name if name == "reward" else f"reward/{name}"
+        sums.update(completions=1, tokens=len(s.completion_ids), unscored=s.reward is None,
+                    truncated=s.finish_reason == "length")  # a Counter's update adds
+        by_name = {"reward": s.reward} | {f"reward/{name}": x for name, x in s.rewards.items()}
+        for name, value in by_name.items():
             sums[name] += value or 0.0
             sums[f"scored {name}"] += value is not None
-    sums["groups"] = len(groups)
-    sums["groups_all_alike"] = len(flat)  # no advantage, so nothing to learn
+    sums.update(groups=len(groups), groups_all_alike=len(flat))  # the latter teach nothing
     return sums
 
 
@@ -486,14 +470,11 @@ def stop_if_sampler_strays(metrics):
     images or stale weights, 0.2 to 0.45 for half of that, on models that are far from sure.
     """
     gap, ratio = metrics["sampler_gap_clipped"], metrics["sampler_ratio"]
-    if rank() == 0 and not math.isfinite(metrics["sampler_gap"]):
-        raise RunError("a log-probability of the sampler or of the trainer is not finite: look for "
-                       "NaN in the weights; rollout.py --doctor compares the two.")
-    if rank() == 0 and gap > 0.1:
+    if rank() == 0 and not (gap <= 0.1 and math.isfinite(metrics["sampler_gap"])):
         raise RunError(
             f"the sampler has strayed from the policy: mean difference {gap:.3g} nats, mean ratio "
-            f"{ratio:.3g}. Likely causes: weights that were not taken over, images or positions "
-            "that the two read differently, another temperature; rollout.py --doctor looks for "
+            f"{ratio:.3g}. Likely causes: weights that were not taken over, NaN in them, images or "
+            "positions that the two read differently, another temperature; doctor.py looks for "
             "each.")
 
 

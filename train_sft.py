@@ -16,17 +16,12 @@ dropout, label smoothing, a loss on the prompt. An epoch is one pass over the tr
         --test_data mm_math5k/test.jsonl --batch_size 16 --lr 1e-5 --max_new_tokens 2048
 """
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C is no traceback, not even during the imports below
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+import utils  # first: from here on Ctrl-C is no traceback
 
 import math
 import random
 import time
 from collections import defaultdict
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -34,7 +29,6 @@ import torch
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-import utils
 from data import tokenise
 from utils import UserError, print0, rank, world_size
 
@@ -156,21 +150,6 @@ def update(policy, optimizer, samples, args):
 # The stage
 
 
-@contextmanager
-def timed(seconds, name):
-    """Add the time that the block takes to `seconds[name]`."""
-    started = time.perf_counter()
-    yield
-    seconds[name] += time.perf_counter() - started
-
-
-def check_args(args):
-    """Refuse what cannot work, before anything is loaded."""
-    if args.batch_size % world_size():
-        raise UserError(f"--batch_size {args.batch_size} must be a multiple of the {world_size()} "
-                        "ranks.")
-
-
 def main(args):
     from data import load_splits, refuse_mixture
     from doctor import rehearse
@@ -179,7 +158,9 @@ def main(args):
     from rollout import end_ids, generation_config, make_engine, share
 
     refuse_mixture(args)
-    check_args(args)
+    if args.batch_size % world_size():
+        raise UserError(f"--batch_size {args.batch_size} must be a multiple of the {world_size()} "
+                        "ranks.")
     utils.check_wandb(args.wandb)
     settings = chosen_settings(args.eval_settings)
     started = time.time()
@@ -231,7 +212,6 @@ def main(args):
     steps = range(start + 1, total + 1)
     for step in (bar := tqdm(steps, "SFT", total, initial=start, disable=rank() > 0)):
         epoch, k = divmod(step - 1, steps_per_epoch)
-        seconds = defaultdict(float)
         utils.forget_peak_memory()
         batch = epoch_batches(train, args.batch_size, args.seed, epoch)[k]
         samples = batch[rank() :: world_size()]
@@ -242,8 +222,9 @@ def main(args):
         # Step IV: policy update. One gradient step
         learning_rate = learning_rate_at(step, total, args.lr, args.warmup_steps)
         optimizer.param_groups[0]["lr"] = learning_rate
-        with timed(seconds, "update"):
-            sums, norm = update(policy, optimizer, samples, args)
+        began = time.perf_counter()
+        sums, norm = update(policy, optimizer, samples, args)
+        seconds = round(time.perf_counter() - began, 3)
 
         # Log, evaluate, save
         sums = utils.sum_over_ranks(sums)
@@ -251,13 +232,12 @@ def main(args):
         metrics["tokens"] = sums["update_tokens"]
         metrics["length"] = sums["update_tokens"] / args.batch_size
         metrics["peak_memory_gb"] = max(utils.gather([utils.peak_memory() / 1e9]))
-        metrics |= {"grad_norm": norm, "lr": learning_rate}
-        metrics |= {f"seconds_{name}": round(s, 3) for name, s in seconds.items()}
+        metrics |= {"grad_norm": norm, "lr": learning_rate, "seconds_update": seconds}
         place = {"generation_step": step, "gradient_step": step,
                  "epoch": step / steps_per_epoch, "ranks": world_size()}
         if rank() == 0:
             utils.log_row(out / "metrics.jsonl", place | metrics)
-        bar.set_postfix(loss=f"{metrics['loss']:.3f}", update=f"{seconds['update']:.1f}s")
+        bar.set_postfix(loss=f"{metrics['loss']:.3f}", update=f"{seconds:.1f}s")
         last = step == total
         # COLLECTIVE, both. Saved last: what stands before a checkpoint in the logs is complete
         if last or (args.eval_every and step % (args.eval_every * steps_per_epoch) == 0):

@@ -3,18 +3,24 @@
 Small and boring on purpose: nothing here knows what is trained, on what, or how. Read it last.
 """
 
+import os
+import signal
+import sys
+
+script, here = (os.path.dirname(os.path.realpath(path)) for path in (sys.argv[0], __file__))
+if script == here and os.path.isfile(sys.argv[0]):
+    # a stage runs: Ctrl-C is no traceback, not even during the imports below
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import ctypes
 import hashlib
 import importlib.util
 import inspect
 import json
-import os
 import re
 import resource
 import shutil
-import signal
-import sys
 import tempfile
 import threading
 import time
@@ -100,12 +106,12 @@ def refusal(flag, text, value):
     usual += "2147483647]" if flag.type is int else "inf)"
     named = re.search(r"([(\[])([\d.]+), ([\d.]+|inf)([)\]])", f"{text} {usual}")
     left, low, high, right = named.groups()
-    above = float(low) < value or left == "[" and float(low) == value
-    below = value < float(high) or right == "]" and float(high) == value
+    above = value >= float(low) if left == "[" else value > float(low)
+    below = value <= float(high) if right == "]" else value < float(high)
     if above and below:
         return None
-    either = "0, or " if zero and float(low) > 0 else ""
-    return (f"must be {either}{'at least' if left == '[' else 'above'} {low} and "
+    return (f"must be {'0, or ' * (zero and float(low) > 0)}"
+            f"{'at least' if left == '[' else 'above'} {low} and "
             f"{'at most' if right == ']' else 'below'} {high}, not {value}")
 
 
@@ -119,8 +125,7 @@ def run_script(main, Args):
     Exit codes: 2 for a user's mistake, 1 for a run that failed, 128 + signal number for Ctrl-C and
     SIGTERM. A bug keeps its traceback; what a disk, a file or another rank does is a sentence.
     """
-    # HAZARD: a KeyboardInterrupt is swallowed by destructors, and made another error by imports
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130) if rank() else end_run("Stopped.", 130))
+    end_on_signal()
     args = parse_args(Args)
     try:
         start_ranks()
@@ -130,10 +135,9 @@ def run_script(main, Args):
     except UserError as error:
         print0(f"{Path(sys.argv[0]).name}: {error}")
         sys.exit(2)
-    except RunError as error:
-        end_run(f"rank {rank()}: {error}", 1)
-    except OSError as error:
-        end_run(f"rank {rank()}: {error}.", 1 if run_folder else 2)
+    except (RunError, OSError) as error:
+        began = run_folder or isinstance(error, RunError)
+        end_run(f"rank {rank()}: {str(error).rstrip('.')}.", 1 if began else 2)
     except SystemExit as error:
         if run_folder:  # nothing of ours leaves a run in this way
             end_run(f"rank {rank()}: something called sys.exit({error.code}).", 1)
@@ -189,9 +193,9 @@ def watchdog(seconds, sentence):
 def end_on_signal():
     """From now on leave at once on Ctrl-C or SIGTERM, and name the run's last whole checkpoint.
 
-    Python runs a signal's handler between two bytecodes, so a rank that waits inside a collective
-    would never run it; the wake-up descriptor is written by the C handler itself, and a thread
-    reads it.
+    A KeyboardInterrupt is swallowed by destructors, and made another error by imports. And Python
+    runs a signal's handler between two bytecodes, so a rank that waits inside a collective would
+    never run it; the wake-up descriptor is written by the C handler itself, and a thread reads it.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -428,11 +432,10 @@ def run_arguments(args, out):
 
 
 def begin_run(out, args):
-    """Write args.json: from here on the folder is this run's, and a signal names its checkpoint."""
+    """Write args.json: from here on the folder is this run's, and what ends it names it."""
     if rank() == 0:
         write_json(out / "args.json", run_arguments(args, out))
     run_folder.append(out)
-    end_on_signal()
 
 
 def cut_logs(out, last_step):

@@ -10,7 +10,7 @@ import pytest
 import policy
 import utils
 from runs import elsewhere, fork
-from test_house import ROOT, STAGES, source
+from test_house import ROOT, source, STAGES
 from test_pages import LESSON, section
 
 SECTION = section("Copying a stage", LESSON)
@@ -109,9 +109,9 @@ def test_the_copied_look_at_data_runs(foreign, tmp_path):
 
 @pytest.mark.parametrize("stage, words", [
     ("train_sft", ["--batch_size", 4]),
-    ("train_grpo", ["--batch_size", 4, "--mini_batch_size", 4, "--group_size", 2])])
+    ("train_grpo", ["--batch_size", 4, "--mini_batch_size", 4, "--group_size", 2, "--plain"])])
 def test_the_copied_trainers_train_two_steps(stage, words, foreign, tmp_path):
-    """And the copied report reads what they wrote, in a folder of its own."""
+    """Without siblings.py, as with --plain; the copied report reads what they wrote, in a folder of its own."""
     folder = copy(tmp_path / "project", stage, *NEEDS[stage])
     splits = [w for name in ("train", "validation", "test")
               for w in (f"--{name}_data", foreign / "data" / f"{name}.jsonl")]

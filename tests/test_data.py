@@ -5,8 +5,9 @@ import json
 import pytest
 from PIL import Image
 
+import data as data_flow
 import utils
-from conftest import png
+from conftest import png, ROOT
 from data import IMAGE_MARK, INSTRUCTION, load_samples, make_sample, open_image
 from policy import collate, load_model, load_processor
 
@@ -148,15 +149,13 @@ def test_where_no_mark_stands_the_images_stand_first(folder, processor):
     assert two.question == "<image><image>same?" and two.prompt_ids.count(processor.image_token_id) == 18
 
 
-def test_metadata_is_no_picture(folder, processor, capsys):
-    """What only sounds like one; what names the picture that the row has; a file that is elsewhere, once said."""
+def test_metadata_is_no_picture(folder, processor):
+    """What only sounds like one; what names the picture that the row has; a file that is elsewhere."""
     (folder / "notes.txt").write_text("a file, but no picture")
     more = {"source": "geo/12", "file_name": "a.png", "note": "images/a.png", "size": 3, "tags": ["x", None, True],
             "video": None, "audio": "", "videos": [], "see": "notes.txt", "hash": "data: 9j/", "image_1": None}
     rows = [GOOD | more | {"id": i, "origin": f"geometry3k/train/{i}.png"} for i in range(3)]
     assert [len(s.images) for s in load(folder, rows, processor)] == [1, 1, 1]
-    said = capsys.readouterr().err
-    assert said.count("names images that are not there") == said.count("origin names images") == 1
 
 
 def struct(content, path=None):
@@ -209,13 +208,6 @@ def test_layouts_of_the_wild(folder, processor, number):
     row, wanted = layouts((folder / "images" / "a.png").read_bytes(), png("blue"))[number]
     path = folder / "x.parquet"
     check_layout(folder, lambda: make_sample(row, path, f"{path}, row 1", processor), wanted)
-
-
-def test_which_column_was_used_is_said_once(folder, processor, capsys):
-    row = {"question": "How many?", "answer": "3", "image": "images/1.jpg", "decoded_image": png("red")}
-    for _ in range(3):
-        make_sample(row, folder / "x.parquet", "here", processor)
-    assert capsys.readouterr().err.count("images are those of decoded_image; image names files") == 1
 
 
 def test_layouts_of_the_wild_in_files(folder, processor):
@@ -332,3 +324,25 @@ def test_a_folder_without_a_processor_or_model(folder, tmp_path):
         load_processor(str(folder))
     with pytest.raises(utils.UserError, match="--model .*: cannot be loaded"):
         load_model(str(folder))
+
+
+def test_a_look_at_a_data_set(folder, one_rank, capsys):
+    """Rows, tokens, pictures, what is dropped, and the first prompt as the model reads it: 9 placeholders for
+    84 x 84 pixels, 46 tokens in all; a row of text has fewer."""
+    rows = [GOOD | {"id": "a"}, TWO | {"id": "b", "images": ["images/a.png"] * 2}, {"question": "2 + 3?", "answer": "5"}]
+    path = folder / "three.jsonl"
+    utils.write_jsonl(path, rows)
+    lengths = sorted(len(s.prompt_ids) for s in load_samples(path, load_processor(ROOT / "toy_model"), 2048))
+    args = utils.parse_args(data_flow.Args, [str(path), "--model", str(ROOT / "toy_model"), "--max_prompt_tokens",
+                                             str(lengths[-1] - 1)])
+    found, = data_flow.main(args).values()
+    short, middle, long = lengths
+    shares = "0%", "25%", "50%", "75%", "95%", "100%"
+    assert found == {
+        "rows": 3, "images": 3, "dropped": 1, "without image": 1, "without solution": 3,
+        "prompt tokens": dict(zip(shares, (short, short, middle, middle, middle, long))),
+        "image width": dict.fromkeys(shares, 84), "image height": dict.fromkeys(shares, 84)}
+    said = capsys.readouterr().err
+    assert f"dropped, since longer than --max_prompt_tokens {lengths[-1] - 1}: b\n" in said
+    assert "<|vision_start|><|image_pad|> x 9<|vision_end|>" in said and "final answer in \\boxed{}" in said
+    assert said.count("<|image_pad|>") == 1

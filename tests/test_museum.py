@@ -1199,21 +1199,22 @@ def test_a_reference_that_says_nothing_is_unscored():
 def test_two_helpers_of_one_name(tmp_path, monkeypatch):
     """The half cure of a reward file that imports what lies beside it, its folder on sys.path:
     Python keeps one module of a name, and the second file silently scores with the first one's
-    helper. Ours: each file finds its own."""
+    helper. Ours: the second is refused, before anything is run."""
     for name, value in (("a", 1.0), ("b", 2.0)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "scale_of_reward.py").write_text(f"SCALE = {value}\n")
-        (tmp_path / name / "mine.py").write_text(
+        (tmp_path / name / f"mine_{name}.py").write_text(
             f"from scale_of_reward import SCALE\n\ndef {name}(samples):\n    return [SCALE]\n")
-    ours = {}
-    for name in "ab":
-        ours |= reward.load_rewards(f"{tmp_path / name / 'mine.py'}:{name}:1")
-    assert [function([None]) for function, _ in ours.values()] == [[1.0], [2.0]]
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    ours = reward.load_rewards(f"{tmp_path}/a/mine_a.py:a:1")
+    with pytest.raises(utils.UserError, match="b/scale_of_reward.py has the name of another module: rename it"):
+        reward.load_rewards(f"{tmp_path}/b/mine_b.py:b:1")
+    assert ours["a"][0]([None]) == [1.0]
     sys.modules.pop("scale_of_reward", None)
     buggy = {}
     for name in "ab":
         monkeypatch.syspath_prepend(tmp_path / name)
-        buggy |= runpy.run_path(str(tmp_path / name / "mine.py"))
+        buggy |= runpy.run_path(str(tmp_path / name / f"mine_{name}.py"))
     assert [buggy[name]([None]) for name in "ab"] == [[1.0], [1.0]]
     sys.modules.pop("scale_of_reward")
 # What outside eyes found: vLLM and the guard

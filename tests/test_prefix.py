@@ -155,6 +155,12 @@ def test_pack_refuses_a_model_that_would_not_see_the_branches(qwen):
         pack(mixed(qwen), sharing, qwen.model)
 
 
+def test_where_the_file_is_not_here_nothing_is_shared(qwen, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert rollout.share(qwen.model, qwen.processor) is None
+    assert capsys.readouterr().err == "siblings.py is not here: each answer is computed with its own copy of its prompt.\n"
+
+
 def test_two_prompts_with_one_id_are_refused(qwen):
     policy = branching(qwen.model, qwen.processor)
     other = replace(qwen.samples[1], id=qwen.samples[0].id)

@@ -172,7 +172,7 @@ def test_seed_sensitivity_by_hand():
     """Means 11 and 21 differ by 10: SD 7.07; each run's own steps differ by 2: SD 1.41; ratio 5."""
     found = report.seed_sensitivity([[10, 12], [20, 22]])
     assert found["mean"] == 16 and found["between"] == pytest.approx(math.sqrt(50))
-    assert found["within"] == pytest.approx(math.sqrt(2)) and found["ratio"] == pytest.approx(5)
+    assert found["within"] == pytest.approx(math.sqrt(2))
     assert found["interval"] == [0.0, pytest.approx(math.sqrt(50))]
     assert report.seed_sensitivity([[10, 12]]) is None and report.seed_sensitivity([[10], [20]]) is None
 
@@ -262,6 +262,16 @@ def test_a_slump_within_noise_is_no_sign(tmp_path):
     rows = [evaluation(e, r) for e, r in enumerate(([1, 1, 1, 0], [1, 1, 0, 0]))]
     run = read(write_run(tmp_path, rows, [metric(1, 1.0), metric(2, 2.0, reward=0.9)]))
     assert not any(bad for _, _, bad in report.diagnose("GRPO", run))
+
+
+def test_signs_are_counted_over_runs(tmp_path):
+    """One run of two has dead groups: it is the one that is quoted; nobody's answers are cut off: the first is."""
+    for seed, alike in enumerate((0.25, 0.75)):
+        write_run(tmp_path / str(seed), [evaluation(0, [1])], [metric(1, 1.0, groups_all_alike=alike)], seed=seed)
+    make(tmp_path / "out", tmp_path)
+    rows = {row["sign"]: list(row.values())[2:] for row in table(tmp_path / "out", "Failure signatures")}
+    assert rows["dead groups"] == ["1 of 2", "1: 75% of the last epoch's groups all alike"]
+    assert rows["answers cut off"] == ["0 of 2", "0: 0.0% of the last epoch's"]
 
 
 def test_costs_by_hand(tmp_path):

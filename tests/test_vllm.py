@@ -36,13 +36,11 @@ SMALL = ("--batch_size 16 --mini_batch_size 16 --engine vllm "
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
+def pair():
     """The toy in vLLM and in the trainer, and 64 of its prompts; one engine serves all tests."""
-    folder = tmp_path_factory.mktemp("toy")
-    toy.write_data(folder)
     utils.start_ranks()
     processor = load_processor(ROOT / "toy_model")
-    samples = load_samples(folder / "validation.jsonl", processor, 256)[:64]
+    samples = load_samples(ROOT / "toy_data" / "validation.jsonl", processor, 256)[:64]
     policy = Policy(load_model(ROOT / "toy_model"), processor).eval()
     return rollout.VLLMEngine(ROOT / "toy_model", processor, ARGS), policy, samples, processor
 
@@ -240,10 +238,9 @@ def test_randomness_is_of_the_prompt_and_not_of_the_batch(pair):
 # Command lines
 
 
-def test_the_doctor_on_the_family(family, tiny_paths, data_path, tmp_path):
+def test_the_doctor_on_the_family(family, tiny_paths, data_path):
     """Rows with an image, with two, with none, through random models of three families."""
-    result, table = run("rollout.py", "--doctor", "--engine", "vllm", "--model", tiny_paths[family],
-                        "--data", data_path, "--out", tmp_path / "out")
+    result, table = run("doctor.py", "--engine", "vllm", "--model", tiny_paths[family], "--data", data_path)
     assert all(row["passed"] for row in result["doctor"]), table
     assert "log-probabilities, text" in table
 
@@ -261,11 +258,9 @@ def test_rows_of_every_kind_go_through_both_engines(tiny_paths, data_path, tmp_p
 
 def test_two_ranks_train_with_an_engine_each(data, tmp_path):  # noqa: F811
     """The doctor first; ten steps in which the weights move and the sampler stays with them."""
-    folder = tmp_path / "data"
-    toy.write_data(folder)
     out = tmp_path / "run"
     result, log = run("train_grpo.py", *SMALL[:-2], "--max_steps", 10, "--save_every", 5,
-                      "--train_data", folder / "train.jsonl",
+                      "--train_data", ROOT / "toy_data" / "train.jsonl",
                       "--validation_data", data / "validation.jsonl",
                       "--test_data", data / "test.jsonl", "--out", out, ranks=2)
     assert log.count("ok ") >= 10 and "FAILED" not in log and "Sampler: vllm" in log
@@ -351,7 +346,7 @@ def test_a_failing_engine_ends_all_ranks_with_a_sentence(data, tmp_path, fault, 
 
 
 def test_a_missing_model_is_a_sentence_with_vllm_too(tmp_path, data):  # noqa: F811
-    _, log = run("rollout.py", "--engine", "vllm", "--model", tmp_path / "nowhere", code=2)
+    _, log = run("rollout.py", "--engine", "vllm", "--model", tmp_path / "nowhere", "--data", data / "test.jsonl", code=2)
     assert "no such folder" in log and "Traceback" not in log
     broken = shutil.copytree(ROOT / "toy_model", tmp_path / "broken")
     config = json.loads((broken / "config.json").read_text())
