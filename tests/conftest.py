@@ -145,13 +145,23 @@ def family(request):
 @pytest.fixture
 def tiny(family, tiny_paths, data_path):
     """`model` (fresh for every test), `processor` and `samples`, for each family in turn."""
-    return load_tiny(tiny_paths[family], data_path)
+    return fresh(tiny_paths[family], data_path)
 
 
 @pytest.fixture
 def qwen(tiny_paths, data_path):
     """The same for Qwen2.5-VL alone, where the family makes no difference."""
-    return load_tiny(tiny_paths["qwen2_5_vl"], data_path)
+    return fresh(tiny_paths["qwen2_5_vl"], data_path)
+
+
+def fresh(path, data):
+    """What `load_tiny` gives, loaded once."""
+    return copy.deepcopy(loaded(path, data))
+
+
+@functools.cache
+def loaded(path, data):
+    return load_tiny(path, data)
 
 
 def load_tiny(path, data):

@@ -3,6 +3,8 @@
 Most are forked (runs.py); a start by python, by torchrun, and Ctrl-C are real.
 """
 
+import functools
+import inspect
 import json
 import os
 import re
@@ -93,7 +95,7 @@ def test_two_ranks_do_the_first_step_of_one(grpo_run, data, tmp_path):
     """The same prompts, completions and rewards, and the same loss to rounding."""
     _, out, _, _ = grpo_run
     words = ["train_grpo.py", *TINY, *splits(data), "--max_steps", 1, "--out", tmp_path / "two"]
-    run(*words, ranks=2, real=True)
+    run(*words, ranks=2)
     one, two = (utils.read_jsonl(o / "metrics.jsonl")[0] for o in (out, tmp_path / "two"))
     for name in ("reward", "length", "loss", "entropy", "grad_norm"):
         assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
@@ -281,12 +283,16 @@ def test_mistakes_in_the_flags(data, tmp_path, words, sentence):
 # Flags: what each may be, said and refused before anything is written or loaded
 
 
+SOURCE = functools.cache(inspect.getsource)  # which each command line asks for
+
+
 @pytest.fixture
 def script(monkeypatch, tmp_path, capsys, one_rank):
     """`script(stage, *words)`: a command line in this process, in a folder that holds a toy_data of 8 prompts
     a split and nothing else. Returns its JSON, or its one sentence where it ends with exit code 2."""
     for name in ("start_ranks", "end_on_signal"):
         monkeypatch.setattr(utils, name, lambda: None)
+    monkeypatch.setattr(utils.inspect, "getsource", SOURCE)
     monkeypatch.setattr(utils.dist, "destroy_process_group", lambda: None)
     monkeypatch.chdir(tmp_path)
     for path in (ROOT / "toy_data").glob("*.jsonl"):
@@ -467,6 +473,7 @@ def test_reward_command_says_equal_or_not():
     assert "not equal" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_gpu_check_runs_on_a_cpu_too():
     """At a tiny shape, so that it works on the day a GPU is there."""
     done = subprocess.run(command("tests/gpu_check.py", "--tiny"), cwd=ROOT, capture_output=True, text=True)

@@ -506,7 +506,7 @@ CASES = {"language": (False, False, True, 8192, "token", False),
 
 def rank_gradients(path, data, case):
     vision, connector, language, size, loss, shared = CASES[case]
-    tiny = conftest.load_tiny(path, data)
+    tiny = conftest.fresh(path, data)
     samples = mixed(tiny)
     freeze(tiny.model, vision, connector, language)
     sharing = Sharing(tiny.model, tiny.processor)

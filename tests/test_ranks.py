@@ -44,36 +44,46 @@ TEN = ("--batch_size 8 --mini_batch_size 4 --group_size 4 --micro_batch_tokens 1
        "--epochs 5 --max_steps 10 --warmup_steps 0 --kl_coef 0.01 --refills 1 --lr 1e-4").split()
 
 
-@pytest.fixture(scope="module")
-def runs(data, tmp_path_factory):
-    """Run folders of the same ten steps, two updates each, on 1, 2 and 4 ranks."""
-    folder = tmp_path_factory.mktemp("float64")
-    for ranks in (1, 2, 4):
-        run("train_grpo.py", *TEN, *splits(data), "--out", folder / str(ranks), ranks=ranks, fault=in_float64)
-    return folder
+FOUR = [*TEN, "--max_steps", "4", "--group_size", "2"]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ten_steps_are_those_of_one_rank(runs, ranks):
-    steps = 0
-    for path in sorted((runs / "1" / "samples").glob("*.jsonl")):
-        alone, together = (utils.read_jsonl(runs / r / "samples" / path.name) for r in ("1", str(ranks)))
-        key = lambda row: (row["id"], row["completion_text"])  # noqa: E731
-        assert sorted(map(key, alone)) == sorted(map(key, together)), path.name
-        steps += 1
-    assert steps == 10
+@pytest.fixture(scope="module", params=[
+    pytest.param((FOUR, 4, (1, 2)), id="4 steps, 2 ranks"),
+    pytest.param((TEN, 10, (1, 2, 4)), id="10 steps, 2 and 4 ranks", marks=pytest.mark.slow)])
+def runs(request, data, tmp_path_factory):
+    """Run folders of the same steps, two updates each, on one rank and on several; the last step."""
+    words, last, counts = request.param
+    folders = [tmp_path_factory.mktemp("float64") / str(ranks) for ranks in counts]
+    for folder, ranks in zip(folders, counts):
+        run("train_grpo.py", *words, *splits(data), "--out", folder, ranks=ranks, fault=in_float64)
+    return folders, last
+
+
+def test_all_steps_are_those_of_one_rank(runs):
+    (one, *others), last = runs
+    for other in others:
+        names = [path.name for path in sorted((one / "samples").glob("*.jsonl"))]
+        assert len(names) == last
+        for name in names:
+            alone, together = (utils.read_jsonl(folder / "samples" / name) for folder in (one, other))
+            key = lambda row: (row["id"], row["completion_text"])  # noqa: E731
+            assert sorted(map(key, alone)) == sorted(map(key, together)), name
+        assert_same_logs(one, other)
+
+
+def assert_same_logs(folder, other):
     for name in ("metrics.jsonl", "eval.jsonl"):
-        alone, together = (timeless(runs / r / name) for r in ("1", str(ranks)))
+        alone, together = (timeless(place / name) for place in (folder, other))
         assert len(alone) == len(together) > 0
-        for one, other in zip(alone, together):
+        for one, two in zip(alone, together):
             for metric in set(one) - {"sampler_gap", "sampler_gap_clipped", "sampler_gap_p99"}:  # rounding is all they hold
-                assert other[metric] == (pytest.approx(one[metric], rel=1e-6, abs=1e-9)
-                                         if isinstance(one[metric], float) else one[metric]), metric
+                assert two[metric] == (pytest.approx(one[metric], rel=1e-6, abs=1e-9)
+                                       if isinstance(one[metric], float) else one[metric]), metric
 
 
-def test_the_weights_after_ten_steps_are_those_of_one_rank(runs):
-    alone, *others = (load_model(runs / r / "checkpoints" / "step_000010").state_dict()
-                      for r in "124")
+def test_the_weights_after_the_last_step_are_those_of_one_rank(runs):
+    folders, last = runs
+    alone, *others = (load_model(folder / "checkpoints" / f"step_{last:06d}").state_dict() for folder in folders)
     base = load_model(ROOT / "toy_model").state_dict()
     moved = max((alone[k] - base[k]).abs().max() for k in base)
     for weights in others:
