@@ -48,7 +48,9 @@ def pair(tiny):
     return tiny
 
 
-@pytest.mark.parametrize("case", ["text alone", "all kinds", "all kinds, sharded"])
+@pytest.mark.parametrize("family, case", [
+    pytest.param(family, case, marks=pytest.mark.slow if i == k else ()) for k, family in enumerate(FAMILIES)
+    for i, case in enumerate(("text alone", "all kinds", "all kinds, sharded"))], indirect=["family"])
 def test_an_honest_engine_passes_and_no_weight_changes(pair, case, one_rank):
     """Weights are negated on the way, shards or what was gathered; all come back to the bit."""
     before = {name: weight.detach().clone() for name, weight in pair.model.named_parameters()}

@@ -89,11 +89,14 @@ def bug(original, *values):
     raise RuntimeError("two shapes do not agree")
 
 
-def stopped(whole, out, last):
-    """A copy of the undisturbed run as it was after step `last`, before anything else was written."""
+def stopped(whole, out, last, **changed):
+    """A copy of the undisturbed run as it was after step `last`, before anything else was written.
+
+    What `changed` names of its arguments was another from the beginning.
+    """
     shutil.copytree(whole[1], out)
     arguments = json.loads((out / "args.json").read_text())
-    utils.write_json(out / "args.json", arguments | {"out": str(out)})
+    utils.write_json(out / "args.json", arguments | {"out": str(out)} | changed)
     (out / "result.json").unlink()
     for step in range(last + 1, 5):
         shutil.rmtree(out / "checkpoints" / f"step_{step:06d}")
@@ -245,9 +248,9 @@ def test_two_steps_a_kill_and_two_steps_are_four_steps(whole, tmp_path):
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_kill_while_saving_leaves_the_checkpoint_before(whole, tmp_path, number):
     """Step 3's, before its manifest is there, and before it gets its own name."""
-    out = tmp_path / "run"
+    out = stopped(whole, tmp_path / "run", 2)
     die = partial(prepare, partial(at_call, number, "os.replace", kill))
-    code, _ = run(whole[0], out, partial(at_call, 3, "utils.save_checkpoint", die))
+    code, _ = run(whole[0], out, partial(at_call, 1, "utils.save_checkpoint", die))
     assert code == -signal.SIGKILL
     assert saved(out) == ["step_000001", "step_000002", "step_000003.part"]
     code, said = run(whole[0], out)
@@ -268,8 +271,8 @@ def test_a_kill_before_args_json_is_no_other_run(tmp_path, one_rank):
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_rank_that_dies_ends_the_other(whole, tmp_path, dies):
     """A collective tells the other one, at once; under torchrun see tests/test_chaos.py."""
-    out = tmp_path / "run"
-    codes, said = run(whole[0], out, partial(at_call, 3, "train_grpo.update", kill, dies), ranks=2)
+    out = stopped(whole, tmp_path / "run", 2)
+    codes, said = run(whole[0], out, partial(at_call, 1, "train_grpo.update", kill, dies), ranks=2)
     assert codes == ([-9, 1] if dies == 0 else [1, -9]), said
     last = out / "checkpoints" / "step_000002"
     assert re.search(rf"rank {1 - dies}: another rank is gone \(.*\)\. The last whole checkpoint is "
@@ -288,13 +291,13 @@ def test_a_rank_that_dies_ends_the_other(whole, tmp_path, dies):
     ("utils.append_jsonl", full_disk, r"rank 0: \[Errno 28\] No space left on device\.")])
 def test_a_full_disk(whole, tmp_path, place, act, sentence):
     """One sentence, exit code 1, nothing half-written under its name; with room the run goes on."""
-    out = tmp_path / "run"
+    out = stopped(whole, tmp_path / "run", 2, keep=1)
     words = [*whole[0], "--keep", 1]
-    code, said = run(words, out, partial(at_call, 3, place, act))
+    code, said = run(words, out, partial(at_call, 1, place, act))
     last = out / "checkpoints" / "step_000002"
     assert code == 1 and re.search(f"{sentence}.* The last whole checkpoint is {last}[.]", said), said
     assert "Traceback" not in said and utils.is_whole(last)
-    assert set(saved(out)) <= {"step_000002", "step_000003.part"}
+    assert set(saved(out)) <= {"step_000001", "step_000002", "step_000003.part"}
     code, said = run(words, out)
     assert code == 0 and "Continuing after step 2." in said, said
     assert fingerprint(out) == fingerprint(whole[1])
@@ -345,14 +348,14 @@ def judge(samples):
 
 @pytest.mark.parametrize("act, sentence", [
     ("{}['key']", r"reward 'judge' failed \({}, line 8\): KeyError: 'key'\."),
-    ("time.sleep(90)", r"reward 'judge' took 3 s; see --reward_timeout\."),
+    ("time.sleep(90)", r"reward 'judge' took 2 s; see --reward_timeout\."),
     ("return 'well'", r"reward 'judge' must return a list of 8 finite numbers .* it returned 'well'\.")])
 def test_a_reward_that_fails(whole, tmp_path, act, sentence):
     """At the third step: it raises, it hangs, it returns nonsense."""
     path = tmp_path / "judge.py"
     path.write_text(JUDGE.replace("{act}", act))
     out = tmp_path / "run"
-    words = [*whole[0], "--rewards", f"accuracy:1.0,{path}:judge:0.5", "--reward_timeout", 3]
+    words = [*whole[0], "--rewards", f"accuracy:1.0,{path}:judge:0.5", "--reward_timeout", 2]
     code, said = run(words, out)
     assert code == 1 and "Traceback" not in said, said
     sentence = sentence.replace("{}", re.escape(str(path)))
@@ -399,7 +402,7 @@ def test_nothing_but_dead_groups(whole, tmp_path, flags):
 
 def test_a_bug_keeps_its_traceback(whole, tmp_path):
     """What is nobody's fault but ours must not be made into a sentence."""
-    code, said = run(whole[0], tmp_path / "run", partial(at_call, 3, "train_grpo.update", bug))
+    code, said = run(whole[0], stopped(whole, tmp_path / "run", 2), partial(at_call, 1, "train_grpo.update", bug))
     assert code == 1 and "Traceback" in said and "RuntimeError: two shapes do not agree" in said
 
 
@@ -758,7 +761,7 @@ def fill_tensors(original, *_):
     (fill_tensors, "rank 0: out of memory \\(.*allocate memory.*\\); lower --micro_batch_tokens")])
 def test_ends_that_are_no_bug(whole, tmp_path, act, sentence):
     """A run never ends with exit code 0 before its end; what was printed before is not lost."""
-    code, said = run(whole[0], tmp_path / "run", partial(at_call, 3, "train_grpo.update", act))
+    code, said = run(whole[0], stopped(whole, tmp_path / "run", 2), partial(at_call, 1, "train_grpo.update", act))
     assert code == 1 and "Traceback" not in said, said
     for part in sentence.split("|"):
         assert re.search(part, said), said
