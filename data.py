@@ -245,9 +245,8 @@ def grey_of_8_bits(image, tops):
         raise ValueError("it holds values that are not finite")
     top = next((top for top in tops if 0 <= low and high <= top), None)
     if top:
-        grey = values * {1: 255, 255: 1, 65535: 1 / 256}[top]
-    else:
-        grey = (values - low) * 255 / (high - low) if high > low else values * 0 + 128
+        low, high = 0, min(top, 255 * 256)  # of 16 bits the upper 8
+    grey = (values - low) * 255 / (high - low) if high > low else values * 0 + 128
     grey[values == image.info.get("transparency")] = 255  # laid on white, as above
     return Image.fromarray(grey.astype(np.uint8))
 

@@ -132,9 +132,8 @@ def drop_nothing(model):
 
 def compute_dtype(name):
     """The `--dtype` flag as a torch dtype; auto is bfloat16 on CUDA and float32 on a CPU."""
-    if name == "auto":
-        name = "bfloat16" if torch.cuda.is_available() else "float32"
-    return getattr(torch, name)
+    auto = "bfloat16" if torch.cuda.is_available() else "float32"
+    return getattr(torch, auto if name == "auto" else name)
 
 
 def language_weights(model):
@@ -274,7 +273,7 @@ class Policy(torch.nn.Module):
         if "pixel_values" not in batch["inputs"]:
             # HAZARD: FSDP reduces the same gradients on every rank, and this batch has none for a
             # vision tower that trains: its weights are touched with weight 0
-            language = {*self.model.get_decoder().parameters()}
+            language = language_weights(self.model)
             idle = [p for p in self.model.parameters() if p.requires_grad and p not in language]
             logprobs = logprobs + 0.0 * sum(p.sum() for p in idle)
         return logprobs, entropies

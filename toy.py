@@ -19,6 +19,8 @@ choose better, and read with fewer slips: it amplifies what is there, the paper'
     python toy.py --data my_folder   write the data set as files
 """
 
+import utils  # first: from here on Ctrl-C is no traceback
+
 import hashlib
 import json
 import random
@@ -35,7 +37,6 @@ from tqdm import tqdm
 from transformers import (AutoConfig, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration,
                           Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor)
 
-import utils
 from data import IMAGE_MARK, INSTRUCTION, as_png, load_samples, make_sample
 from policy import Policy, collate, load_model, load_processor
 
@@ -294,11 +295,11 @@ MENDED = re.compile(r"makes (\d)\. wait, re-check(?:(?!makes).)*makes (?!\1)\d\.
 
 def load(args):
     """A sampler of the model, and the splits of toy_data/."""
-    from rollout import HFEngine
+    from rollout import HFEngine, share
 
     model, processor, folder = load_model(args.model), load_processor(args.model), HERE / "toy_data"
     splits = {name: load_samples(folder / f"{name}.jsonl", processor, 256) for name in SPLITS}
-    return HFEngine(model, processor, batch_size=512), splits
+    return HFEngine(model, processor, 512, share(model, processor)), splits
 
 
 def forced(samples, opening, processor):
@@ -329,7 +330,6 @@ def promises(args):
     text, vision = engine.model.config.text_config, engine.model.config.vision_config
     yield "head size, language", text.hidden_size // text.num_attention_heads, 64, 64
     yield "head size, vision", vision.hidden_size // vision.num_heads, 32, 32  # vLLM knows both
-
     held, test = splits["validation"], splits["test"]
     usual, done = evaluate(engine, held, "pass8_t1", 96, 0)
     yield "accuracy at T = 1", usual["accuracy"], 0.30, 0.60
