@@ -172,8 +172,8 @@ def pass_name(row):
 def scores(run, split, setting):
     """`(epochs, values (epochs,), redrawn (epochs, ROUNDS))` of one run, by epoch; 0 is untrained.
 
-    The values are pass@n. `redrawn` holds them over redrawn prompts: the same draws for every run
-    over as many prompts, so that runs are compared on the same ones.
+    The values are pass@n: one right among n answers will do. `redrawn` holds them over redrawn
+    prompts, the same draws for every run over as many, so that runs are compared on the same ones.
     """
     rows = {r["epoch"]: r for r in run.evals if (r["split"], r["setting"]) == (split, setting)}
     epochs = sorted(rows)
@@ -181,7 +181,6 @@ def scores(run, split, setting):
     redrawn = np.repeat(values[:, None], ROUNDS, axis=1)
     for i, e in enumerate(epochs):
         if right := rows[e].get("right"):  # how many of a prompt's n answers; runs of old have none
-            # with n answers a prompt, pass@n asks for one right among them
             redrawn[i] = draws(len(right), 0) @ (np.array(right) > 0)
     return epochs, values, redrawn
 
@@ -338,11 +337,11 @@ def transfer_table(arms):
 def robustness_table(runs):
     """What evaluate.py measured on images as they are and on damaged ones."""
     rows = [["model", "data", "setting", "images", "prompts", "pass@n"]]
-    for row, model in ((row, run.args["model"]) for run in runs for row in run.evals
-                       if run.args["script"] == "evaluate"):
-        damage = row["perturb"].replace("none", "as they are")
-        passed = percent((row[pass_name(row)], row[f"{pass_name(row)}_interval"]))
-        rows.append([model, row["split"], row["setting"], damage, row["n"], passed])
+    for run in (run for run in runs if run.args.get("script") == "evaluate"):
+        for row in run.evals:
+            damage = row["perturb"].replace("none", "as they are")
+            passed = percent((row[pass_name(row)], row[f"{pass_name(row)}_interval"]))
+            rows.append([run.args["model"], row["split"], row["setting"], damage, row["n"], passed])
     return rows
 
 
@@ -473,8 +472,7 @@ def accuracy_panels(arms):
             end = max(epoch for runs in curves.values() for curve in runs for epoch in curve)
             curves["untrained"] = [{0: curve[0], end: curve[0]} for runs in curves.values()
                                    for curve in runs if 0 in curve]
-        title = f"{split}, {setting}, n = {row['n']}"
-        yield title, "epoch", f"{pass_name(row)}, %", curves
+        yield f"{split}, {setting}, n = {row['n']}", "epoch", f"{pass_name(row)}, %", curves
 
 
 def training_panels(arms):
@@ -546,12 +544,12 @@ def markdown_table(rows):
 
 def html_table(rows):
     """Every cell is escaped: labels hold what a user typed, cells what a model wrote."""
-    lines = []
+    html = ""
     for row in rows:
-        tag = "td" if lines else "th"
-        cells = (escape("–" if cell is None else str(cell)) for cell in row)
-        lines.append("".join(f"<{tag}>{cell}</{tag}>" for cell in cells))
-    return f"<table><tr>{'</tr><tr>'.join(lines)}</tr></table>"
+        tag = "td" if html else "th"
+        cells = (f"<{tag}>{escape('–' if cell is None else str(cell))}</{tag}>" for cell in row)
+        html += f"<tr>{''.join(cells)}</tr>"
+    return f"<table>{html}</table>"
 
 
 def embedded(png, words):
