@@ -406,14 +406,14 @@ def findings(arms):
     return rows
 
 
-def diagnose(label, run):
+def diagnose(run):
     """Failure signatures of one run, as `(what, measured, is it a sign of trouble)`."""
     reward, dead, cut = ([np.mean(values) for values in by_epoch(run, name).values()]
                          for name in ("reward", "groups_all_alike", "truncated"))
-    for split, setting in measured({label: [run]}):
-        epochs, values, redrawn = scores(run, split, setting)
+    for setting in SETTINGS:
+        epochs, values, redrawn = scores(run, "validation", setting)
         # the reward is of training prompts: memorising them shows as a slump elsewhere
-        if split == "validation" and reward and len(epochs) > 1:
+        if reward and len(epochs) > 1:
             low = interval(redrawn[:-1].max(0) - redrawn[-1])[0]  # surely below an earlier one
             yield ("reward up while validation is down",
                    f"reward {reward[0]:.2f} to {reward[-1]:.2f}, {setting} {values[:-1].max():.1%} "
@@ -439,7 +439,7 @@ def diagnostics(arms, found):
     for label, runs in arms.items():
         signs = defaultdict(list)
         for run in runs:
-            for what, said, bad in diagnose(label, run):
+            for what, said, bad in diagnose(run):
                 signs[what].append((bad, f"{run.path.name}: {said}"))
         for what, seen in signs.items():
             _, measure = max(seen, key=lambda sign: sign[0])  # the first that is bad, if any
@@ -617,7 +617,7 @@ def main(args):
     runs = [read_run(path, args.substring) for path in find_runs(args.runs)]
     out = Path(args.out or Path(args.runs[0]) / "report")
     arms = in_arms(runs)
-    trained = {label: members for label, members in arms.items() if measured({label: members})}
+    trained = {label: runs for label, runs in arms.items() if any(run.evals for run in runs)}
     answering = {label: runs for label, runs in arms.items() if not label.startswith("SFT")}
     found = findings(arms)
     tables = {
