@@ -496,11 +496,9 @@ def words_panels(arms):
 
 def draw(panels, arms):
     """PNG bytes of a figure: the mean over seeds, one standard deviation as a band."""
-    from matplotlib import rcParams
     from matplotlib.figure import Figure  # no window is ever opened
     from matplotlib.ticker import MaxNLocator
 
-    rcParams.update({"font.size": 8, "axes.titlesize": 9})
     columns = 4 if len(panels) in (4, 7, 8) or len(panels) > 9 else min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     beside = 1 if max(map(len, arms)) > 40 else 4  # entries of the legend in a row
@@ -519,10 +517,13 @@ def draw(panels, arms):
             # no share lies outside 0 and 100 %
             low, high = np.clip((mean - spread, mean + spread), 0, 100 if "%" in y else None)
             axis.fill_between(xs, low, high, color=COLOURS[i % 8], alpha=0.2, linewidth=0)
-        axis.set(title=title, xlabel=at, ylabel=y)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel(at, fontsize=8)
+        axis.set_ylabel(y, fontsize=8)
+        axis.tick_params(labelsize=8)
         axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     lines = axis.get_legend_handles_labels()  # the last panel has them all
-    figure.legend(*lines, loc="outside upper center", ncols=beside)
+    figure.legend(*lines, fontsize=8, loc="outside upper center", ncols=beside)
     seeds = [", ".join(str(run.args.get("seed")) for run in runs) for runs in arms.values()]
     caption = (f"Mean over seeds ({'; '.join(seeds)}, in the legend's order); the band is one "
                "standard deviation.")
