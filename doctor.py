@@ -1,9 +1,9 @@
 """The doctor: do sampler and trainer speak of the same policy?
 
 Where they are two programs, they can silently disagree: stale weights, image positions lost,
-another temperature. Nothing fails then, training merely goes wrong. The doctor looks for all the
-ways in which real frameworks are known to have disagreed; a stage calls `rehearse`, its short form,
-before step 1, and train_grpo.py the whole of it where vLLM is the sampler.
+another temperature. Nothing fails then, training merely goes wrong. Each check is a way in which
+real frameworks did; a stage calls `rehearse`, the short form, before step 1, and train_grpo.py the
+whole of it where vLLM is the sampler.
 
     python doctor.py --model toy_model --data toy_data/validation.jsonl --engine hf
     python doctor.py --model Qwen/Qwen2.5-VL-3B-Instruct --data data.jsonl --engine vllm
@@ -12,10 +12,9 @@ before step 1, and train_grpo.py the whole of it where vLLM is the sampler.
 import utils  # first: from here on Ctrl-C is no traceback
 
 import math
-import os
 import traceback
 from dataclasses import dataclass
-from itertools import takewhile
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -56,27 +55,23 @@ def unlike(samples):
 def rehearse(engine, samples, args, policy=None):
     """Answer a few prompts and, where a policy trains, read the answers back; return the answers.
 
-    What a family, a processor or a row asks for and nobody here does is a sentence before step 1,
-    and no traceback in the first batch; so is a sampler that speaks of another policy. UserError.
-    COLLECTIVE.
+    UserError, before step 1, for what a family, a processor or a row asks for and nobody here does,
+    and for a sampler that speaks of another policy. COLLECTIVE.
     """
     asked, done, problems = unlike(samples), [], []
     names = ", ".join(s.id for s in asked)
     try:
-        doing = "answering"
         done = engine.generate(asked, 2, 1.0, 1.0, min(4, args.max_new_tokens), "rehearsal")
         if policy:
-            doing = "computing the log-probabilities of"
-            with torch.no_grad():
-                table, _ = policy(policy.batch(done), 1.0)
-            gap = mean_gap(rows_of(table, done), [s.sampler_logprobs for s in done])
+            gap = mean_gap(trainer_logprobs(policy, done), [s.sampler_logprobs for s in done])
             # far above what rounding does, far below what other positions or images do
             if not gap <= (0.01 if compute_dtype(args.dtype) == torch.float32 else 0.5):
                 problems = [f"sampler and trainer are {gap:.2g} nats apart on the prompts {names}"]
     except Exception as error:  # whatever a family's own code can raise
         last = traceback.extract_tb(error.__traceback__)[-1]
-        problems = [f"{doing} the prompts {names} fails ({type(error).__name__}: "
-                    f"{first_line(error)}; {Path(last.filename).name}, line {last.lineno})"]
+        where = f"{Path(last.filename).name}, line {last.lineno}"
+        problems = [f"answering the prompts {names}, or reading the answers, fails "
+                    f"({type(error).__name__}: {first_line(error)}; {where})"]
     for problem in utils.gather(problems):
         raise UserError(f"--model {args.model}: {problem}; give another model or other rows, or "
                         "see the README's families.")
@@ -89,8 +84,12 @@ def mean_gap(first, second):
     return sum(pairs) / max(1, len(pairs))
 
 
-def rows_of(table, done):
-    """A tensor (B, C) as one list a sample, without its padding."""
+@torch.no_grad()
+def trainer_logprobs(policy, done, processor=None, temperature=1.0):
+    """The trainer's log-probabilities of what was answered, one list a sample. COLLECTIVE."""
+    # with a processor nothing is shared or remembered: the doctor changes what features are made by
+    batch = collate(done, processor) if processor else policy.batch(done)
+    table, _ = policy(batch, temperature)
     return [row[: len(s.completion_ids)] for row, s in zip(table.tolist(), done)]
 
 
@@ -102,30 +101,19 @@ def probes(samples, processor, max_prompt_tokens):
     """A few prompts of each kind: with an image, without one, with two. Made up where missing."""
     pictured = [s for s in samples if s.images][:4]
     plain = [s for s in samples if not s.images][:2]
-    rows = [{"id": f"{s.id} without its image", "images": [],
+    rows = [{"id": f"{s.id} without its image",
              "question": s.question.replace(IMAGE_MARK, "").strip() or "What is 2 + 3?"}
             for s in pictured[: 2 - len(plain)]]
     if len(pictured) > 1:
         rows.append({"id": "two images", "images": [s.images[0] for s in pictured[:2]],
                      "question": f"{IMAGE_MARK} or {IMAGE_MARK}: which is larger?"})
-    for row in rows:
-        paths = [image for image in row["images"] if isinstance(image, str)]
-        folder = Path(os.path.commonpath(paths)) if paths else Path()
-        plain.append(make_sample(row | {"answer": "?"}, folder / "-", "doctor", processor))
-    return [s for s in pictured + plain if len(s.prompt_ids) <= max_prompt_tokens]
-
-
-def trainer_logprobs(policy, done, processor, temperature=1.0):
-    """The trainer's log-probabilities of what was answered, one list a sample. COLLECTIVE."""
-    table, _ = policy(collate(done, processor), temperature)
-    return rows_of(table, done)
+    place = Path("/doctor")  # a sample's paths are whole, and lie below /
+    made = [make_sample(row | {"answer": "?"}, place, "doctor", processor) for row in rows]
+    return [s for s in pictured + plain + made if len(s.prompt_ids) <= max_prompt_tokens]
 
 
 def together(act, *values):
-    """What `act` gives; its RunError on any rank is everyone's, or their passes would part.
-
-    COLLECTIVE.
-    """
+    """What `act` gives; a rank's RunError is everyone's, or passes would part. COLLECTIVE."""
     given, problems = None, []
     try:
         given = act(*values)
@@ -140,97 +128,92 @@ def together(act, *values):
 def doctor(engine, policy, samples, processor, args):
     """Compare the sampler with the trainer; return rows (check, passed, detail). COLLECTIVE.
 
-    Each row is a way in which real frameworks went wrong without a word. Weights are changed on the
-    way and put back. In bfloat16 two programs round differently, so the tolerance is wider there.
+    Weights are changed on the way and put back.
     """
+    # two programs round differently in bfloat16
     tolerance = 1e-3 if compute_dtype(args.dtype) == torch.float32 else 0.1
     asked = probes(samples, processor, args.max_prompt_tokens)
-
-    banned, tokens = {*banned_ids(processor)}, []
+    logprobs = partial(trainer_logprobs, policy, processor=processor)
+    banned, tokens, rows = {*banned_ids(processor)}, [], []
 
     def answer(prompts, temperature=1.0, n=1):
         length = min(32, args.max_new_tokens)
         done = together(engine.generate, prompts, n, temperature, 1.0, length, "doctor")
         for s in done:
             tokens.extend(s.completion_ids)
-            clean = [*takewhile(lambda t: t not in banned, s.completion_ids)]
             # what follows a placeholder the trainer cannot read: it has no image for it
-            s.completion_ids, s.sampler_logprobs = clean, s.sampler_logprobs[: len(clean)]
+            end = next((i for i, t in enumerate(s.completion_ids) if t in banned), None)
+            s.completion_ids, s.sampler_logprobs = s.completion_ids[:end], s.sampler_logprobs[:end]
         return done
 
     try:
         together(engine.sync, policy.model)
         greedy = answer(asked, 0)
-    except RunError as error:  # nothing else can be asked then
-        return [("weights and prompts", False, str(error))]
-    rows = [
-        ("every weight taken over", True, f"{len([*policy.model.parameters()])} tensors"),
-        ("prompts read alike", True, f"{len(asked)}, token by token")]
-    try:
-        rows.extend(check_logprobs(answer, greedy, policy, asked, processor, tolerance))
-        rows.extend(check_sync(answer, greedy, engine, policy, asked, processor, tolerance))
+        rows.append(("every weight taken over", True, f"{len([*policy.parameters()])} tensors"))
+        rows.append(("prompts read alike", True, f"{len(asked)}, token by token"))
+        rows.extend(check_logprobs(answer, logprobs, asked, greedy, tolerance))
+        rows.extend(check_sync(answer, logprobs, asked, greedy, engine, policy.model, tolerance))
     except RunError as error:  # the rows so far are kept
-        rows.append(("answers", False, str(error)))
-    bad = sum(t in banned for t in tokens)
-    return [*rows, ("no placeholder sampled", bad == 0, f"{bad} in {len(tokens)} tokens")]
+        rows.append(("answers" if rows else "weights and prompts", False, str(error)))
+    if tokens:
+        bad = sum(t in banned for t in tokens)
+        rows.append(("no placeholder sampled", bad == 0, f"{bad} in {len(tokens)} tokens"))
+    return rows
 
 
-def check_logprobs(answer, greedy, policy, asked, processor, tolerance):
+def check_logprobs(answer, logprobs, asked, greedy, tolerance):
     """Same best tokens, same log-probabilities, whatever else is in the batch. COLLECTIVE."""
     # a token is the trainer's best one if it has most of the mass when that is sharpened, or half
     # of it: bfloat16 has ties
-    best = [x > -0.7 for row in trainer_logprobs(policy, greedy, processor, 1e-3) for x in row]
+    best = [x > -0.7 for row in logprobs(greedy, temperature=1e-3) for x in row]
     enough = (0.99 if tolerance < 0.01 else 0.9) * len(best)
     yield "greedy tokens agree", sum(best) >= enough, f"{sum(best)} of {len(best)}"
     drawn = answer(asked, 0.7, n=4)  # at 1, a sampler that is deaf to temperature would pass
     for kind in ("text", "images"):
         if chosen := [s for s in drawn if bool(s.images) == (kind == "images")]:
-            gap = mean_gap(trainer_logprobs(policy, chosen, processor, 0.7),
-                           [s.sampler_logprobs for s in chosen])
+            said = [s.sampler_logprobs for s in chosen]
+            gap = mean_gap(logprobs(chosen, temperature=0.7), said)
             detail = f"mean difference {gap:.1e} nats in {len(chosen)} answers"
             yield f"log-probabilities, {kind}", gap <= tolerance, detail
     some = drawn[::4]
-    gap = mean_gap(trainer_logprobs(policy, some, processor),
-                   [trainer_logprobs(policy, [s], processor)[0] for s in some])
+    gap = mean_gap(logprobs(some), [logprobs([s])[0] for s in some])
     yield "trainer: padding", gap <= tolerance, f"in a batch and alone differ by {gap:.1e}"
     same = [answer([s], 0)[0].completion_ids == g.completion_ids for s, g in zip(asked, greedy)]
     detail = f"{sum(same)} of {len(same)} greedy answers are the same in a batch and alone"
     yield "sampler: padding", sum(same) >= 0.8 * len(same), detail
 
 
-def check_sync(answer, greedy, engine, policy, asked, processor, tolerance):
+def check_sync(answer, logprobs, asked, greedy, engine, model, tolerance):
     """Changed weights arrive, and all that was computed with the old ones goes. COLLECTIVE.
 
     Negating is exact to undo, and one weight that keeps its old sign spoils the whole answer. With
     its last norm negated a model says what it was least likely to say, placeholders if it may.
     """
-    language = language_weights(policy.model)
-    vision = [p for p in policy.model.parameters() if p not in language]
-    changes = {"language": language, "vision": vision,
-               "last": [policy.model.get_decoder().norm.weight]}
-    for kind, weights in changes.items():
+    language = language_weights(model)
+    vision = [p for p in model.parameters() if p not in language]
+    last = [model.get_decoder().norm.weight]
+    for kind, weights in {"language": language, "vision": vision, "last": last}.items():
         prompts = [s for s in asked if s.images or kind != "vision"]
         if not prompts:
             continue
         before = answer(prompts)
-        old = trainer_logprobs(policy, before, processor)
+        old = logprobs(before)
         for weight in weights:
             weight.neg_()
         try:
-            together(engine.sync, policy.model)
-            shift = mean_gap(trainer_logprobs(policy, before, processor), old)
+            together(engine.sync, model)
+            shift = mean_gap(logprobs(before), old)
             after = answer(prompts)
-            gap = mean_gap(trainer_logprobs(policy, after, processor),
-                           [s.sampler_logprobs for s in after])
-            detail = (f"{len(weights)} negated: trainer moved {shift:.1e} nats, sampler "
-                      f"{gap:.1e} off")
+            gap = mean_gap(logprobs(after), [s.sampler_logprobs for s in after])
+            detail = (f"{len(weights)} negated: trainer moved {shift:.1e} nats, "
+                      f"sampler {gap:.1e} off")
         except RunError as error:  # NaN, say, from what a weight that never came left open
             gap, detail = math.inf, str(error)
         finally:  # whatever goes wrong, the policy is what it was
             for weight in weights:
                 weight.neg_()
         yield f"changed {kind} weights arrive", gap <= tolerance, detail
-    together(engine.sync, policy.model)
+    together(engine.sync, model)
     same = [s.completion_ids == g.completion_ids for s, g in zip(answer(asked, 0), greedy)]
     detail = f"{sum(same)} of {len(same)} greedy answers as before"
     yield "and go again", sum(same) >= 0.8 * len(same), detail
@@ -241,11 +224,9 @@ def consult(engine, policy, samples, processor, args):
     rows = doctor(engine, policy, samples, processor, args)
     for name, passed, detail in rows:
         print0(f"{'ok' if passed else 'FAILED':8}{name:34}{detail}")
-    failed = utils.gather([name for name, passed, _ in rows if not passed])
-    if failed:
-        raise UserError(f"sampler and trainer disagree ({', '.join(dict.fromkeys(failed))}): what "
-                        "is trained would not be what was sampled. Check that both have the same "
-                        "checkpoint, processor and versions, or give --engine hf.")
+    if failed := utils.gather([name for name, passed, _ in rows if not passed]):
+        raise UserError(f"sampler and trainer disagree ({', '.join(dict.fromkeys(failed))}); give "
+                        "both the same checkpoint, processor and versions, or give --engine hf.")
     return [{"check": name, "passed": passed, "detail": detail} for name, passed, detail in rows]
 
 

@@ -63,8 +63,9 @@ def perturbed(samples, how, seed):
     """The samples over damaged images, as PNG bytes; the given ones stay as they are.
 
     `how`: "blank" is white, "noise" draws every pixel at random, "rotate" turns the picture by a
-    quarter, "swap" shows another sample's, "none" changes nothing. An image keeps its width and
-    height, so that the prompt's placeholders still fit. Every rank gets the same.
+    quarter, "swap" shows the next on a shuffled circle of all that is none of the sample's own (an
+    image stays where there is none), "none" changes nothing. An image keeps its width and height,
+    so that the prompt's placeholders still fit. Every rank gets the same.
     """
     from data import as_png, open_image
 
@@ -72,40 +73,28 @@ def perturbed(samples, how, seed):
         return samples
     circle = list(dict.fromkeys(image for s in samples for image in s.images))
     random.Random(seed).shuffle(circle)
-    place = {image: i for i, image in enumerate(circle)}
+    following = dict(zip(circle, circle[1:] + circle[:1]))
     damaged = []
     for s in samples:
-        shown = others(s.images, circle, place) if how == "swap" else s.images
         images = []
-        for i, (image, other) in enumerate(zip(s.images, shown, strict=True)):
+        for i, image in enumerate(s.images):
             width, height = open_image(image).size
             if how == "blank":
                 picture = Image.new("RGB", (width, height), "white")
             elif how == "noise":  # by id, not by turn: it depends on no other sample
                 pixels = random.Random(f"{seed} {s.id} {i}").randbytes(3 * width * height)
                 picture = Image.frombytes("RGB", (width, height), pixels)
+            elif how == "rotate":  # anticlockwise
+                picture = open_image(image).transpose(Image.Transpose.ROTATE_90)
             else:
+                other = following[image]
+                while other in s.images and other != image:
+                    other = following[other]
                 picture = open_image(other)
-                if how == "rotate":  # anticlockwise
-                    picture = picture.transpose(Image.Transpose.ROTATE_90)
-                picture = picture.resize((width, height))
+            picture = picture.resize((width, height))  # no change where the size is right
             images.append(as_png(picture))
         damaged.append(replace(s, images=images))
     return damaged
-
-
-def others(images, circle, place):
-    """For each of a sample's images the next one on the circle of all, at its `place` there.
-
-    It is none of the sample's own, and none comes twice. Where there are too few for that, each is
-    at least another image; the only one that there is stays.
-    """
-    shown = []
-    for image in images:
-        steps = range(1, min(len(circle), 2 * len(images)))  # passes its own and those shown
-        near = [circle[(place[image] + step) % len(circle)] for step in steps]
-        shown.append(min(near, key=lambda other: (other in images, other in shown), default=image))
-    return shown
 
 
 # ---------------------------------------------------------------------------------------------

