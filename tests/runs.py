@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 
@@ -103,8 +104,9 @@ def fork(*words, act=stage, ranks=1, fault=None, folder=ROOT):
             for i in range(ranks)]
         for process in processes:
             process.start()
+        deadline = time.time() + 100
         for process in processes:
-            process.join(100)  # without an end there is no exit code
+            process.join(max(0, deadline - time.time()))  # without an end there is no exit code
         codes = [process.exitcode for process in processes]
         for process in processes:
             process.kill()
