@@ -131,6 +131,16 @@ def test_set_advantages_keeps_groups_together(qwen, one_rank):
     assert close([s.advantage for s in samples], [w / 2.16805 for w in want] + [0], 1e-5)
 
 
+def test_a_rank_normalises_over_all_ranks_and_keeps_its_own(qwen, monkeypatch):
+    """The batch above on two ranks: 1 0 0 are rank 0's, 0 5 and what was not scored are rank 1's."""
+    monkeypatch.setattr(train_grpo, "world_size", lambda: 2)
+    monkeypatch.setattr(train_grpo, "rank", lambda: 1)
+    monkeypatch.setattr(utils, "gather", lambda rewards: [1.0, 0.0, 0.0, *rewards])
+    samples = [replace(qwen.samples[0], reward=r) for r in (0.0, 5.0, None)]
+    train_grpo.set_advantages(samples, 1, "reinforce++")
+    assert close([s.advantage for s in samples], [-1.2 / 2.16805, 3.8 / 2.16805, 0], 1e-5)
+
+
 # ---------------------------------------------------------------------------------------------
 # The loss
 
