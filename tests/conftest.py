@@ -4,9 +4,13 @@ Nothing here needs a network, a GPU or trained weights. The models are transform
 with about 100,000 random weights: enough to be right or wrong, too few to be clever.
 """
 
+import copy
+import functools
+import gc
 import io
 import json
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +28,11 @@ import transformers
 from PIL import Image, ImageDraw
 
 import toy
+import utils
 from data import load_samples
 from policy import load_model, load_processor, Policy
 from rollout import HFEngine
+from runs import TINY, run, splits
 from siblings import Sharing
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -43,6 +49,11 @@ def pytest_configure(config):
     torch.set_num_threads(1)
 
 
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # a fifth of all time went into looking for garbage among what the imports made
+
+
 @pytest.fixture(scope="session")
 def one_rank():
     """A process group of one: `update` and its like issue collectives on one rank too."""
@@ -57,9 +68,19 @@ def one_rank():
 # tied to the embeddings (as in Qwen2.5-VL 3B), in Qwen3-VL a matrix of its own (as in its 8B)
 
 
+@functools.cache
+def trained_processor():
+    return toy.build_processor()  # which trains a tokenizer, for a second
+
+
+def toy_processor():
+    """The toy's, to be changed by whoever asks."""
+    return copy.deepcopy(trained_processor())
+
+
 def build_processor(family):
     """The family's own processor class around the toy's tokenizer; Qwen3-VL has patches of 16."""
-    base = toy.build_processor()
+    base = toy_processor()
     patch = 16 if family == "qwen3_vl" else 14
     cell = 2 * patch  # two by two patches become one token
     images = transformers.Qwen2VLImageProcessor(
@@ -130,13 +151,23 @@ def family(request):
 @pytest.fixture
 def tiny(family, tiny_paths, data_path):
     """`model` (fresh for every test), `processor` and `samples`, for each family in turn."""
-    return load_tiny(tiny_paths[family], data_path)
+    return fresh(tiny_paths[family], data_path)
 
 
 @pytest.fixture
 def qwen(tiny_paths, data_path):
     """The same for Qwen2.5-VL alone, where the family makes no difference."""
-    return load_tiny(tiny_paths["qwen2_5_vl"], data_path)
+    return fresh(tiny_paths["qwen2_5_vl"], data_path)
+
+
+def fresh(path, data):
+    """What `load_tiny` gives, loaded once."""
+    return copy.deepcopy(loaded(path, data))
+
+
+@functools.cache
+def loaded(path, data):
+    return load_tiny(path, data)
 
 
 def load_tiny(path, data):
@@ -212,6 +243,36 @@ def png(colour):
     file = io.BytesIO()
     Image.new("RGB", (56, 56), colour).save(file, "png")
     return file.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------
+# Runs that several files look at
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """The toy's three splits, cut to 16 rows each."""
+    folder = shutil.copytree(ROOT / "toy_data", tmp_path_factory.mktemp("data") / "toy")
+    for path in folder.glob("*.jsonl"):
+        utils.write_jsonl(path, utils.read_jsonl(path)[:16])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def grpo_run(data, tmp_path_factory):
+    """Four steps of GRPO on one rank, a checkpoint after each; words, folder, result, stderr."""
+    out = tmp_path_factory.mktemp("runs") / "grpo"
+    words = ["train_grpo.py", *TINY, *splits(data), "--epochs", 1, "--out", out]
+    return words, out, *run(*words)
+
+
+@pytest.fixture(scope="session")
+def whole(data, tmp_path_factory):
+    """The same without evaluations, to be copied and disturbed: the words but --out, and the run folder."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    words = ["train_grpo.py", *TINY, "--max_steps", "4", "--validation_data=", "--test_data=", *splits(data)[:2]]
+    run(*words, "--out", out)
+    return words, out
 
 
 # ---------------------------------------------------------------------------------------------

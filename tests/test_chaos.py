@@ -6,18 +6,16 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from test_commands import TINY, command, data, group_of, splits  # noqa: F401
-from test_faults import fingerprint, forkserver, saved, steps, whole  # noqa: F401
+from runs import command, group_of, ROOT, splits, TINY
+from test_faults import fingerprint, saved, steps
 
-ROOT = Path(__file__).parents[1]
 STEPS, KILLS = 12, 5
 pytestmark = pytest.mark.slow
 
 
-def start(data, out, log):  # noqa: F811
+def start(data, out, log):
     """Two ranks in one process group; torchrun would put each of them into one of its own."""
     words = [sys.executable, "train_grpo.py", *TINY, *splits(data)[:4], "--test_data=", "--max_steps",
              STEPS, "--eval_every", 1, "--keep", 2, "--out", out]
@@ -29,7 +27,7 @@ def start(data, out, log):  # noqa: F811
     return ranks
 
 
-def test_five_kills_at_random_change_nothing(data, tmp_path):  # noqa: F811
+def test_five_kills_at_random_change_nothing(data, tmp_path):
     """SIGKILL to both ranks at any moment from 1 s after the start to the expected end, and again
     the same command: weights, optimiser state, samples, metrics and evaluations, bit for bit. Each
     life has two more steps at most, so that there are five."""
@@ -63,13 +61,14 @@ sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 sys.argv[0] = "train_grpo.py"
 import os, time
 import train_grpo, utils
-from test_faults import at_call, kill
+from runs import at_call
+from test_faults import kill
 {fault}
 utils.run_script(train_grpo.main, train_grpo.Args)
 """
 
 
-def torchrun(whole, out, fault, *options):  # noqa: F811
+def torchrun(whole, out, fault, *options):
     """Run GRPO on two ranks under torchrun; its exit code, what was said, and how long it took."""
     (out.parent / "faulty.py").write_text(TORCHRUN.format(root=str(ROOT), fault=fault))
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
@@ -79,7 +78,7 @@ def torchrun(whole, out, fault, *options):  # noqa: F811
     return done.returncode, done.stderr, time.time() - started
 
 
-def test_torchrun_ends_a_rank_that_is_in_no_collective(whole, tmp_path):  # noqa: F811
+def test_torchrun_ends_a_rank_that_is_in_no_collective(whole, tmp_path):
     """Rank 0 dies while rank 1 computes: only torchrun can tell, and somebody must speak."""
     fault = ('at_call(3, "train_grpo.update", kill, only=0)\n'
              'at_call(3, "train_grpo.update", lambda *_: time.sleep(90), only=1)')
@@ -89,7 +88,7 @@ def test_torchrun_ends_a_rank_that_is_in_no_collective(whole, tmp_path):  # noqa
     assert said.count(f"Stopped. The last whole checkpoint is {last}.") == 1, said
 
 
-def test_torchrun_restarts_and_the_run_goes_on(whole, tmp_path):  # noqa: F811
+def test_torchrun_restarts_and_the_run_goes_on(whole, tmp_path):
     """--max-restarts: one rank of two dies in step 3; the workers that follow go on from step 2."""
     fault = ('if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":\n'
              '    at_call(3, "train_grpo.update", kill, only=1)')

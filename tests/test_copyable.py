@@ -2,17 +2,14 @@
 
 import ast
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 import policy
-import toy
 import utils
+from runs import elsewhere, fork
 from test_house import ROOT, source, STAGES
 from test_pages import LESSON, section
 
@@ -20,20 +17,6 @@ SECTION = section("Copying a stage", LESSON)
 NEEDS = {stage: re.findall(r"`(\w+)\.py`", files)
          for stage, files in re.findall(r"^\| `(\w+)\.py` \| (.+?) \|", SECTION, re.M)}
 PURE = "reward", "evaluate", "train_grpo"  # their pure functions work beside utils.py alone
-# one process imports the libraries, and a fork of it runs each folder's stage
-ASK_EACH = """
-import os, runpy, sys
-import torch
-from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor, DynamicCache
-from torch.nn.attention import flex_attention
-for folder in sys.argv[1:]:
-    if not (child := os.fork()):
-        os.chdir(folder)
-        sys.argv = [os.path.basename(folder) + ".py", "--help"]
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        sys.exit()
-    assert os.waitpid(child, 0)[1] == 0, folder
-"""
 LITTLE = "--engine hf --max_new_tokens 48".split()
 
 
@@ -58,11 +41,10 @@ def copy(folder, *stages):
 
 
 def python(folder, *words, code=0):
-    """Run python in a folder that nothing but the copies can be imported from."""
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=folder, env=env, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    return done.stdout
+    """Run a script in a folder that nothing but the copies can be imported from."""
+    codes, out, err = fork(*words, act=elsewhere, folder=folder)
+    assert codes == [code], err
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +52,7 @@ def foreign(tmp_path_factory):
     """Somebody else's project: a checkpoint and data of its own, eight rows a split."""
     folder = tmp_path_factory.mktemp("foreign")
     shutil.copytree(ROOT / "toy_model", folder / "their_model")
-    toy.write_data(folder / "data")
+    shutil.copytree(ROOT / "toy_data", folder / "data")
     for path in (folder / "data").glob("*.jsonl"):
         utils.write_jsonl(path, utils.read_jsonl(path)[:8])
     return folder
@@ -88,7 +70,7 @@ def test_the_lesson_says_what_a_stage_needs(stage):
 def test_with_what_it_needs_it_can_be_imported_and_asked_for_help(tmp_path):
     """The pure ones beside utils.py alone, each in a folder of its own."""
     folders = [copy(tmp_path / stage, stage, *(["utils"] if stage in PURE else NEEDS[stage])) for stage in NEEDS]
-    said = python(tmp_path, "-c", ASK_EACH, *folders)
+    said = "".join(python(folder, f"{folder.name}.py", "--help") for folder in folders)
     assert said.count("usage: ") == len(NEEDS) - 3  # policy.py, siblings.py: no commands; reward.py has its own way
 
 

@@ -4,8 +4,8 @@ around a mock of vllm (test_vllm.py has the real one), and the weights that mend
 import copy
 import json
 import math
-import subprocess
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -20,9 +20,10 @@ import toy
 import train_grpo
 import train_sft
 import utils
-from conftest import ROOT, sampler
+from conftest import FAMILIES, sampler
 from data import open_image
 from policy import Policy, shard
+from runs import fork
 from utils import RunError, UserError
 import test_parity as parity
 
@@ -47,7 +48,9 @@ def pair(tiny):
     return tiny
 
 
-@pytest.mark.parametrize("case", ["text alone", "all kinds", "all kinds, sharded"])
+@pytest.mark.parametrize("family, case", [
+    pytest.param(family, case, marks=pytest.mark.slow if i == k else ()) for k, family in enumerate(FAMILIES)
+    for i, case in enumerate(("text alone", "all kinds", "all kinds, sharded"))], indirect=["family"])
 def test_an_honest_engine_passes_and_no_weight_changes(pair, case, one_rank):
     """Weights are negated on the way, shards or what was gathered; all come back to the bit."""
     before = {name: weight.detach().clone() for name, weight in pair.model.named_parameters()}
@@ -124,7 +127,12 @@ SABOTAGES = {  # method of the sampler, what stands in its place, a row that fai
         ("patch_embed", "vision", 1.5), ("merger", "vision", None))}
 
 
-@pytest.mark.parametrize("method, change, row, innocent", SABOTAGES.values(), ids=SABOTAGES)
+# each in one family by turns; in all of them with -m slow
+CASES = [pytest.param(family, *how, id=f"{family}-{name}", marks=pytest.mark.slow if i % 3 != k else ())
+         for i, (name, how) in enumerate(SABOTAGES.items()) for k, family in enumerate(FAMILIES)]
+
+
+@pytest.mark.parametrize("family, method, change, row, innocent", CASES, indirect=["family"])
 def test_every_sabotage_is_found(pair, method, change, row, innocent, one_rank):
     """In one sentence, by the row that names it, and not by one that would point elsewhere."""
     thing = pair.engine.model if method == "forward" else pair.engine
@@ -288,18 +296,19 @@ def test_failures_are_told_in_one_line(served, monkeypatch):
         rollout.import_vllm()
 
 
+def hang(words):
+    engine = mock.MagicMock(seconds=0.5, asleep=False)
+    rollout.VLLMEngine.sync(engine, torch.nn.Linear(1, 1))
+    time.sleep(0.7)
+    engine.llm.generate = lambda *args, **kwargs: time.sleep(print("alive", flush=True) or 30)
+    rollout.VLLMEngine.generate(engine, [], 1, 1.0, 1.0, 8, 0)
+
+
 def test_a_hanging_call_ends_the_process():
     """A quick call leaves no timer behind; a slow one ends the run with a sentence."""
-    code = """if True:
-        import time, rollout, unittest.mock, torch
-        engine = unittest.mock.MagicMock(seconds=1, asleep=False)
-        rollout.VLLMEngine.sync(engine, torch.nn.Linear(1, 1))
-        time.sleep(1.2)
-        engine.llm.generate = lambda *args, **kwargs: time.sleep(print("alive", flush=True) or 30)
-        rollout.VLLMEngine.generate(engine, [], 1, 1.0, 1.0, 8, 0)"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "alive\n") and done.stderr.count("\n") == 2
-    assert "vLLM did not end answering in 1 s; see --engine_timeout." in done.stderr
+    codes, out, err = fork("rollout.py", act=hang)
+    assert (codes, out) == ([1], "alive\n") and err.count("\n") == 2
+    assert "vLLM did not end answering in 0.5 s; see --engine_timeout." in err
 
 
 def test_reloading_misses_no_weight():

@@ -4,10 +4,10 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 
+from runs import elsewhere, fork
 from test_pages import LESSON, ROOT, section
 
 FOLDER = ROOT / "tests" / "exercises"
@@ -19,7 +19,7 @@ def copy_tree(folder):
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
     (folder / "tests" / "exercises").mkdir(parents=True)
-    for name in ("conftest", "test_families"):  # the checks import both
+    for name in ("conftest", "runs", "test_families"):  # the checks import them
         shutil.copy(ROOT / "tests" / f"{name}.py", folder / "tests")
     shutil.copy(FOLDER / "checks.py", folder / "tests" / "exercises")
     for name in ("toy_model", "toy_data"):
@@ -32,9 +32,9 @@ def apply(patch, folder):
 
 def check(folder, *names):
     """Run checks as the lesson says; returns pytest's exit code and report."""
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/exercises/checks.py",
-                           "-k", " or ".join(names)], cwd=folder, capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr
+    words = ["pytest", "-q", "-p", "no:cacheprovider", "tests/exercises/checks.py", "-k", " or ".join(names)]
+    (code,), out, err = fork(*words, act=elsewhere, folder=folder)
+    return code, out + err
 
 
 def changed_lines(patch):

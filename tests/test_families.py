@@ -12,7 +12,7 @@ import doctor
 import rollout
 import toy
 import utils
-from conftest import branching, load_tiny, sampler
+from conftest import branching, load_tiny, sampler, toy_processor
 from data import banned_ids, load_samples, open_image, tokenise
 from policy import load_processor, Policy
 
@@ -25,7 +25,7 @@ TEXT = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num
 def tokenizer(**names):
     """The toy's, with the family's own marks."""
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=toy.build_processor().tokenizer.backend_tokenizer, eos_token="<|im_end|>",
+        tokenizer_object=toy_processor().tokenizer.backend_tokenizer, eos_token="<|im_end|>",
         pad_token="<|endoftext|>", extra_special_tokens=names)
 
 
@@ -54,7 +54,7 @@ def llava(kind="llama", **more):
 
 def qwen3_5():
     """Qwen3.5: M-RoPE as its forerunners, but every second layer is recurrent."""
-    base = toy.build_processor()
+    base = toy_processor()
     images = transformers.Qwen2VLImageProcessor(patch_size=16, min_pixels=32**2, max_pixels=16 * 32**2)
     processor = transformers.Qwen3VLProcessor(
         images, base.tokenizer, transformers.Qwen3VLVideoProcessor(), chat_template=toy.CHAT_TEMPLATE)

@@ -1,15 +1,12 @@
 """Tier 3: what goes wrong in the middle of a run, on purpose; what the user reads, and what is left.
 
-A run is a process forked from one that has imported everything already, so that each takes seconds;
-a fault replaces one function of the run at its n-th call.
+A run is forked (runs.py), so that each takes seconds; a fault replaces one function at its n-th call.
 """
 
 import errno
 import importlib
-import itertools
 import json
 import math
-import multiprocessing
 import operator
 import os
 import re
@@ -17,7 +14,6 @@ import resource
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 from functools import partial
 from pathlib import Path
@@ -25,19 +21,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401  # which a run would load late
 from safetensors.torch import load_file, save_file
 import reward
 import train_grpo
 import train_sft
 import utils
 from policy import freeze, load_model, load_processor, Policy
-from test_commands import TINY, all_finite, data, group_of, splits, timeless  # noqa: F401
+from runs import all_finite, at_call, fork, ROOT, splits, timeless, TINY
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 
-ROOT = Path(__file__).parents[1]
 GRPO = ["train_grpo.py", *TINY, "--max_steps", "4", "--validation_data=", "--test_data="]
 SFT = ["train_sft.py", "--save_every", "1", *GRPO[-4:]]
 
@@ -46,64 +40,16 @@ SFT = ["train_sft.py", "--save_every", "1", *GRPO[-4:]]
 # Runs and faults
 
 
-@pytest.fixture(scope="module", autouse=True)
-def forkserver():
-    """Started once, with this module and so all of the stages imported."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-        multiprocessing.set_forkserver_preload(["test_faults"])
-        multiprocessing.forkserver.ensure_running()
-
-
-def one_rank_of_a_run(words, environment, log, fault):
-    """What a forked process does: its output goes to a file; the fault is prepared; the script."""
-    file = os.open(log, os.O_WRONLY | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.chdir(ROOT)
-    os.environ |= environment
-    torch.set_num_threads(1)
-    sys.argv = words
-    if fault:
-        fault()
-    stage = importlib.import_module(Path(words[0]).stem)
-    utils.run_script(stage.main, stage.Args)
-
-
 def run(words, out, fault=None, ranks=1):
     """Run a script to its end; its processes' exit codes (the one code of one), and what they say."""
-    group = group_of(ranks)
-    words = [*map(str, words), "--out", str(out)]
-    with tempfile.NamedTemporaryFile() as log:
-        values = [(words, group | {"RANK": str(i)} if ranks > 1 else {}, log.name, fault)
-                  for i in range(ranks)]
-        fork = multiprocessing.get_context("forkserver").Process
-        processes = [fork(target=one_rank_of_a_run, args=v) for v in values]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(60)  # without an end there is no exit code
-        codes = [process.exitcode for process in processes]
-        for process in processes:
-            process.kill()
-        said = Path(log.name).read_text()
-    return codes[0] if ranks == 1 else codes, said
+    codes, *said = fork(*words, "--out", out, fault=fault, ranks=ranks)
+    return codes[0] if ranks == 1 else codes, "".join(said)
 
 
 def prepare(fault, original, *values, **more):
     """An act: from this call on there is another fault to come."""
     fault()
     return original(*values, **more)
-
-
-def at_call(number, place, act, only=None):
-    """Replace the function at `place`, module.name: its n-th call is `act(original, *arguments)`."""
-    if only in (None, utils.rank()):
-        module, _, name = place.rpartition(".")
-        module = importlib.import_module(module)
-        original, calls = getattr(module, name), itertools.count(1)
-        setattr(module, name, lambda *values, **more: (
-            partial(act, original) if next(calls) == number else original)(*values, **more))
 
 
 def kill(original, *values, **more):
@@ -143,21 +89,14 @@ def bug(original, *values):
     raise RuntimeError("two shapes do not agree")
 
 
-@pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):  # noqa: F811
-    """Four steps that nothing disturbed, a checkpoint after each: the words, and the run folder."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    words = [*GRPO, *splits(data)[:2]]
-    code, said = run(words, out)
-    assert code == 0, said
-    return words, out
+def stopped(whole, out, last, **changed):
+    """A copy of the undisturbed run as it was after step `last`, before anything else was written.
 
-
-def stopped(whole, out, last):
-    """A copy of the undisturbed run as it was after step `last`, before anything else was written."""
+    What `changed` names of its arguments was another from the beginning.
+    """
     shutil.copytree(whole[1], out)
     arguments = json.loads((out / "args.json").read_text())
-    utils.write_json(out / "args.json", arguments | {"out": str(out)})
+    utils.write_json(out / "args.json", arguments | {"out": str(out)} | changed)
     (out / "result.json").unlink()
     for step in range(last + 1, 5):
         shutil.rmtree(out / "checkpoints" / f"step_{step:06d}")
@@ -246,7 +185,7 @@ def test_without_a_whole_checkpoint_a_run_starts_anew(whole, tmp_path):
     assert fingerprint(out) == fingerprint(whole[1])
 
 
-def test_keep_deletes_the_older_ones(data, tmp_path):  # noqa: F811
+def test_keep_deletes_the_older_ones(data, tmp_path):
     """In both trainers; also while there are fewer than are to be kept."""
     words = [*GRPO, *splits(data)[:2], "--keep", 2]
     code, said = run(words, tmp_path / "grpo")
@@ -309,9 +248,9 @@ def test_two_steps_a_kill_and_two_steps_are_four_steps(whole, tmp_path):
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_kill_while_saving_leaves_the_checkpoint_before(whole, tmp_path, number):
     """Step 3's, before its manifest is there, and before it gets its own name."""
-    out = tmp_path / "run"
+    out = stopped(whole, tmp_path / "run", 2)
     die = partial(prepare, partial(at_call, number, "os.replace", kill))
-    code, _ = run(whole[0], out, partial(at_call, 3, "utils.save_checkpoint", die))
+    code, _ = run(whole[0], out, partial(at_call, 1, "utils.save_checkpoint", die))
     assert code == -signal.SIGKILL
     assert saved(out) == ["step_000001", "step_000002", "step_000003.part"]
     code, said = run(whole[0], out)
@@ -332,8 +271,8 @@ def test_a_kill_before_args_json_is_no_other_run(tmp_path, one_rank):
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_rank_that_dies_ends_the_other(whole, tmp_path, dies):
     """A collective tells the other one, at once; under torchrun see tests/test_chaos.py."""
-    out = tmp_path / "run"
-    codes, said = run(whole[0], out, partial(at_call, 3, "train_grpo.update", kill, dies), ranks=2)
+    out = stopped(whole, tmp_path / "run", 2)
+    codes, said = run(whole[0], out, partial(at_call, 1, "train_grpo.update", kill, dies), ranks=2)
     assert codes == ([-9, 1] if dies == 0 else [1, -9]), said
     last = out / "checkpoints" / "step_000002"
     assert re.search(rf"rank {1 - dies}: another rank is gone \(.*\)\. The last whole checkpoint is "
@@ -352,13 +291,13 @@ def test_a_rank_that_dies_ends_the_other(whole, tmp_path, dies):
     ("utils.append_jsonl", full_disk, r"rank 0: \[Errno 28\] No space left on device\.")])
 def test_a_full_disk(whole, tmp_path, place, act, sentence):
     """One sentence, exit code 1, nothing half-written under its name; with room the run goes on."""
-    out = tmp_path / "run"
+    out = stopped(whole, tmp_path / "run", 2, keep=1)
     words = [*whole[0], "--keep", 1]
-    code, said = run(words, out, partial(at_call, 3, place, act))
+    code, said = run(words, out, partial(at_call, 1, place, act))
     last = out / "checkpoints" / "step_000002"
     assert code == 1 and re.search(f"{sentence}.* The last whole checkpoint is {last}[.]", said), said
     assert "Traceback" not in said and utils.is_whole(last)
-    assert set(saved(out)) <= {"step_000002", "step_000003.part"}
+    assert set(saved(out)) <= {"step_000001", "step_000002", "step_000003.part"}
     code, said = run(words, out)
     assert code == 0 and "Continuing after step 2." in said, said
     assert fingerprint(out) == fingerprint(whole[1])
@@ -381,7 +320,7 @@ def test_an_out_that_cannot_be_written(whole, tmp_path):
     ([*GRPO, "--micro_batch_tokens", 1000, "--kl_coef", 0.001], 3, "train_grpo.policy_loss", nan_loss, "loss: nan", 8),
     (SFT, 3, "torch.nn.utils.clip_grad_norm_", infinite_norm, "gradient norm: inf", 16)])
 def test_what_is_not_finite_ends_the_run_and_its_batch_is_kept(
-        data, tmp_path, words, number, place, act, what, count):  # noqa: F811
+        data, tmp_path, words, number, place, act, what, count):
     """In both trainers: which number, on which samples, with the weights as they were."""
     out = tmp_path / "run"
     code, said = run([*words, *splits(data)[:2]], out, partial(at_call, number, place, act))
@@ -409,14 +348,14 @@ def judge(samples):
 
 @pytest.mark.parametrize("act, sentence", [
     ("{}['key']", r"reward 'judge' failed \({}, line 8\): KeyError: 'key'\."),
-    ("time.sleep(90)", r"reward 'judge' took 3 s; see --reward_timeout\."),
+    ("time.sleep(90)", r"reward 'judge' took 2 s; see --reward_timeout\."),
     ("return 'well'", r"reward 'judge' must return a list of 8 finite numbers .* it returned 'well'\.")])
 def test_a_reward_that_fails(whole, tmp_path, act, sentence):
     """At the third step: it raises, it hangs, it returns nonsense."""
     path = tmp_path / "judge.py"
     path.write_text(JUDGE.replace("{act}", act))
     out = tmp_path / "run"
-    words = [*whole[0], "--rewards", f"accuracy:1.0,{path}:judge:0.5", "--reward_timeout", 3]
+    words = [*whole[0], "--rewards", f"accuracy:1.0,{path}:judge:0.5", "--reward_timeout", 2]
     code, said = run(words, out)
     assert code == 1 and "Traceback" not in said, said
     sentence = sentence.replace("{}", re.escape(str(path)))
@@ -432,7 +371,7 @@ def test_a_reward_that_cannot_be_called_is_named(tmp_path, monkeypatch):
         reward.score([], rewards)
 
 
-def test_an_image_that_goes_missing(data, tmp_path):  # noqa: F811
+def test_an_image_that_goes_missing(data, tmp_path):
     """After the data was checked: the images of step 3 are looked for in vain."""
     folder = shutil.copytree(data, tmp_path / "data")
     fault = partial(at_call, 2, "train_grpo.update", partial(lose_images, folder / "images"))
@@ -463,7 +402,7 @@ def test_nothing_but_dead_groups(whole, tmp_path, flags):
 
 def test_a_bug_keeps_its_traceback(whole, tmp_path):
     """What is nobody's fault but ours must not be made into a sentence."""
-    code, said = run(whole[0], tmp_path / "run", partial(at_call, 3, "train_grpo.update", bug))
+    code, said = run(whole[0], stopped(whole, tmp_path / "run", 2), partial(at_call, 1, "train_grpo.update", bug))
     assert code == 1 and "Traceback" in said and "RuntimeError: two shapes do not agree" in said
 
 
@@ -675,7 +614,7 @@ def small_disk():
 
 
 @pytest.mark.parametrize("words, ranks", [(GRPO, 1), (GRPO, 2), (SFT, 1)])
-def test_a_disk_without_room_for_one_checkpoint(data, tmp_path, words, ranks):  # noqa: F811
+def test_a_disk_without_room_for_one_checkpoint(data, tmp_path, words, ranks):
     """No run folder, one sentence, exit code 2 on every rank; both trainers ask."""
     codes, said = run([*words, *splits(data)[:2]], tmp_path / "run", small_disk, ranks)
     assert codes in (2, [2, 2]) and said.count("MB, and 10 MB are free there; free some or") == 1, said
@@ -693,7 +632,7 @@ def umask_of_a_group():
 
 
 @pytest.mark.parametrize("ranks, dtype", [(1, "bfloat16"), (2, "float32"), (2, "bfloat16")])
-def test_what_is_exported(data, tmp_path, ranks, dtype):  # noqa: F811
+def test_what_is_exported(data, tmp_path, ranks, dtype):
     """On 1 rank and 2, in both dtypes: a tied head once, the dtype as it is, the umask's modes."""
     words = [*GRPO, *splits(data)[:2], "--max_steps", 1, "--dtype", dtype]
     codes, said = run(words, tmp_path / "run", umask_of_a_group, ranks)
@@ -822,7 +761,7 @@ def fill_tensors(original, *_):
     (fill_tensors, "rank 0: out of memory \\(.*allocate memory.*\\); lower --micro_batch_tokens")])
 def test_ends_that_are_no_bug(whole, tmp_path, act, sentence):
     """A run never ends with exit code 0 before its end; what was printed before is not lost."""
-    code, said = run(whole[0], tmp_path / "run", partial(at_call, 3, "train_grpo.update", act))
+    code, said = run(whole[0], stopped(whole, tmp_path / "run", 2), partial(at_call, 1, "train_grpo.update", act))
     assert code == 1 and "Traceback" not in said, said
     for part in sentence.split("|"):
         assert re.search(part, said), said

@@ -6,9 +6,6 @@ the processor and the whole model, and all logits are kept.
 """
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -23,6 +20,7 @@ import utils
 from conftest import answered, png, sampler
 from data import make_sample, open_image
 from policy import collate, freeze, load_model, Policy, shard
+from runs import fork
 from siblings import Sharing
 from utils import UserError
 
@@ -508,7 +506,7 @@ CASES = {"language": (False, False, True, 8192, "token", False),
 
 def rank_gradients(path, data, case):
     vision, connector, language, size, loss, shared = CASES[case]
-    tiny = conftest.load_tiny(path, data)
+    tiny = conftest.fresh(path, data)
     samples = mixed(tiny)
     freeze(tiny.model, vision, connector, language)
     sharing = Sharing(tiny.model, tiny.processor)
@@ -528,14 +526,22 @@ def rank_gradients(path, data, case):
     return probe.gradients, utils.sum_over_ranks(sums)["loss"], norm
 
 
+def both_ranks(words):
+    """What each of two ranks does; the first one writes what they found."""
+    utils.start_ranks()
+    out, data, *paths = map(utils.Path, words)
+    results = {(p.name, case): rank_gradients(p, data, case) for p in paths for case in CASES}
+    if utils.rank() == 0:
+        torch.save(results, out)
+    dist.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def two_ranks(tiny_paths, data_path, tmp_path_factory):
-    """Every case on two sharded ranks, in one run of torchrun."""
+    """Every case on two sharded ranks, in one run."""
     out = tmp_path_factory.mktemp("ranks") / "gradients.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               __file__, str(out), str(data_path), *map(str, tiny_paths.values())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ)
-    assert done.returncode == 0, done.stderr[-3000:]
+    codes, _, err = fork(out, data_path, *tiny_paths.values(), act=both_ranks, ranks=2)
+    assert codes == [0, 0], err[-3000:]
     return torch.load(out)
 
 
@@ -546,13 +552,3 @@ def test_two_ranks_equal_one(case, family, two_ranks, tiny_paths, data_path, one
     want, alone_loss, alone_norm = rank_gradients(path, data_path, case)
     assert_same_gradients(got, want)
     assert (loss, norm) == pytest.approx((alone_loss, alone_norm), rel=1e-4)
-
-
-if __name__ == "__main__":  # one of two ranks, started below
-    utils.start_ranks()
-    torch.set_num_threads(1)
-    out, data, *paths = map(utils.Path, sys.argv[1:])
-    results = {(p.name, case): rank_gradients(p, data, case) for p in paths for case in CASES}
-    if utils.rank() == 0:
-        torch.save(results, out)
-    dist.destroy_process_group()

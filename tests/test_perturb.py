@@ -13,8 +13,8 @@ import utils
 from conftest import IMAGES, png
 from data import as_png, make_sample, open_image, Sample
 from policy import image_inputs
+from runs import run
 from siblings import VisionCache
-from test_commands import data, run  # noqa: F401  (data is a fixture)
 
 
 HOW = ("blank", "noise", "rotate", "swap")

@@ -55,8 +55,8 @@ def results(policy, batch, model, temperature=0.7):
     return logprobs.detach(), entropies, found
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed, checkpointing", [
+    pytest.param(seed, on, marks=pytest.mark.slow if seed % 2 != on else ()) for seed in range(4) for on in (False, True)])
 def test_the_packed_row_equals_rows(tiny, tmp_path, seed, checkpointing):
     """Log-probabilities within 2e-5, gradients within 1e-4 of the largest, of every part."""
     samples = random_groups(tiny, tmp_path, seed)
@@ -120,7 +120,7 @@ def test_a_completion_is_blind_to_its_siblings(qwen, flex):
     assert (of_the_last(*others, lost=True) - alone).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_no_further_from_float64_than_the_plain_path(tiny, tmp_path, dtype):
     """Rounding is another one, and not a larger one: at most 1.5 times the plain path's own error."""
     exact = Policy(copy.deepcopy(tiny.model).double(), tiny.processor)
@@ -189,8 +189,10 @@ LAYOUTS = {"3B": ((16, 2), 8), "7B": ((28, 4), 8), "2B": ((12, 2), 8), "no group
            "one key head": ((4, 1), 16), "heads of 128": ((4, 2), 128)}
 
 
-@pytest.mark.parametrize("n", [1, 8])
-@pytest.mark.parametrize("heads, head_dim", LAYOUTS.values(), ids=LAYOUTS)
+# one answer or three, by turns; both with -m slow
+@pytest.mark.parametrize("heads, head_dim, n", [
+    pytest.param(*layout, n, id=f"{name}-{n}", marks=pytest.mark.slow if (n == 3) != (i % 2 == 0) else ())
+    for i, (name, layout) in enumerate(LAYOUTS.items()) for n in (1, 3)])
 def test_real_head_layouts_and_batches_of_one_prompt(qwen, heads, head_dim, n):
     """Sampler, rows, packed row and flex against the model's own forward, in float64: of three prompts two and a
     last one, a prompt alone with pictures, one without; gradients too.
@@ -317,7 +319,7 @@ def test_no_cache_where_vision_or_connector_train(tiny, parts):
 # The head
 
 
-@pytest.mark.parametrize("tokens", [256, 1024])
+@pytest.mark.parametrize("tokens", [256, pytest.param(1024, marks=pytest.mark.slow)])
 def test_the_head_never_holds_all_logits(qwen, monkeypatch, tokens):
     """With a vocabulary of 150,000, the peak is that of one chunk, however many tokens there are."""
     monkeypatch.setattr("policy.HEAD_NUMBERS", 32 * 150_000)

@@ -12,70 +12,78 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 import bench
+import policy
+import rollout
 import train_grpo
 import utils
 from conftest import answered
 from data import load_samples
-from policy import compute_dtype, freeze, load_model, load_processor, Policy, shard
-from test_commands import ROOT, TINY, data, free_port, run, splits, timeless  # noqa: F401  (data: a fixture)
+from policy import freeze, load_model, load_processor, Policy, shard
+from runs import free_port, ROOT, run, splits, timeless, TINY
 
-DRIVER = '''
-import sys
-sys.path.insert(0, {root!r})
-sys.argv[0] = "train_grpo.py"
-import torch
-import policy, train_grpo, utils
 
-load, mixed = policy.load_model, policy.MixedPrecisionPolicy
-policy.load_model = lambda path, dtype=None: load(path, torch.float64)
-policy.compute_dtype = lambda name: torch.float64
-policy.MixedPrecisionPolicy = lambda **_: mixed(param_dtype=torch.float64, reduce_dtype=torch.float64)
-torch.set_default_dtype(torch.float64)
-torch.Tensor.float = torch.Tensor.double
-# transformers' norm computes in float32 whatever it is given, and so rounds a gradient that several
-# answers send to their prompt by how they were spread over passes
-from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
-modeling_qwen2_5_vl.Qwen2_5_VLRMSNorm.forward = lambda self, x: self.weight * (
-    x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
-utils.run_script(train_grpo.main, train_grpo.Args)
-'''
+def in_float64():
+    """Of a forked run: all that computes does it so."""
+    load, mixed = policy.load_model, policy.MixedPrecisionPolicy
+    policy.MixedPrecisionPolicy = lambda **_: mixed(param_dtype=torch.float64, reduce_dtype=torch.float64)
+    for module in (policy, rollout):
+        module.load_model = lambda path, dtype=None: load(path, torch.float64)
+        module.compute_dtype = lambda name: torch.float64
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double
+    # transformers' norm computes in float32 whatever it is given, and so rounds a gradient that several
+    # answers send to their prompt by how they were spread over passes
+    modeling_qwen2_5_vl.Qwen2_5_VLRMSNorm.forward = lambda self, x: self.weight * (
+        x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
+
+
 TEN = ("--batch_size 8 --mini_batch_size 4 --group_size 4 --micro_batch_tokens 150 --max_new_tokens 60 "
        "--epochs 5 --max_steps 10 --warmup_steps 0 --kl_coef 0.01 --refills 1 --lr 1e-4").split()
 
 
-@pytest.fixture(scope="module")
-def runs(data, tmp_path_factory):  # noqa: F811
-    """Run folders of the same ten steps, two updates each, on 1, 2 and 4 ranks."""
-    folder = tmp_path_factory.mktemp("float64")
-    (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT)))
-    for ranks in (1, 2, 4):
-        run(folder / "driver.py", *TEN, *splits(data), "--out", folder / str(ranks), ranks=ranks)
-    return folder
+FOUR = [*TEN, "--max_steps", "4", "--group_size", "2"]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ten_steps_are_those_of_one_rank(runs, ranks):
-    steps = 0
-    for path in sorted((runs / "1" / "samples").glob("*.jsonl")):
-        alone, together = (utils.read_jsonl(runs / r / "samples" / path.name) for r in ("1", str(ranks)))
-        key = lambda row: (row["id"], row["completion_text"])  # noqa: E731
-        assert sorted(map(key, alone)) == sorted(map(key, together)), path.name
-        steps += 1
-    assert steps == 10
+@pytest.fixture(scope="module", params=[
+    pytest.param((FOUR, 4, (1, 2)), id="4 steps, 2 ranks"),
+    pytest.param((TEN, 10, (1, 2, 4)), id="10 steps, 2 and 4 ranks", marks=pytest.mark.slow)])
+def runs(request, data, tmp_path_factory):
+    """Run folders of the same steps, two updates each, on one rank and on several; the last step."""
+    words, last, counts = request.param
+    folders = [tmp_path_factory.mktemp("float64") / str(ranks) for ranks in counts]
+    for folder, ranks in zip(folders, counts):
+        run("train_grpo.py", *words, *splits(data), "--out", folder, ranks=ranks, fault=in_float64)
+    return folders, last
+
+
+def test_all_steps_are_those_of_one_rank(runs):
+    (one, *others), last = runs
+    for other in others:
+        names = [path.name for path in sorted((one / "samples").glob("*.jsonl"))]
+        assert len(names) == last
+        for name in names:
+            alone, together = (utils.read_jsonl(folder / "samples" / name) for folder in (one, other))
+            key = lambda row: (row["id"], row["completion_text"])  # noqa: E731
+            assert sorted(map(key, alone)) == sorted(map(key, together)), name
+        assert_same_logs(one, other)
+
+
+def assert_same_logs(folder, other):
     for name in ("metrics.jsonl", "eval.jsonl"):
-        alone, together = (timeless(runs / r / name) for r in ("1", str(ranks)))
+        alone, together = (timeless(place / name) for place in (folder, other))
         assert len(alone) == len(together) > 0
-        for one, other in zip(alone, together):
+        for one, two in zip(alone, together):
             for metric in set(one) - {"sampler_gap", "sampler_gap_clipped", "sampler_gap_p99"}:  # rounding is all they hold
-                assert other[metric] == (pytest.approx(one[metric], rel=1e-6, abs=1e-9)
-                                         if isinstance(one[metric], float) else one[metric]), metric
+                assert two[metric] == (pytest.approx(one[metric], rel=1e-6, abs=1e-9)
+                                       if isinstance(one[metric], float) else one[metric]), metric
 
 
-def test_the_weights_after_ten_steps_are_those_of_one_rank(runs):
-    alone, *others = (load_model(runs / r / "checkpoints" / "step_000010").state_dict()
-                      for r in "124")
+def test_the_weights_after_the_last_step_are_those_of_one_rank(runs):
+    folders, last = runs
+    alone, *others = (load_model(folder / "checkpoints" / f"step_{last:06d}").state_dict() for folder in folders)
     base = load_model(ROOT / "toy_model").state_dict()
     moved = max((alone[k] - base[k]).abs().max() for k in base)
     for weights in others:
@@ -101,7 +109,7 @@ def test_only_what_trains_has_gradients_and_optimiser_state(qwen, one_rank):
 
 @pytest.mark.parametrize("rows, length, checkpointing", [
     (16, 96, False), (16, 96, True), (4, 96, False), (16, 32, True)])
-def test_the_memory_formula(rows, length, checkpointing, one_rank, data):  # noqa: F811
+def test_the_memory_formula(rows, length, checkpointing, one_rank, data):
     """The bytes a rank of results/README.md against the allocations of an update, peak and lasting, on the toy."""
     processor = load_processor(ROOT / "toy_model")
     samples = load_samples(data / "train.jsonl", processor, 256)[:rows]
@@ -133,7 +141,7 @@ def test_the_memory_formula(rows, length, checkpointing, one_rank, data):  # noq
 
 
 @pytest.mark.slow
-def test_two_nodes(data, tmp_path):  # noqa: F811
+def test_two_nodes(data, tmp_path):
     """The README's two-node command: two agents, which meet at an address, one rank each."""
     address = f"127.0.0.1:{free_port()}"
     words = [*TINY, *splits(data), "--epochs", "1"]
