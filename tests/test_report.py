@@ -6,7 +6,6 @@ import math
 import shutil
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 

@@ -17,7 +17,6 @@ import torch
 
 import doctor
 import rollout
-import toy
 import utils
 from conftest import sampler
 from data import load_samples
