@@ -86,11 +86,8 @@ def find_runs(paths):
 
 
 def read_run(path, substring):
-    """Read one run folder. A run without an args.json that can be read is a UserError."""
-    try:
-        args = json.loads((path / "args.json").read_text())
-    except ValueError as error:
-        raise UserError(f"{path / 'args.json'}: not JSON ({error}); leave this run out.")
+    """Read one run folder; what is no row of ours in it raises ValueError, KeyError, TypeError."""
+    args = json.loads((path / "args.json").read_text())
     script, missing = args.get("script"), []
     evals = read_rows(path / "eval.jsonl", missing)
     metrics = read_rows(path / "metrics.jsonl", missing) if script in TRAINERS else []
@@ -615,7 +612,13 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3em 0 0; font-siz
 
 
 def main(args):
-    runs = [read_run(path, args.substring) for path in find_runs(args.runs)]
+    runs = []
+    for path in find_runs(args.runs):
+        try:
+            runs.append(read_run(path, args.substring))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: its files are not those of a run ({error!r}); mend them, or "
+                            "leave this run out.")
     out = Path(args.out or Path(args.runs[0]) / "report")
     arms = in_arms(runs)
     trained = {label: runs for label, runs in arms.items() if any(run.evals for run in runs)}

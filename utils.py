@@ -528,12 +528,12 @@ def try_saving(out, policy, dtype, total, args):
         for half in out.glob("checkpoints/*.part"):  # of a crash, and in the way
             shutil.rmtree(half)
         free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free
-        needs = (f"a checkpoint takes {size / 2**20:,.0f} MB, and {free / 2**20:,.0f} MB are free "
-                 "there")
+        megabytes = (f"{n / 2**20:,.0f} MB" for n in (size, free))
+        needs = "a checkpoint takes {}, and {} are free there".format(*megabytes)
         if free < size:
             problem = problem or f"{needs}; free some or give another folder"
         elif free < size * most:
-            print0(f"--out {out}: {needs}: {most} of them will not fit; see --keep and --save_every.")
+            print0(f"--out {out}: {needs}: {most} of them will not fit; see --keep, --save_every.")
     if problem := next(filter(None, gather([problem])), None):
         raise UserError(f"--out {out}: {problem}.")
 

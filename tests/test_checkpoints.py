@@ -9,7 +9,6 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-import torch
 from hypothesis import strategies
 from PIL import Image
 

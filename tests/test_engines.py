@@ -2,7 +2,6 @@
 around a mock of vllm (test_vllm.py has the real one), and the weights that mend what is left."""
 
 import copy
-import json
 import math
 import sys
 import time

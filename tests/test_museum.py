@@ -37,7 +37,6 @@ import doctor
 import evaluate
 import reward
 import rollout
-import toy
 import train_grpo
 import train_sft
 import utils

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import conftest
-import rollout
 import train_grpo
 import utils
 from conftest import answered, png, sampler

@@ -6,7 +6,6 @@ import math
 import shutil
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -353,7 +352,10 @@ def test_the_same_runs_give_the_same_bytes(tmp_path):
 
 @pytest.mark.parametrize("prepare, sentence", [
     (lambda d: None, "no such folder"), (lambda d: d.mkdir(), "holds no run"),
-    (lambda d: utils.write_text(d / "args.json", "{"), "not JSON")])
+    (lambda d: utils.write_text(d / "args.json", "{"), "not those of a run"),
+    (lambda d: utils.write_text(d / "args.json", "[]"), "not those of a run"),
+    (lambda d: utils.write_text(d / "args.json", "{}") or utils.write_text(d / "eval.jsonl", "rubbish\n"),
+     "not those of a run")])
 def test_what_is_no_run_is_a_sentence(tmp_path, prepare, sentence):
     prepare(tmp_path / "run")
     done = subprocess.run([sys.executable, "report.py", str(tmp_path / "run"), "--out", str(tmp_path / "out")],

