@@ -126,8 +126,8 @@ def drop_nothing(model):
         layer = "Dropout" in type(holder).__name__
         for name, value in list(vars(holder).items()):
             chance = re.search("drop|jitter", name) or (layer and name == "p")
-            if chance and type(value) in (int, float):
-                setattr(holder, name, type(value)(0))
+            if chance and (type(value) in (int, float) or value is None and "dropout" in name):
+                setattr(holder, name, 0.0)
 
 
 def compute_dtype(name):

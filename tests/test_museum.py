@@ -970,7 +970,7 @@ def test_dropout_wherever_it_hides():
     drop_nothing(model.train())
     assert (model[0].p, model[1].p, model[3].dropout, path.drop_prob) == (0, 0, 0, 0)
     assert vars(config) == {
-        "hidden_dropout": 0.0, "classifier_dropout": None, "jitter_noise": 0.0, "p": 0.3}
+        "hidden_dropout": 0.0, "classifier_dropout": 0.0, "jitter_noise": 0.0, "p": 0.3}
     assert path.token_dropout is True and model.source_config.hidden_dropout == 0.1
     x = torch.ones(1, 64)
     assert torch.equal(model[:2](x), x) and differ(torch.nn.Dropout(0.5)(x), x)
