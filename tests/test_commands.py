@@ -232,8 +232,9 @@ def test_ctrl_c_ends_all_ranks_and_names_the_checkpoint(data, tmp_path):
 
 
 @pytest.mark.parametrize("script, place", [
-    *((name, " dataclasses") for name in ("train_grpo", "train_sft", "rollout", "doctor", "evaluate", "report", "data", "toy")),
-    ("reward", " decimal"), ("report", " numpy"), ("evaluate", " torch._C"), ("toy", " torch")])
+    *((name, " dataclasses") for name in
+      ("train_grpo", "train_sft", "rollout", "doctor", "evaluate", "report", "data", "toy")),
+    ("report", " numpy"), ("evaluate", " torch._C"), ("toy", " torch")])
 def test_ctrl_c_during_imports(tmp_path, script, place):
     """From the first line on: silence and exit code 130. -X importtime says where Python is."""
     words = [sys.executable, "-X", "importtime", f"{script}.py", "--out", tmp_path / "run"]
@@ -468,9 +469,9 @@ def test_a_rank_without_prompts_waits_for_the_others(data, tmp_path):
 
 
 def test_reward_command_says_equal_or_not():
-    assert subprocess.run(command("reward.py", r"\frac{1}{2}", "0.5"), cwd=ROOT).returncode == 0
-    done = subprocess.run(command("reward.py", "3", "4"), cwd=ROOT, capture_output=True, text=True)
-    assert "not equal" in done.stdout
+    for pair, equal in (((r"\frac{1}{2}", "0.5"), True), (("3", "4"), False)):
+        done = subprocess.run(command("reward.py", *pair), cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1]) == {"equal": equal}
 
 
 @pytest.mark.slow
