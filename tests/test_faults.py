@@ -631,7 +631,8 @@ def umask_of_a_group():
     os.umask(0o027)
 
 
-@pytest.mark.parametrize("ranks, dtype", [(1, "bfloat16"), (2, "float32"), (2, "bfloat16")])
+@pytest.mark.parametrize("ranks, dtype", [
+    (1, "bfloat16"), pytest.param(2, "float32", marks=pytest.mark.slow), (2, "bfloat16")])
 def test_what_is_exported(data, tmp_path, ranks, dtype):
     """On 1 rank and 2, in both dtypes: a tied head once, the dtype as it is, the umask's modes."""
     words = [*GRPO, *splits(data)[:2], "--max_steps", 1, "--dtype", dtype]
