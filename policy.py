@@ -256,10 +256,8 @@ class Policy(torch.nn.Module):
         temperature) without the banned ids, in float32: what an engine samples from at top_p = 1.
         """
         mask, targets = batch["mask"], batch["completion_ids"][batch["mask"]]  # (B, C), (N,)
-        base, known = self.model.base_model, nullcontext()
-        if batch["images"]:
-            known = self.sharing.remembered(base, batch["images"])
-        with known:
+        base, images = self.model.base_model, batch["images"]
+        with self.sharing.remembered(base, images) if images else nullcontext():
             out = base(**batch["inputs"], use_cache=False)
         # (rows, L, H) to (N, H): a token is predicted at the one before it, wherever that stands
         hidden = out.last_hidden_state.flatten(0, 1)[batch["predictors"][mask]]

@@ -233,7 +233,7 @@ class HFEngine:
         """
         sharing = self.sharing
         whole = sharing.collate(samples) if sharing else collate(samples, self.processor)
-        batch = whole["inputs"]
+        batch, images = whole["inputs"], whole["images"]  # whose pixels were left out
         width = batch["input_ids"].shape[1]
         lengths = batch["attention_mask"].sum(1)
         # rows come padded on the right; roll each one to the right end
@@ -251,7 +251,7 @@ class HFEngine:
         # never look there; all is kept, and the model's own mask is the window
         cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x
                         for x in cache.layers]
-        with sharing.remembered(base, whole["images"]) if sharing else nullcontext():
+        with sharing.remembered(base, images) if images else nullcontext():
             out = self.model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
         # M-RoPE gives an image fewer positions than tokens; its models say by how many
         positions = lengths[:, None] + (0 if base.rope_deltas is None else base.rope_deltas)

@@ -53,10 +53,7 @@ class Sharing:
 
     @contextmanager
     def remembered(self, base, images):
-        """Within, `base.forward` takes the features of `images` from the cache, if there is one."""
-        if not self.vision or not images:
-            yield
-            return
+        """Within, `base.forward` takes from the cache the features of what `collate` left out."""
         features = self.vision.features(base, images)
         base.get_image_features = lambda *_, **__: features  # hides the class's method
         try:
