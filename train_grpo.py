@@ -400,8 +400,7 @@ def update(policy, optimizer, samples, old, ref, args):
     utils.stop_if_not_finite(norm, "gradient norm", samples)
     optimizer.step()
     optimizer.zero_grad()
-    gaps = torch.cat(gaps).abs()[: 2**24]  # torch.quantile refuses more
-    return sums, norm.item(), torch.quantile(gaps, 0.99).item() if len(gaps) else 0.0
+    return sums, norm.item(), percentile_99(torch.cat(gaps).abs())
 
 
 def gap_sums(gap):
@@ -414,6 +413,11 @@ def gap_sums(gap):
             "sampler_gap_clipped": gap.abs().clamp(max=1).sum().item(),
             "sampler_ratio": held.exp().sum().item(),
             "sampler_ratio_squared": (2 * held).exp().sum().item()}
+
+
+def percentile_99(values):
+    """0 of none; of more than the 2^24 that torch.quantile takes, the first so many stand."""
+    return torch.quantile(values[: 2**24], 0.99).item() if len(values) else 0.0
 
 
 def beside(mask, samples, rows):

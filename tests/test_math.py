@@ -929,3 +929,18 @@ def test_what_differs_is_summed_by_hand():
                                   "sampler_ratio": 2.7841, "sampler_ratio_squared": 3.7366}, rel=1e-4)
     for value in train_grpo.gap_sums(torch.full((1000,), 60.0)).values():
         assert math.isfinite(value)  # JSON has no Infinity; e^120 is none of float32's numbers
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 100, 101, 9472, 1_000_001])
+def test_the_99th_percentile_is_torchs(count):
+    values = torch.rand(count, generator=torch.Generator().manual_seed(count))
+    assert train_grpo.percentile_99(values) == values.quantile(0.99).item()
+
+
+def test_the_99th_percentile_of_none_and_of_more_than_torch_takes():
+    assert train_grpo.percentile_99(torch.zeros(0)) == 0
+    many = torch.zeros(2**24 + 1)
+    many[: 2**18] = 1.0  # 1.6 % of them
+    with pytest.raises(RuntimeError, match="too large"):
+        many.quantile(0.99)
+    assert train_grpo.percentile_99(many) == 1.0
