@@ -29,10 +29,10 @@ import toy
 import train_grpo
 import utils
 from bench import matrix_peak, useful_work
-from conftest import branching
+from conftest import branching, sampler
 from data import load_samples, make_sample
 from policy import collate, compute_dtype, freeze, load_model, load_processor, Policy, shard
-from rollout import Args, HFEngine, make_engine
+from rollout import Args, make_engine, share
 from siblings import pack, Sharing
 
 SHAPES = {  # what differs between Qwen2.5-VL-3B and the stand-in for a CPU
@@ -70,9 +70,9 @@ def check_numbers(folder):
     processor, prompts = toy_prompts(folder)
     model = load_model(ROOT / "toy_model")
     dtype = compute_dtype("auto")
-    engine = HFEngine(copy.deepcopy(model), processor, 64)
+    engine = sampler(copy.deepcopy(model), processor, 64)
     done = engine.generate(prompts, 1, 0, 1.0, 96, 0)
-    low = make_engine("hf", model, processor, Args(rollout_batch_size=64))
+    low = make_engine("hf", model, processor, Args(rollout_batch_size=64), share(model, processor, megabytes=0))
     low = low.generate(prompts, 1, 0, 1.0, 96, 0)
     with torch.no_grad():
         exact, _ = Policy(model, processor)(collate(done, processor), 1.0)
@@ -110,7 +110,7 @@ def answered_toy(folder, group=4):
     processor, prompts = toy_prompts(folder)
     model = load_model(ROOT / "toy_model")
     freeze(model, False, False, True)
-    done = HFEngine(copy.deepcopy(model), processor, 64).generate(prompts[:16], group, 1.0, 1.0, 96, 0)
+    done = sampler(copy.deepcopy(model), processor, 64).generate(prompts[:16], group, 1.0, 1.0, 96, 0)
     for i, s in enumerate(done):
         s.advantage = (-1.0) ** i
     return processor, model, done

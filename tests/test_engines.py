@@ -43,7 +43,8 @@ def pair(tiny):
     for weight in [w for w in tiny.model.parameters() if not w.any()]:
         weight.data.normal_(0, 0.2, generator=generator)
     tiny.model.get_output_embeddings().weight.data[IMAGE] *= 8
-    tiny.engine = rollout.make_engine("hf", tiny.model, tiny.processor, ARGS)
+    sharing = rollout.share(tiny.model, tiny.processor, megabytes=0)  # as doctor.py does
+    tiny.engine = rollout.make_engine("hf", tiny.model, tiny.processor, ARGS, sharing)
     return tiny
 
 
