@@ -335,8 +335,9 @@ def test_reloading_misses_no_weight():
 
 def test_whole_weights_come_one_by_one():
     """The next one only when it is asked for: a model is never held twice."""
-    drawn = []
-    model = SimpleNamespace(named_parameters=lambda: (drawn.append(i) or (i, i) for i in "abc"))
+    drawn, model = [], torch.nn.ParameterDict({name: torch.zeros(1) for name in "abc"})
+    listed = model.named_parameters
+    model.named_parameters = lambda: (drawn.append(name) or (name, weight) for name, weight in listed())
     assert [drawn[:] for _ in rollout.whole_weights(model)] == [["a"], ["a", "b"], ["a", "b", "c"]]
 
 
