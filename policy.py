@@ -138,7 +138,7 @@ def drop_nothing(model):
 
 
 def twin(model, *where):
-    """A copy of `model` that never trains, its weights moved `to(*where)`.
+    """A copy of `model`, its weights moved `to(*where)`.
 
     Without, they stay in the same memory, which is for a twin that `shard` will take from there.
     HAZARD: `model.to(dtype)` would round float32 buffers too, RoPE's angles.
@@ -146,7 +146,7 @@ def twin(model, *where):
     weights = {}
     for weight in model.parameters():
         data = weight.detach().to(*where, copy=True) if where else weight.detach()
-        weights[id(weight)] = torch.nn.Parameter(data, requires_grad=False)
+        weights[id(weight)] = torch.nn.Parameter(data, weight.requires_grad)
     return copy.deepcopy(model, weights)  # takes what is given for what it has met
 
 

@@ -549,7 +549,8 @@ def main(args):
     engine.sleep()
     reference = None
     if args.kl_coef:
-        reference = shard(Policy(twin(model), processor, sharing), dtype, args.offload)
+        first = twin(model).requires_grad_(False)
+        reference = shard(Policy(first, processor, sharing), dtype, args.offload)
     if args.lora_rank:
         count = add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
     if args.gradient_checkpointing:

@@ -367,7 +367,8 @@ def test_the_sampler_sleeps_before_a_run_goes_on(qwen, data_path, tmp_path, one_
     with pytest.raises(InterruptedError):
         trainer.main(trainer.Args(model=str(qwen.path), train_data=str(data_path), batch_size=2,
                                   validation_data="", test_data="", **GROUPS[trainer]))
-    assert calls.mock_calls == [mock.call.engine.sleep(), mock.call.load(tmp_path, ANY, ANY)]
+    sleep, sync = mock.call.engine.sleep(), mock.call.engine.sync(ANY)
+    assert calls.mock_calls == [sleep, sync, sleep, mock.call.load(tmp_path, ANY, ANY)]
 
 
 @pytest.mark.parametrize("trainer", [train_grpo, train_sft])
