@@ -186,8 +186,7 @@ class LowRank(torch.nn.Linear):
 
     def merged(self):
         """The one weight (out, in), in float32, that computes the same. COLLECTIVE if sharded."""
-        update = whole(self.lora_b) @ whole(self.lora_a)
-        return whole(self.weight).float() + self.scale * update
+        return whole(self.weight) + self.scale * whole(self.lora_b) @ whole(self.lora_a)
 
 
 def add_lora(model, rank, alpha, seed):
@@ -197,6 +196,8 @@ def add_lora(model, rank, alpha, seed):
     changes yet; A is uniform, as in the authors' code. LoRA, arXiv 2106.09685, section 4.1.
     """
     for parameter in language_weights(model):
+        if not parameter.requires_grad:
+            raise UserError(f"--lora_rank {rank} is for the language model: give --train_language.")
         parameter.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)  # each rank shards one and the same A
     for layer in model.get_decoder().layers.modules():

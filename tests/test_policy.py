@@ -1,43 +1,43 @@
 """Tier 1 and 2: how a policy comes from files to shards, what offload and LoRA change, and what they must not."""
 
 import json
+import os
+import re
 import shutil
-from dataclasses import replace
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-import bench
+import doctor
 import policy
 import rollout
 import train_grpo
 import utils
 from conftest import answered, branching, build_model, build_processor, fresh
-from policy import add_lora, freeze, load_model, load_processor, LowRank, Policy, shard, twin, whole_weights
-from runs import ROOT, run, splits, timeless, TINY
+from policy import add_lora, freeze, load_model, LowRank, Policy, shard, twin, whole, whole_weights
+from runs import at_call, ROOT, run, splits, timeless, TINY
 
 LOW = torch.bfloat16
 HEADS = {"heads": (16, 2), "head_dim": 32}  # of Qwen2.5-VL-3B, each a quarter as wide
 
 
-def gradients(policy, samples, args=train_grpo.Args(tis_cap=0.0, max_grad_norm=1e9)):
-    """Those of an update, by name and in one piece; and the norm that it reports."""
+def gradients(trained, samples, args=train_grpo.Args(tis_cap=0.0, max_grad_norm=1e9)):
+    """Those of an update, by name and in one piece."""
     seen = {}
 
     class Keep:
         def step(self):
-            names = {id(p): name for name, p in policy.named_parameters()}
-            seen.update({names[id(p)]: policy_module.whole(p.grad).clone() for p in policy.parameters() if p.grad is not None})
+            seen.update({name: whole(p.grad).clone() for name, p in trained.named_parameters() if p.grad is not None})
 
         def zero_grad(self):
-            policy.zero_grad()
+            trained.zero_grad()
 
-    _, norm, _ = train_grpo.update(policy, Keep(), samples, None, None, args)
-    return {name.replace("_checkpoint_wrapped_module.", ""): g for name, g in seen.items()}, norm
-
-
-policy_module = policy
+    train_grpo.update(trained, Keep(), samples, None, None, args)
+    return seen
 
 
 def apart(some, others):
@@ -124,24 +124,28 @@ def test_no_pass_leaves_weights_gathered(real, one_rank):
     assert all(isinstance(w, DTensor) for w in sharded.parameters())
 
 
+def float32_bytes(weights):
+    return sum(w.nbytes for w in weights if w.dtype == torch.float32)
+
+
 def test_a_layer_at_a_time(one_rank, monkeypatch):
     """No more than one group is unsharded in float32 at any moment, and the host's weights go as they are taken."""
     processor = build_processor("qwen2_5_vl")
     model = twin(build_model("qwen2_5_vl", processor, num_hidden_layers=12), LOW)
     freeze(model, False, False, True)
-    whole, most = 4 * sum(p.numel() for p in model.parameters()), []
-    wrap = policy_module.fully_shard
+    model_bytes, most = sum(4 * p.numel() for p in model.parameters()), []
+    wrap = policy.fully_shard
 
     def watch(module, **options):  # what float32 there is beside shards when a group is wrapped
-        most.append(sum(4 * w.numel() for w in model.parameters() if not isinstance(w, DTensor) and w.dtype == torch.float32))
+        most.append(float32_bytes(w for w in model.parameters() if not isinstance(w, DTensor)))
         return wrap(module, **options)
 
-    monkeypatch.setattr(policy_module, "fully_shard", watch)
+    monkeypatch.setattr(policy, "fully_shard", watch)
     shard(Policy(model, processor), LOW)
-    layer = 4 * sum(w.numel() for w in model.get_decoder().layers[0].parameters())
-    assert len(most) == 13 and max(most[:-1]) == layer < whole / 13
-    root = 4 * sum(w.numel() for w in (*model.get_decoder().norm.parameters(), *model.get_output_embeddings().parameters()))
-    assert most[-1] == root
+    decoder = model.get_decoder()
+    layer = float32_bytes(decoder.layers[0].parameters())
+    assert len(most) == 13 and max(most[:-1]) == layer < model_bytes / 13
+    assert most[-1] == float32_bytes([decoder.norm.weight, model.get_output_embeddings().weight])  # the root's
 
 
 def test_a_twin_shares_no_weight_with_what_trains(real, one_rank):
@@ -160,8 +164,8 @@ def test_a_twin_shares_no_weight_with_what_trains(real, one_rank):
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (LOW, 0.0)])
 def test_offload_changes_no_gradient(real, one_rank, dtype, bound):
-    """A policy whose shards wait on the host computes the same; in float32 it is compared with one that is not sharded."""
-    found = [gradients(shard(branching(twin(real.model), real.processor), dtype, offload), real.done)[0]
+    """Shards that wait on the host compute the same; in float32 they are compared with what is not sharded."""
+    found = [gradients(shard(branching(twin(real.model), real.processor), dtype, offload), real.done)
              for offload in (False, True)]
     assert apart(*found) <= bound
 
@@ -185,7 +189,7 @@ def with_lora(real, rank=4, alpha=8.0):
 
 
 def test_lora_by_hand():
-    """W = (1 2), A = (3 1), B = 2, alpha / rank = 8 / 1: y = (1 2) x + 8 * 2 * (3 1) x, and the merged weight (49 18)."""
+    """W = (1 2), A = (3 1), B = 2, alpha / rank = 8: y = (1 2) x + 8 * 2 * (3 1) x, merged (49 18)."""
     layer = torch.nn.Linear(2, 1, bias=False)
     layer.__class__, layer.scale = LowRank, 8.0
     layer.weight = torch.nn.Parameter(torch.tensor([[1.0, 2.0]]))
@@ -236,8 +240,8 @@ def test_lora_gradients_are_those_of_the_dense_reference(real, one_rank, sharing
     if checkpointing:
         model.gradient_checkpointing_enable()
     make = branching if sharing else Policy
-    dense, _ = gradients(make(plain, real.processor).train(), real.done)
-    got, _ = gradients(make(model, real.processor).train(), real.done)
+    dense = gradients(make(plain, real.processor).train(), real.done)
+    got = gradients(make(model, real.processor).train(), real.done)
     want = {}
     for name, layer in model.named_modules():
         if isinstance(layer, LowRank):
@@ -250,11 +254,11 @@ def test_lora_gradients_are_those_of_the_dense_reference(real, one_rank, sharing
 def test_lora_in_bf16_through_shards(real, one_rank):
     """The frozen base rests in bf16, A and B are float32 masters, and gradients point where float32's do."""
     model, _, _ = with_lora(real)
-    exact, _ = gradients(Policy(twin(model), real.processor), real.done)
+    exact = gradients(Policy(twin(model), real.processor), real.done)
     sharded = shard(branching(model, real.processor), LOW, offload=True).train()
     for name, weight in sharded.named_parameters():
         assert weight.dtype == (torch.float32 if ".lora_" in name else LOW)
-    low, _ = gradients(sharded, real.done)
+    low = gradients(sharded, real.done)
     pairs = [torch.cat([g[n].flatten().float() for n in sorted(exact)]) for g in (low, exact)]
     assert torch.nn.functional.cosine_similarity(*pairs, dim=0) > 0.99
     merged = dict(whole_weights(sharded.model))
@@ -274,8 +278,73 @@ def test_everyone_else_sees_a_plain_model(real, one_rank, tmp_path):
     engine.sync(model)
     said = engine.generate(real.samples, 2, 1.0, 1.0, 8, "lora")
     engine.sync(plain)
-    assert [s.completion_ids for s in engine.generate(real.samples, 2, 1.0, 1.0, 8, "lora")] == [s.completion_ids for s in said]
+    again = engine.generate(real.samples, 2, 1.0, 1.0, 8, "lora")
+    assert [s.completion_ids for s in again] == [s.completion_ids for s in said]
     with torch.no_grad():
         table, _ = lora(lora.batch(said), 1.0)
     off = [abs(x - y) for row, s in zip(table.tolist(), said) for x, y in zip(row, s.sampler_logprobs)]
     assert max(off) < 1e-3
+
+
+# ---------------------------------------------------------------------------------------------
+# Runs
+
+
+def die(*_):
+    os._exit(9)
+
+
+@pytest.mark.parametrize("trainer, words, ranks", [
+    ("train_grpo", "--lora_rank 4 --lora_alpha 8", 1),
+    ("train_grpo", "--lora_rank 4 --offload --dtype bfloat16 --gradient_checkpointing --kl_coef 0.01 "
+                   "--train_connector", 2),
+    ("train_sft", "--lora_rank 4 --offload", 1)])
+def test_a_run_with_updates_or_offload_goes_on_bit_for_bit(data, tmp_path, trainer, words, ranks):
+    """Killed in its third step; its checkpoints are plain models, and what the two runs end with is the same."""
+    tiny = TINY if trainer == "train_grpo" else "--batch_size 4 --save_every 1".split()
+    words = [f"{trainer}.py", *tiny, *splits(data)[:2], "--validation_data=", "--test_data=", "--max_steps", 4,
+             "--lr", 1e-3, *words.split()]
+    calm, out = tmp_path / "calm", tmp_path / "run"
+    run(*words, "--out", calm, ranks=ranks)
+    run(*words, "--out", out, ranks=ranks, code=9, fault=partial(at_call, 3, f"{trainer}.update", die))
+    _, log = run(*words, "--out", out, ranks=ranks)
+    assert "Continuing after step 2" in log
+    assert timeless(out / "metrics.jsonl") == timeless(calm / "metrics.jsonl")
+    last = "checkpoints/step_000004/model.safetensors"
+    assert (out / last).read_bytes() == (calm / last).read_bytes()
+    assert not [name for name in load_file(out / last) if "lora" in name]
+    base, moved = (load_model(folder).state_dict() for folder in (ROOT / "toy_model", (out / last).parent))
+    assert base.keys() == moved.keys()
+    changed = {n for n in base if not torch.equal(base[n].to(moved[n].dtype), moved[n])}
+    part = "language_model.layers.|merger" if "connector" in str(words) else "language_model.layers."
+    assert changed and all(re.search(part, n) for n in changed)
+
+
+def test_the_sampler_starts_and_sleeps_before_the_device_is_taken(data, tmp_path, one_rank, monkeypatch):
+    """vLLM refuses to start where it finds less memory than its share; and it wakes up for the rehearsal."""
+    calls, make, wrap, look = [], rollout.make_engine, policy.shard, doctor.rehearse
+
+    def engine(*values):
+        made = make(*values)
+        for name in ("sync", "sleep"):
+            act = getattr(made, name)
+            setattr(made, name, lambda *v, name=name, act=act: calls.append(name) or act(*v))
+        calls.append("start")
+        return made
+
+    monkeypatch.setattr(rollout, "make_engine", engine)
+    monkeypatch.setattr(policy, "shard", lambda *v: calls.append("shard") or wrap(*v))
+    monkeypatch.setattr(doctor, "rehearse", lambda *v: calls.append("rehearse") or look(*v))
+    monkeypatch.setattr(utils, "begin_run", mock.Mock(side_effect=InterruptedError))
+    with pytest.raises(InterruptedError):
+        train_grpo.main(train_grpo.Args(
+            train_data=str(data / "train.jsonl"), validation_data="", test_data="", batch_size=4, mini_batch_size=4,
+            kl_coef=0.1, out=str(tmp_path / "run")))
+    assert calls == ["start", "sleep", "shard", "shard", "sync", "rehearse"]
+
+
+@pytest.mark.parametrize("script", ["train_grpo.py", "train_sft.py"])
+def test_lora_without_a_language_is_refused(data, tmp_path, script):
+    _, log = run(script, *splits(data), "--batch_size", 4, *(TINY[2:4] if "grpo" in script else ()), "--lora_rank", 4,
+                 "--no-train_language", "--train_connector", "--out", tmp_path / "run", code=2)
+    assert "--lora_rank 4 is for the language model: give --train_language" in log and "Traceback" not in log
