@@ -13,8 +13,8 @@ paper's four steps (arXiv 2504.02587), which are the banners below:
 
     python train_grpo.py                       # the toy, on a laptop, no argument needed
     torchrun --standalone --nproc_per_node 8 train_grpo.py --model Qwen/Qwen2.5-VL-3B-Instruct \
-        --train_data geometry3k/rl.jsonl --validation_data geometry3k/validation.jsonl \
-        --test_data geometry3k/test.jsonl --batch_size 128 --lr 1e-6 --max_new_tokens 2048
+        --train_data train.jsonl --validation_data validation.jsonl --test_data test.jsonl \
+        --batch_size 128 --lr 1e-6 --max_new_tokens 2048 --gradient_checkpointing
 """
 
 import utils  # first: from here on Ctrl-C is no traceback

@@ -12,8 +12,8 @@ dropout, label smoothing, a loss on the prompt. An epoch is one pass over the tr
 
     python train_sft.py                        # the toy, on a laptop, no argument needed
     torchrun --standalone --nproc_per_node 8 train_sft.py --model Qwen/Qwen2.5-VL-3B-Instruct \
-        --train_data mm_math5k/rl.jsonl --validation_data mm_math5k/validation.jsonl \
-        --test_data mm_math5k/test.jsonl --batch_size 16 --lr 1e-5 --max_new_tokens 2048
+        --train_data train.jsonl --validation_data validation.jsonl --test_data test.jsonl \
+        --batch_size 16 --lr 1e-5 --max_new_tokens 2048 --gradient_checkpointing
 """
 
 import utils  # first: from here on Ctrl-C is no traceback
