@@ -254,7 +254,8 @@ def main(data, *paths):
     for path in map(Path, paths):
         engine, core = start(path)
         samples = load_samples(data, engine.processor, 2048)
-        row = found[path.name] = {"runner V2": core.config.use_v2_model_runner, "prompts": prompts(engine, core, samples)}
+        row = found[path.name] = {"runner V2": core.config.use_v2_model_runner}
+        row["prompts"] = prompts(engine, core, samples)
         if len(found) == 1:
             row["seeds"] = seeds(engine, core, samples[:3])
         row["reload"] = reload(engine, core, path, folder / path.name)
