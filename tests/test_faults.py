@@ -462,7 +462,8 @@ def test_weights_that_stay_quantised_are_refused(monkeypatch):
     model = load_model(ROOT / "toy_model")
     model.get_decoder().norm.weight = torch.nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
     info = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
-    monkeypatch.setattr("policy.load_pretrained", lambda *_, **__: (model, info))
+    monkeypatch.setattr("policy.load_pretrained", lambda loader, *_, **__: (
+        model.config if loader is transformers.AutoConfig else (model, info)))
     with pytest.raises(utils.UserError, match=r"1 quantised \(model.language_model.norm.weight\)"):
         load_model("anywhere")
 
