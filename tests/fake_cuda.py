@@ -194,10 +194,12 @@ def seeds(engine, core, samples):
     return found
 
 
-def reload(engine, core, path, place):
+def reload(engine, core, path, place, lora=0):
     """Two syncs, with other weights each: what of the sampler is not as a fresh load of them has it."""
     model, trainer = core.runner.model, policy.load_model(path)
     policy.freeze(trainer, False, False, True)
+    if lora:
+        policy.add_lora(trainer, lora, 2 * lora, seed=0)
     trainer = policy.shard(policy.Policy(trainer, engine.processor), torch.bfloat16)
     places = {name: (id(w), w.data_ptr()) for name, w in model.named_parameters()}
     buffers = {name: (b.data_ptr(), b.clone()) for name, b in model.named_buffers()}
@@ -258,6 +260,7 @@ def main(data, *paths):
         row["prompts"] = prompts(engine, core, samples)
         if len(found) == 1:
             row["seeds"] = seeds(engine, core, samples[:3])
+            row["reload with low ranks"] = reload(engine, core, path, folder / "low", 4)
         row["reload"] = reload(engine, core, path, folder / path.name)
     print(json.dumps(found))
 
