@@ -184,7 +184,7 @@ def seeds(engine, core, samples):
             ("one", "0 1", 1), ("again", "0 1", 2), ("another --seed", "1 1", 1), ("another step", "0 2", 1),
             ("unseeded", "0 1", 1), ("unseeded, another --seed", "1 1", 1),
             ("unseeded, another state of numpy", "0 1", 2)):
-        engine.SamplingParams = (lambda seed, **more: seeded(**more)) if "unseeded" in name else seeded
+        engine.SamplingParams = (lambda seed=None, **more: seeded(**more)) if "unseeded" in name else seeded
         np.random.seed(state)
         torch.manual_seed(0 if "unseeded" in name else state)
         core.asked.clear()
