@@ -69,7 +69,8 @@ def vllm(data_path, tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name, kind", [*((name, "reload") for name in VARIANTS), ("qwen2_vl tied", "reload with low ranks")])
+@pytest.mark.parametrize("name, kind", [
+    *((name, "reload") for name in VARIANTS), ("qwen2_vl tied", "reload with low ranks")])
 def test_a_reload_is_a_fresh_load_bit_for_bit(vllm, name, kind):
     """Twice in a row; all stays in its place, where CUDA graphs look for it, and buffers are as they were."""
     found = vllm[name][kind]
