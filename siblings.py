@@ -348,8 +348,8 @@ class PromptCache:
     """
 
     def __init__(self, cache, attention, n):
-        # HAZARD: scores need float32, as attention kernels have them. Qwen2.5's key biases lift a
-        # row's together, and bfloat16 of large numbers has steps of whole nats
+        # HAZARD: scores need float32, as attention kernels have them. Large key biases lift a row's
+        # together, and bfloat16 of large numbers has steps of whole nats
         exact = torch.promote_types(cache.layers[0].keys.dtype, torch.float32)
         self.prompts = [(x.keys.mT.contiguous().to(exact), x.values) for x in cache.layers]
         self.own = [[x.new_empty(len(x) * n, x.shape[1], 32, x.shape[3]) for x in (v, v)]

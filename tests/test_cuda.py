@@ -248,8 +248,8 @@ def test_few_graphs_serve_all_lengths(qwen, tmp_path, monkeypatch):
 def test_large_scores_are_not_rounded_to_bf16(qwen):
     """Against a trainer in bf16, a shared prompt cache strays little more than the library's own attention.
 
-    The story: scores in bf16 lie whole nats apart where a key's bias lifts them into the hundreds, as Qwen2.5's does.
-    The gap was eleven times the library's; it is three times.
+    The story: scores in bf16 lie whole nats apart where a key's bias lifts them into the hundreds. The gap was thirteen
+    times the library's; it is three times.
     """
     model, processor = variant("qwen2_5_vl", True)
     for layer in model.model.language_model.layers:
