@@ -348,7 +348,10 @@ class PromptCache:
     """
 
     def __init__(self, cache, attention, n):
-        self.prompts = [(layer.keys.mT.contiguous(), layer.values) for layer in cache.layers]
+        # HAZARD: scores need float32, as attention kernels have them. Large key biases lift a row's
+        # together, and bfloat16 of large numbers has steps of whole nats
+        exact = torch.promote_types(cache.layers[0].keys.dtype, torch.float32)
+        self.prompts = [(x.keys.mT.contiguous().to(exact), x.values) for x in cache.layers]
         self.own = [[x.new_empty(len(x) * n, x.shape[1], 32, x.shape[3]) for x in (v, v)]
                     for _, v in self.prompts]
         self.length = 0  # own tokens, the one that is being computed included
@@ -394,12 +397,13 @@ class PromptCache:
         keys, values = (x[:, :, :T] for x in own)
         first_keys, first_values = self.prompts[module.layer_idx]
         R, heads, _, D = query.shape
-        query = (query * scaling).reshape(R, keys.shape[1], -1, D)  # (R, h, g, D): g share a key
+        query = query.to(first_keys.dtype) * scaling
+        query = query.reshape(R, keys.shape[1], -1, D)  # (R, h, g, D): g share a key
         first = self.by_prompt(query) @ first_keys  # (P, h, m * g, L)
         if self.bias is not None:
             first = first + self.bias
         # one softmax over both parts, (R, h, g, L + T)
-        scores = torch.cat([self.by_row(first), query @ keys.mT], 3)
-        first, rest = scores.softmax(3).split([first.shape[3], T], 3)
+        scores = torch.cat([self.by_row(first), query @ keys.mT.to(query.dtype)], 3)
+        first, rest = scores.softmax(3).to(values.dtype).split([first.shape[3], T], 3)
         first = self.by_row(self.by_prompt(first) @ first_values)
         return (first + rest @ values).reshape(R, 1, heads, D)  # strided where all ask one prompt
