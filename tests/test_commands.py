@@ -267,7 +267,7 @@ def test_a_mistake_is_one_sentence(data, tmp_path, ranks):
     (["--batch_size", 600, "--mini_batch_size", 600], "is more than the 16 prompts"),
     (["--max_new_tokens", 0], "--max_new_tokens must be at least 1"),
     (["--train_data", ""], "--train_data must not be empty"),
-    (["--eval_settings", "pass9"], "no decoding setting is called 'pass9'"),
+    (["--eval_settings", "pass9"], "the decoding settings 'pass9' must be one or more, each once; choose from pass8_t1"),
     (["--rewards", "accuracy:much"], "reward 'accuracy:much' has no weight"),
     (["--no-train_language"], "nothing is left to train"),
     (["--learning_rate", 1], "unrecognized arguments: --learning_rate"),

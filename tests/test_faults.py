@@ -89,10 +89,11 @@ def bug(original, *values):
     raise RuntimeError("two shapes do not agree")
 
 
-def stopped(whole, out, last, **changed):
+def stopped(whole, out, last, thin=True, **changed):
     """A copy of the undisturbed run as it was after step `last`, before anything else was written.
 
-    What `changed` names of its arguments was another from the beginning.
+    What `changed` names of its arguments was another from the beginning. Not `thin`: all its checkpoints can be
+    gone on from.
     """
     shutil.copytree(whole[1], out)
     arguments = json.loads((out / "args.json").read_text())
@@ -101,6 +102,8 @@ def stopped(whole, out, last, **changed):
     for step in range(last + 1, 5):
         shutil.rmtree(out / "checkpoints" / f"step_{step:06d}")
         (out / "samples" / f"step_{step:06d}.jsonl").unlink()
+    if thin:
+        utils.thin_out(out / "checkpoints" / f"step_{last:06d}", 0, 0)
     return out
 
 
@@ -152,7 +155,8 @@ def damage(folder, kind):
 
 @pytest.mark.parametrize("kind", ["missing", "changed", "cut", "no manifest", "half a manifest"])
 def test_a_torn_checkpoint_is_passed_over(whole, tmp_path, one_rank, capsys, kind):
-    out = stopped(whole, tmp_path / "run", 4)
+    """Where the one before has not lost its resume state yet."""
+    out = stopped(whole, tmp_path / "run", 4, thin=False)
     assert utils.whole_checkpoint(out).name == "step_000004"
     (out / "checkpoints" / "step_000004" / "notes.txt").write_text("a user's file does no harm")
     assert utils.whole_checkpoint(out).name == "step_000004"
@@ -164,9 +168,72 @@ def test_a_torn_checkpoint_is_passed_over(whole, tmp_path, one_rank, capsys, kin
     assert capsys.readouterr().err == ""
 
 
+def has_resume(out):
+    return [p.parent.name for p in sorted(out.glob("checkpoints/*/resume"))]
+
+
+def test_the_newest_checkpoint_alone_can_be_gone_on_from(data, tmp_path):
+    """Those before it are plain folders of weights, whole by their manifests, in both trainers."""
+    for words in (GRPO, [*SFT, "--epochs", 4]):
+        out = tmp_path / words[0]
+        code, said = run([*words, *splits(data)[:2], "--max_steps", 3], out)
+        assert code == 0 and saved(out) == [f"step_{n:06d}" for n in (1, 2, 3)], said
+        assert has_resume(out) == ["step_000003"]
+        for path in sorted((out / "checkpoints").iterdir()):
+            files = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()} - {"manifest.json"}
+            assert utils.is_whole(path) and set(utils.json.loads((path / "manifest.json").read_text())) == files
+            assert "model.safetensors" in files
+        load_model(out / "checkpoints" / "step_000001")
+
+
+@pytest.mark.parametrize("place, number, resumes", [("os.replace", 1, 3), ("os.replace", 2, 3), ("os.replace", 3, 3),
+                                                    ("shutil.rmtree", 1, 3), ("shutil.rmtree", 2, 2)])
+def test_a_kill_while_old_ones_are_thinned_out(whole, tmp_path, one_rank, monkeypatch, place, number, resumes):
+    """At each file that is replaced and each folder that goes: all are whole, the newest goes on, and the next
+    save finishes the work. The third replacement is of the second manifest."""
+    out = stopped(whole, tmp_path / "run", 3, thin=False)
+    newest, calls = out / "checkpoints" / "step_000003", iter(range(1, 9))
+    module, name = importlib.import_module(place.split(".")[0]), place.split(".")[1]
+    original = getattr(module, name)
+
+    def dies(path, *more, **options):
+        if next(calls) < number:
+            return original(path, *more, **options)
+        if name == "rmtree":  # half of the folder is gone
+            next(path.glob("*.distcp")).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, name, dies)
+    if number < 3:  # there are two older ones
+        with pytest.raises(KeyboardInterrupt):
+            utils.thin_out(newest, 0, 0)
+    else:
+        utils.thin_out(newest, 0, 0)
+    monkeypatch.undo()
+    assert all(utils.is_whole(path) for path in newest.parent.iterdir())
+    assert utils.whole_checkpoint(out) == newest
+    utils.thin_out(newest, 0, 0)
+    assert has_resume(out) == ["step_000003"] and all(utils.is_whole(path) for path in newest.parent.iterdir())
+
+
+def test_what_has_weights_alone_is_not_gone_on_from(whole, tmp_path):
+    """One sentence, with the way out, on both ranks; the logs stay. Its weights begin another run."""
+    out = stopped(whole, tmp_path / "run", 4)
+    damage(out / "checkpoints" / "step_000004", "missing")
+    older = out / "checkpoints" / "step_000003"
+    for torn in (1, 0):  # the second time it is aside already
+        codes, said = run(whole[0], out, ranks=2)
+        assert codes == [2, 2] and said.count("passed over") == torn, said
+        assert said.count(f"--out {out} cannot go on: {older} is whole and has no optimiser's state; begin a new run "
+                          f"from its weights with --model {older} and another --out.") == 1
+        assert "Traceback" not in said and steps(out) == [1, 2, 3, 4] and not (out / "result.json").exists()
+    code, said = run([*whole[0], "--model", older, "--max_steps", 1], tmp_path / "new")
+    assert code == 0, said
+
+
 def test_a_run_goes_on_from_the_one_before_on_two_ranks(whole, tmp_path):
     """Rank 0's verdict is every rank's; what was logged after the whole one is forgotten."""
-    out = stopped(whole, tmp_path / "run", 4)
+    out = stopped(whole, tmp_path / "run", 4, thin=False)
     damage(out / "checkpoints" / "step_000004", "changed")
     damage(out / "checkpoints" / "step_000003", "missing")
     codes, said = run(whole[0], out, ranks=2)
