@@ -399,6 +399,7 @@ def test_the_resume_state_is_what_trains(tmp_path, one_rank, kind, dtype):
         for p in trained.values():
             p.grad = torch.full_like(p, step)
         optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.5
     sample = load_samples(ROOT / "toy_data" / "test.jsonl", policy.processor, 512)[0]
     sample.completion_ids = [20, 21]
     with torch.no_grad():
@@ -414,6 +415,7 @@ def test_the_resume_state_is_what_trains(tmp_path, one_rank, kind, dtype):
         other(other.batch([sample]), 1.0)
     assert utils.load_resume_state(folder.parent, other, another) == 3
     old, new = values(policy, optimizer), values(other, another)
+    assert another.param_groups[0]["lr"] == 0.5
     assert old.keys() == new.keys() and sum("exp_avg" in name for name in old) == 2 * len(trained)
     assert all(torch.equal(old[name], new[name]) for name in old)
 
