@@ -11,13 +11,15 @@ import functools
 import json
 import re
 from contextlib import nullcontext
+from math import isfinite
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint import state_dict as dcp_state
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.processing_utils import TextKwargs
 from transformers.utils import logging as transformers_logging
 
@@ -91,20 +93,25 @@ def load_processor(path):
     return processor
 
 
-def load_model(path, dtype=torch.float32):
-    """The checkpoint's model on this rank's device, weights in `dtype`, and never a random one.
+def load_model(path, dtype=None):
+    """The checkpoint's model on the host, and never a random one.
 
-    UserError where weights and config.json do not fit each other, or a weight is no number.
+    Weights are in `dtype`; by default as the files have them, whatever config.json says: then they
+    are the files' own pages, which all ranks of a machine have in common. UserError where weights
+    and config.json do not fit each other, or a weight is no number.
     """
+    config = load_pretrained(AutoConfig, path)
+    for part in filter(None, (config, *(getattr(config, name) for name in config.sub_configs))):
+        part.dtype = None
     model, info = load_pretrained(
-        AutoModelForImageTextToText, path, dtype=dtype, attn_implementation="sdpa",
-        output_loading_info=True, ignore_mismatched_sizes=True)
-    model = model.to(device())
+        AutoModelForImageTextToText, path, config=config, dtype=dtype or "auto",
+        attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True)
     weights = [*model.named_parameters()]
     wrong = {"missing": info["missing_keys"], "without a place": info["unexpected_keys"],
              "of another shape": [name for name, *_ in info["mismatched_keys"]],
-             "quantised": [n for n, w in weights if w.dtype not in (dtype, torch.float32)],
-             "not finite": [n for n, w in weights if not w.sum(dtype=torch.float32).isfinite()]}
+             "quantised": [name for name, w in weights if w.dtype.itemsize < 2],
+             "not finite": [name for name, w in weights
+                            if not all(map(isfinite, w.detach().aminmax()))]}
     said = [f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{' ...' * (len(names) > 3)})"
             for what, names in wrong.items() if names]
     if said:
@@ -128,6 +135,19 @@ def drop_nothing(model):
             chance = re.search("drop|jitter", name) or (layer and name == "p")
             if chance and (type(value) in (int, float) or value is None and "dropout" in name):
                 setattr(holder, name, 0.0)
+
+
+def twin(model, *where):
+    """A copy of `model`, its weights moved `to(*where)`.
+
+    Without, they stay in the same memory, which is for a twin that `shard` will take from there.
+    HAZARD: `model.to(dtype)` would round float32 buffers too, RoPE's angles.
+    """
+    weights = {}
+    for weight in model.parameters():
+        data = weight.detach().to(*where, copy=True) if where else weight.detach()
+        weights[id(weight)] = torch.nn.Parameter(data, weight.requires_grad)
+    return copy.deepcopy(model, weights)  # takes what is given for what it has met
 
 
 def compute_dtype(name):
@@ -156,6 +176,61 @@ def freeze(model, train_vision, train_connector, train_language):
         raise UserError("nothing is left to train; give --train_language, --train_connector or "
                         "--train_vision.")
     return count
+
+
+class LowRank(torch.nn.Linear):
+    """A linear layer (W + scale B A) x + b, of which A (rank, in) and B (out, rank) train."""
+
+    def forward(self, x):
+        return super().forward(x) + self.scale * linear(linear(x, self.lora_a), self.lora_b)
+
+    def merged(self):
+        """The one weight (out, in), in float32, that computes the same. COLLECTIVE if sharded."""
+        return whole(self.weight) + self.scale * whole(self.lora_b) @ whole(self.lora_a)
+
+
+def add_lora(model, rank, alpha, seed):
+    """Train low-rank updates in place of the language's weights; return how many numbers train.
+
+    Each linear layer of the decoder gets one, scaled by alpha / rank. B is 0, so that nothing
+    changes yet; A is uniform, as in the authors' code. LoRA, arXiv 2106.09685, section 4.1.
+    """
+    for parameter in language_weights(model):
+        if not parameter.requires_grad:
+            raise UserError(f"--lora_rank {rank} is for the language model: give --train_language.")
+        parameter.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)  # each rank shards one and the same A
+    for layer in model.get_decoder().layers.modules():
+        if type(layer) is torch.nn.Linear:
+            layer.__class__, layer.scale = LowRank, alpha / rank  # weights keep their names
+            bound = layer.in_features ** -0.5
+            a = torch.rand(rank, layer.in_features, generator=generator) * 2 * bound - bound
+            layer.lora_a = torch.nn.Parameter(a)
+            layer.lora_b = torch.nn.Parameter(torch.zeros(layer.out_features, rank))
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def whole(weight):
+    """A weight in one piece on this rank's device, however it is sharded and wherever it waits."""
+    if not isinstance(weight, DTensor):
+        return weight.to(device())
+    local = weight.to_local().to(device())  # of the host, if offloaded: NCCL gathers, not gloo
+    return DTensor.from_local(local, weight.device_mesh, weight.placements, shape=weight.shape,
+                              stride=weight.stride()).full_tensor()
+
+
+def whole_weights(model):
+    """Yield (name, weight) of the plain model, updates merged, on this rank's device. COLLECTIVE.
+
+    Each is gathered as it is drawn: the model is never held twice.
+    """
+    for name, parameter in model.named_parameters():
+        place, _, kind = name.rpartition(".")
+        layer = model.get_submodule(place)
+        if not isinstance(layer, LowRank) or kind == "bias":
+            yield name, whole(parameter)
+        elif kind == "weight":
+            yield name, layer.merged()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -289,25 +364,23 @@ class Policy(torch.nn.Module):
     def export(self, folder, dtype, weights=True):
         """Write a Hugging Face folder whose weights are in `dtype` and say so. COLLECTIVE.
 
-        Without `weights`, the other files alone. A tied head is written once. The generation config
-        is the source's even where transformers would not save it: vicuna's and LLaVA's have a
-        temperature without do_sample.
+        Without `weights`, the other files alone. A tied head is written once, low-rank updates are
+        merged. The generation config is the source's even where transformers would not save it:
+        vicuna's and LLaVA's have a temperature without do_sample.
         """
-        model, whole = self.model, {}
-        if weights:  # whole on the host, and on rank 0 alone
-            whole = dcp_state.get_model_state_dict(model, options=dcp_state.StateDictOptions(
-                full_state_dict=True, cpu_offload=True))
+        model, kept = self.model, {}
+        for name, weight in whole_weights(model) if weights else ():
+            if rank() == 0:  # on its host
+                kept[name] = weight.detach().to("cpu", dtype)
         if rank() > 0:
             return
-        once = dict(model.named_parameters())  # what is tied has its first name here
-        again = dict(model.named_parameters(remove_duplicate=False)).keys() - once
-        whole = {name: weight.to(dtype) if name in once else weight  # buffers stay as they are
-                 for name, weight in whole.items() if name not in again}
+        buffers = dict(model.named_buffers())  # those that are saved stay as they are
+        kept |= {name: buffers[name] for name in model.state_dict() if name in buffers}
         config, generation = model.config, model.generation_config
         model.config = getattr(model, "source_config", config)
         model.generation_config = GenerationConfig()
         try:
-            model.save_pretrained(folder, state_dict=whole)
+            model.save_pretrained(folder, state_dict=kept)
         finally:
             model.config, model.generation_config = config, generation
         generation.to_json_file(folder / "generation_config.json")
@@ -320,16 +393,25 @@ class Policy(torch.nn.Module):
             path.chmod((folder / "config.json").stat().st_mode)
 
 
-def shard(policy, dtype):
-    """Shard `policy` over the ranks by FSDP2: float32 master weights, compute in `dtype`.
+def shard(policy, dtype, offload=False):
+    """Bring `policy` from the host to this rank's device, sharded over the ranks by FSDP2.
 
-    A decoder layer is a group; the rest is the root's: tied embeddings and head, which must share
-    one, and the vision tower, which a rank without images never calls (see Policy.forward). One
-    rank in float32 has nothing to share out or to cast, and stays as it is.
+    What trains becomes float32 master weights, the rest stays in `dtype`, in which all computes;
+    with `offload` both wait on the host, the optimiser's state beside them. A decoder layer is a
+    group, and no device holds more of the model unsharded than one; the rest is the root's: tied
+    embeddings and head, which must share a group, and the vision tower, which a rank without images
+    never calls (see Policy.forward). One rank in float32 has nothing to share out or to cast.
     """
-    if world_size() == 1 and dtype == torch.float32:
-        return policy
-    mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for layer in policy.model.get_decoder().layers:
-        fully_shard(layer, mp_policy=mixed)
-    return fully_shard(policy, mp_policy=mixed)
+    alone = world_size() == 1 and dtype == torch.float32 and not offload
+    options = {"mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+               "reshard_after_forward": True}  # the root too: no pass leaves it gathered
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+    for group in (*policy.model.get_decoder().layers, policy):
+        for weight in group.parameters():
+            if not isinstance(weight, DTensor):
+                kind = torch.float32 if weight.requires_grad else dtype
+                weight.data = weight.data.to(device(), kind, copy=True)
+        if not alone:
+            fully_shard(group, **options)
+    return policy.to(device()) if alone else policy

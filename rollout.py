@@ -26,13 +26,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from data import banned_ids, load_samples, open_image, refuse_mixture, tokenise
-from policy import collate, compute_dtype, load_model, load_pretrained, load_processor
-from utils import RunError, UserError, first_line, print0, rank, world_size
+from policy import (
+    collate, compute_dtype, load_model, load_pretrained, load_processor, twin, whole_weights)
+from utils import RunError, UserError, device, first_line, print0, rank, world_size
 
 MOST_IMAGES = 8  # a prompt, in vLLM, which sets memory aside for them
 
@@ -129,12 +129,6 @@ def completed(sample, tokens, logprobs, eos, processor):
     text = processor.tokenizer.decode(tokens[:-1] if ended else tokens)
     return replace(sample, completion_ids=tokens, completion_text=text, rewards={},
                    finish_reason="stop" if ended else "length", sampler_logprobs=logprobs)
-
-
-def whole_weights(model):
-    """Yield (name, weight), gathered as it is drawn: the model is never held twice. COLLECTIVE."""
-    for name, parameter in model.named_parameters():
-        yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 # ---------------------------------------------------------------------------------------------
@@ -455,13 +449,11 @@ def make_engine(kind, model, processor, args, sharing=None):
         return VLLMEngine(args.model, processor, args)
     dtype = compute_dtype(args.dtype)
     if model:
-        own = copy.deepcopy(model)
-        for weight in own.parameters():  # HAZARD: `to` would round float32 buffers, RoPE's angles
-            weight.data = weight.data.to(dtype)
+        own = twin(model, device(), dtype)
     else:
         own = load_model(args.model, dtype).requires_grad_(False)
         sharing = share(own, processor)
-    return HFEngine(own, processor, args.rollout_batch_size, sharing)
+    return HFEngine(own.to(device()), processor, args.rollout_batch_size, sharing)
 
 
 def main(args):

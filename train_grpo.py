@@ -19,7 +19,6 @@ paper's four steps (arXiv 2504.02587), which are the banners below:
 
 import utils  # first: from here on Ctrl-C is no traceback
 
-import copy
 import math
 import random
 import time
@@ -84,8 +83,11 @@ class Args:
     train_vision: bool = False  # train the vision tower
     train_connector: bool = False  # train the vision-language connector
     train_language: bool = True  # train the language model
+    lora_rank: int = 0  # train updates of this rank in place of the language's weights; 0: weights
+    lora_alpha: float = 32.0  # such an update counts alpha / rank
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of compute; master weights are float32
     gradient_checkpointing: bool = False  # recompute layers in backward: less memory, more time
+    offload: bool = False  # weights, gradients and optimiser wait on the host: less memory, slower
     # Measuring and saving
     eval_settings: str = "pass1_t0.6"  # decoding settings of evaluate.py, joined by commas
     eval_every: int = 0  # epochs between evaluations; 0: before and after only
@@ -518,7 +520,8 @@ def main(args):
     from doctor import consult, rehearse
     from evaluate import (
         before_and_after, best_step, chosen_settings, evaluate_splits, is_right, reflection_metrics)
-    from policy import Policy, compute_dtype, freeze, load_model, load_processor, shard
+    from policy import (
+        Policy, add_lora, compute_dtype, freeze, load_model, load_processor, shard, twin)
     from reward import load_rewards, score
     from rollout import choose_engine, make_engine, share
 
@@ -546,18 +549,22 @@ def main(args):
     total = steps_per_epoch * args.epochs
     total = min(total, args.max_steps) if args.max_steps else total
 
-    # The sampler has whole weights of its own; the policy is sharded over the ranks
+    # A sampler starts while the device is empty; the policy comes from the host, sharded over ranks
     dtype = compute_dtype(args.dtype)
     model = load_model(args.model)
     count = freeze(model, args.train_vision, args.train_connector, args.train_language)
     sharing = None if args.plain else share(model, processor, args.vision_cache)
     engine = make_engine(args.engine, model, processor, args, sharing)
+    engine.sleep()
     reference = None
     if args.kl_coef:
-        reference = shard(Policy(copy.deepcopy(model), processor, sharing), dtype)
+        first = twin(model).requires_grad_(False)
+        reference = shard(Policy(first, processor, sharing), dtype, args.offload)
+    if args.lora_rank:
+        count = add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    policy = shard(Policy(model, processor, sharing), dtype).train()
+    policy = shard(Policy(model, processor, sharing), dtype, args.offload).train()
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.95), weight_decay=args.weight_decay,
                                   fused=True)  # in one kernel, without copies of all weights
@@ -566,6 +573,7 @@ def main(args):
     k1 = reference and args.kl == "k1"  # a divergence that is part of what was earned
     keep_old = updates > 1 or k1
     # a few prompts go through all four steps, so that what cannot work is a sentence before step 1
+    engine.sync(policy.model)
     score(rehearse(engine, prompts, args, policy), rewards, args.reward_timeout)
     print0(f"Training {count:,} weights on {len(train)} prompts: {total} steps of "
            f"{args.batch_size} prompts x {args.group_size} answers, on {world_size()} x "

@@ -335,8 +335,9 @@ def test_reloading_misses_no_weight():
 
 def test_whole_weights_come_one_by_one():
     """The next one only when it is asked for: a model is never held twice."""
-    drawn = []
-    model = SimpleNamespace(named_parameters=lambda: (drawn.append(i) or (i, i) for i in "abc"))
+    drawn, model = [], torch.nn.ParameterDict({name: torch.zeros(1) for name in "abc"})
+    listed = model.named_parameters
+    model.named_parameters = lambda: (drawn.append(name) or (name, weight) for name, weight in listed())
     assert [drawn[:] for _ in rollout.whole_weights(model)] == [["a"], ["a", "b"], ["a", "b", "c"]]
 
 
@@ -366,7 +367,8 @@ def test_the_sampler_sleeps_before_a_run_goes_on(qwen, data_path, tmp_path, one_
     with pytest.raises(InterruptedError):
         trainer.main(trainer.Args(model=str(qwen.path), train_data=str(data_path), batch_size=2,
                                   validation_data="", test_data="", **GROUPS[trainer]))
-    assert calls.mock_calls == [mock.call.engine.sleep(), mock.call.load(tmp_path, ANY, ANY)]
+    sleep, sync = mock.call.engine.sleep(), mock.call.engine.sync(ANY)
+    assert calls.mock_calls == [sleep, sync, sleep, mock.call.load(tmp_path, ANY, ANY)]
 
 
 @pytest.mark.parametrize("trainer", [train_grpo, train_sft])

@@ -28,7 +28,7 @@ import train_grpo
 import train_sft
 import utils
 from data import load_samples
-from policy import freeze, load_model, load_processor, Policy, shard
+from policy import add_lora, freeze, load_model, load_processor, Policy, shard
 from runs import all_finite, at_call, fork, ROOT, splits, timeless, TINY
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -365,16 +365,14 @@ def test_a_run_goes_on_with_another_number_of_ranks(whole, tmp_path, before, aft
         assert ("visual" in short or short == "lm_head.weight") and torch.equal(new[name], same), name
 
 
-def prepared(kind, dtype):
+def prepared(kind, dtype, offload):
     """The toy's policy with what `kind` says to train, sharded, and an optimiser that has made two steps."""
     torch.manual_seed(0)
     model = load_model(ROOT / "toy_model")
     freeze(model, "vision" in kind, "connector" in kind, "language" in kind or kind == "low rank")
     if kind == "low rank":  # small weights beside a frozen model
-        model.requires_grad_(False)
-        for layer in model.get_decoder().layers:
-            layer.mlp.down = torch.nn.Parameter(torch.randn(2, 8))
-    policy = shard(Policy(model, load_processor(ROOT / "toy_model")), dtype)
+        add_lora(model, 4, 8, 0)
+    policy = shard(Policy(model, load_processor(ROOT / "toy_model")), dtype, offload)
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     return policy, trained, torch.optim.AdamW(trained.values(), 1e-2)
 
@@ -389,12 +387,12 @@ def values(policy, optimizer):
             for name, v in (weights | states).items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype, offload", [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
 @pytest.mark.parametrize("kind", ["language", "connector", "vision connector language", "low rank"])
-def test_the_resume_state_is_what_trains(tmp_path, one_rank, kind, dtype):
+def test_the_resume_state_is_what_trains(tmp_path, one_rank, kind, dtype, offload):
     """By name and size on disk; in another process's objects all is as it was, also after a forward that has left
     weights gathered, and where the frozen part is tied."""
-    policy, trained, optimizer = prepared(kind, dtype)
+    policy, trained, optimizer = prepared(kind, dtype, offload)
     for step in (1, 2):
         for p in trained.values():
             p.grad = torch.full_like(p, step)
@@ -410,7 +408,7 @@ def test_the_resume_state_is_what_trains(tmp_path, one_rank, kind, dtype):
     assert torch.load(tmp_path / "saved.pt")["model"].keys() == trained.keys()
     count = sum(p.numel() for p in trained.values())
     assert 12 * count < sum(p.stat().st_size for p in folder.glob("*.distcp")) < 12.5 * count + 500_000
-    other, _, another = prepared(kind, dtype)
+    other, _, another = prepared(kind, dtype, offload)
     with torch.no_grad():
         other(other.batch([sample]), 1.0)
     assert utils.load_resume_state(folder.parent, other, another) == 3
@@ -647,7 +645,8 @@ def test_weights_that_stay_quantised_are_refused(monkeypatch):
     model = load_model(ROOT / "toy_model")
     model.get_decoder().norm.weight = torch.nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
     info = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
-    monkeypatch.setattr("policy.load_pretrained", lambda *_, **__: (model, info))
+    monkeypatch.setattr("policy.load_pretrained", lambda loader, *_, **__: (
+        model.config if loader is transformers.AutoConfig else (model, info)))
     with pytest.raises(utils.UserError, match=r"1 quantised \(model.language_model.norm.weight\)"):
         load_model("anywhere")
 

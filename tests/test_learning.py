@@ -67,6 +67,13 @@ def test_grpo_learns_on_two_ranks(tmp_path):
     assert max(row["sampler_gap"] for row in rows) < 1e-4  # and the sampler kept up
 
 
+def test_lora_learns(tmp_path):
+    """Rank 8 in place of all of the language's weights: 3 % of the numbers."""
+    result = torchrun("train_grpo.py", "--lora_rank", 8, "--lr", 1e-3, "--seed", 100, "--out", tmp_path / "run")
+    assert gain(result, "validation") > 0.2
+    assert gain(result, "test") > 0.1
+
+
 def test_grpo_learns_nothing_from_a_reward_that_says_nothing(tmp_path):
     """The control: random rewards must not raise accuracy, or the gain above is not the reward's."""
     (tmp_path / "coin.py").write_text(
