@@ -29,8 +29,6 @@ SETTINGS = {
     "pass1_t0.01": (1, 0.01, 0.001),
 }
 
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of the response length
-
 REFLECTION_WORDS = (
     "re-check", "re-evaluate", "re-examine", "re-think", "recheck", "reevaluate", "reexamine",
     "reevaluation", "rethink", "check again", "think again", "try again", "verify", "wait", "yet",
@@ -78,12 +76,12 @@ def perturbed(samples, how, seed):
     for s in samples:
         images = []
         for i, image in enumerate(s.images):
-            width, height = open_image(image).size
+            size = width, height = open_image(image).size
             if how == "blank":
-                picture = Image.new("RGB", (width, height), "white")
+                picture = Image.new("RGB", size, "white")
             elif how == "noise":  # by id, not by turn: it depends on no other sample
                 pixels = random.Random(f"{seed} {s.id} {i}").randbytes(3 * width * height)
-                picture = Image.frombytes("RGB", (width, height), pixels)
+                picture = Image.frombytes("RGB", size, pixels)
             elif how == "rotate":  # anticlockwise
                 picture = open_image(image).transpose(Image.Transpose.ROTATE_90)
             else:
@@ -91,8 +89,7 @@ def perturbed(samples, how, seed):
                 while other in s.images and other != image:
                     other = following[other]
                 picture = open_image(other)
-            picture = picture.resize((width, height))  # no change where the size is right
-            images.append(as_png(picture))
+            images.append(as_png(picture.resize(size)))  # no change where it is right
         damaged.append(replace(s, images=images))
     return damaged
 
@@ -185,7 +182,8 @@ def summarize(samples, n):
         f"pass@{n}": passed,
         f"pass@{n}_interval": wilson_interval(passed, prompts),
         "length": sum(lengths) / len(lengths),
-        "length_quantiles": {str(q): lengths[int(q * (len(lengths) - 1))] for q in QUANTILES},
+        "length_quantiles": {str(q): lengths[int(q * (len(lengths) - 1))]
+                             for q in (0.05, 0.25, 0.5, 0.75, 0.95)},
         "truncated": sum(s.finish_reason == "length" for s in samples) / len(samples),
         **reflection_metrics([s.completion_text for s in samples], right),
     }
@@ -203,8 +201,10 @@ def evaluate(engine, samples, setting, max_new_tokens, seed):
     mine = range(rank(), len(samples), world_size())
     done = engine.generate([samples[i] for i in mine], n, temperature, top_p, max_new_tokens, seed)
     score(done, load_rewards("accuracy:1.0"))
-    done = utils.gather([(i, done[k * n : (k + 1) * n]) for k, i in enumerate(mine)])
-    done = [s for _, answers in sorted(done, key=lambda pair: pair[0]) for s in answers]
+    names = ("completion_ids", "completion_text", "finish_reason", "rewards", "reward")
+    answers = [{f: getattr(s, f) for f in names} for s in done]  # each rank has all pictures
+    done = utils.gather([(i, answers[k * n : (k + 1) * n]) for k, i in enumerate(mine)])
+    done = [replace(samples[i], **a) for i, part in sorted(done, key=lambda p: p[0]) for a in part]
     return {"setting": setting, **summarize(done, n), "seconds": time.time() - started}, done
 
 
@@ -221,26 +221,38 @@ def evaluate_splits(engine, data, settings, args, step, epoch, out):
                 utils.log_row(out / "eval.jsonl", row, f"eval/{split}/{setting}/")
 
 
-def before_and_after(out):
-    """The first and the last evaluation of a run, by split and setting, from its eval.jsonl."""
+def best_step(out, keep_best):
+    """The step of the best accuracy in `keep_best`, SPLIT/SETTING, the first of equals; and it."""
+    rows = [row for row in utils.read_jsonl(out / "eval.jsonl") if row["generation_step"]
+            and f"{row['split']}/{row['setting']}" == keep_best] if keep_best else []
+    accuracy, step = max(((r["accuracy"], -r["generation_step"]) for r in rows), default=(0, 0))
+    return -step, accuracy  # before step 1 there is no checkpoint
+
+
+def before_and_after(out, keep_best=""):
+    """The first and the last evaluation of a run, by split and setting; `best` is of best_step."""
     table = {}
     for row in utils.read_jsonl(out / "eval.jsonl"):
         entry = table.setdefault(f"{row['split']}_{row['setting']}", {})
         entry["after" if entry else "before"] = {
             "accuracy": round(row["accuracy"], 4),
             "interval_95": [round(bound, 4) for bound in row["accuracy_interval"]]}
-    return table
+    step, accuracy = best_step(out, keep_best)
+    best = {"checkpoint": f"{out}/checkpoints/step_{step:06d}", "accuracy": round(accuracy, 4)}
+    return table | ({"best": best} if step else {})
 
 
-def chosen_settings(names):
-    """Check a comma-separated list of settings, before anything slow happens."""
+def chosen_settings(names, trainer=None):
+    """Check a comma-separated list of settings, and --keep_best of a trainer's flags."""
     wanted = [name.strip() for name in names.split(",") if name.strip()]
-    known = f"choose from {', '.join(SETTINGS)}."
-    for name in wanted:
-        if name not in SETTINGS:
-            raise UserError(f"no decoding setting is called {name!r}; {known}")
-    if not wanted or len(set(wanted)) < len(wanted):
-        raise UserError(f"the decoding settings {names!r} must be one or more, each once; {known}")
+    if not wanted or len(set(wanted) & set(SETTINGS)) < len(wanted):
+        raise UserError(f"the decoding settings {names!r} must be one or more, each once; choose "
+                        f"from {', '.join(SETTINGS)}.")
+    splits = [s for s in ("validation", "test") if trainer and getattr(trainer, f"{s}_data")]
+    known = [f"{split}/{name}" for split in splits for name in wanted]
+    if trainer and trainer.keep_best and not (trainer.eval_every and trainer.keep_best in known):
+        raise UserError(f"--keep_best {trainer.keep_best} needs --eval_every, and must be one of "
+                        f"{known}, which this run's data and --eval_settings measure.")
     return wanted
 
 

@@ -62,6 +62,7 @@ class Args:
     clip_low: float = 0.2  # in [0, 1]: the ratio to the old policy is clipped at 1 - clip_low ...
     clip_high: float = 0.2  # ... and at 1 + clip_high, in [0, inf)
     tis_cap: float = 2.0  # in [1, inf): most a token is weighed up for vLLM's rounding; 0: not
+    tis: Literal["token", "mask", "sequence_mask"] = "token"  # past the cap: held, out, answer out
     kl_coef: float = 0.0  # weight of the divergence from the first policy; 0: no reference model
     kl: Literal["k3", "k2", "k1"] = "k3"  # its estimate: k3 or k2 in the loss, k1 in the reward
     mask_truncated: bool = False  # no loss on completions that were cut off
@@ -92,6 +93,7 @@ class Args:
     eval_every: int = 0  # epochs between evaluations; 0: before and after only
     save_every: int = 0  # generation steps between checkpoints; 0: only the last
     keep: int = 0  # newest checkpoints that are kept, older ones are deleted; 0: all
+    keep_best: str = ""  # SPLIT/SETTING whose best step is saved and kept besides; empty: none
     wandb: str = ""  # mirror metrics.jsonl to this Weights & Biases project; empty: nowhere
 
 
@@ -336,15 +338,25 @@ def kl_estimate(logprobs, ref_logprobs, mask, kind):
     return (log_ratio.square() / 2 if kind == "k2" else -log_ratio) * mask
 
 
-def importance_weights(old_logprobs, sampler_logprobs, cap):
-    """How much likelier a token is to the trainer than to the sampler that drew it, at most `cap`.
+def importance_weights(old_logprobs, sampler_logprobs, mask, cap, kind):
+    """How much likelier a token is to the trainer than to the sampler that drew it. (B, C).
 
-    Two (B, C) to (B, C), without gradient. A sampler with kernels of its own draws from a slightly
-    other policy; the loss is weighed by this, and `cap` bounds the variance. Truncated importance
-    sampling (Ionides 2008); between sampler and trainer: Yao et al. 2025, "Your efficient RL
-    framework secretly brings you off-policy RL training".
+    A sampler with kernels of its own draws from a slightly other policy: the loss is weighed by
+    this, without gradient, and `cap` bounds the variance. A ratio above it is, for the kind
+    token: `cap`, truncated importance sampling (Ionides 2008; Yao et al. 2025, "Your efficient RL
+        framework secretly brings you off-policy RL training");
+    mask: 0, as one below 1 / cap is (IcePop, arXiv 2510.18855, whose bounds are 0.5 and 5);
+    sequence_mask: 0, all tokens having the ratio of their completion, a product (Liu et al. 2025,
+        "When speed kills stability: demystifying RL collapse from training-inference mismatch").
     """
-    return torch.exp(old_logprobs - sampler_logprobs).clamp(max=cap).detach()
+    log_ratio = torch.where(mask, old_logprobs - sampler_logprobs, 0.0).detach()  # (B, C)
+    if kind == "sequence_mask":
+        log_ratio = log_ratio.sum(1, keepdim=True).expand_as(mask)
+    ratio = log_ratio.exp()  # may be infinite, which each kind replaces
+    if kind == "token":
+        return ratio.clamp(max=cap)
+    low = 1 / cap if kind == "mask" else 0.0
+    return torch.where((low <= ratio) & (ratio <= cap), ratio, 0.0)
 
 
 def update(policy, optimizer, samples, old, ref, args):
@@ -363,8 +375,7 @@ def update(policy, optimizer, samples, old, ref, args):
     everywhere = max(1, utils.sum_over_ranks({"divisor": divisor})["divisor"])
     # what teaches nothing counts in the divisor and costs no pass
     samples = [s for s in samples if teaches(s, args)]
-    sums = defaultdict(float, update_tokens=sum(len(s.completion_ids) for s in samples))
-    sums["divisor"] = divisor
+    sums = Counter(update_tokens=sum(len(s.completion_ids) for s in samples), divisor=divisor)
     for part in policy.micro_batches(samples, args.micro_batch_tokens):
         # a rank that has run out repeats a sample under an empty mask: FSDP needs its passes
         batch = policy.batch(part or dummy)
@@ -378,7 +389,9 @@ def update(policy, optimizer, samples, old, ref, args):
                                         args.clip_low, args.clip_high)
         sampler = beside(mask, part, {id(s): s.sampler_logprobs for s in part})
         if args.tis_cap:
-            losses = losses * importance_weights(old_logprobs, sampler, args.tis_cap)
+            weights = importance_weights(old_logprobs, sampler, mask, args.tis_cap, args.tis)
+            losses = losses * weights
+            sums["tis_masked"] += ((weights == 0) & mask).sum().item()
         if ref:
             kl = kl_estimate(logprobs, beside(mask, part, ref), mask, args.kl)
             losses = losses + args.kl_coef * kl * (args.kl != "k1")  # k1 is in the reward already
@@ -391,12 +404,8 @@ def update(policy, optimizer, samples, old, ref, args):
         loss.backward()
         gaps.append((old_logprobs - sampler)[mask])  # (tokens of this micro-batch,), nats
         low, high = count_clipped(log_ratio, advantages, mask, args.clip_low, args.clip_high)
-        sums["loss"] += losses.sum().item()
-        sums["entropy"] += entropies.sum().item()
-        sums["clipped_low"] += low
-        sums["clipped_high"] += high
-        for name, value in gap_sums(gaps[-1]).items():
-            sums[name] += value
+        sums.update(gap_sums(gaps[-1]), loss=losses.sum().item(), entropy=entropies.sum().item(),
+                    clipped_low=low, clipped_high=high)  # a Counter's update adds
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     utils.stop_if_not_finite(norm, "gradient norm", samples)
@@ -460,7 +469,7 @@ def step_metrics(sums, norms, seconds, learning_rate):
     metrics["groups_all_alike"] = sums["groups_all_alike"] / sums["groups"]
     metrics["loss"] = sums["loss"] / max(1, sums["divisor"])
     names = ("entropy", "kl", "clipped_low", "clipped_high", "sampler_gap", "sampler_gap_clipped",
-             "sampler_ratio")
+             "sampler_ratio", "tis_masked")
     metrics |= {name: sums[name] / tokens for name in names if name in sums}
     size = sums["sampler_ratio"] ** 2 / (tokens * sums["sampler_ratio_squared"] or 1)
     metrics["sampler_effective_size"] = size
@@ -510,7 +519,7 @@ def main(args):
     from data import load_splits, refuse_mixture
     from doctor import consult, rehearse
     from evaluate import (
-        before_and_after, chosen_settings, evaluate_splits, is_right, reflection_metrics)
+        before_and_after, best_step, chosen_settings, evaluate_splits, is_right, reflection_metrics)
     from policy import (
         Policy, add_lora, compute_dtype, freeze, load_model, load_processor, shard, twin)
     from reward import load_rewards, score
@@ -520,10 +529,10 @@ def main(args):
     check_args(args)
     utils.check_wandb(args.wandb)
     args.engine = choose_engine(args.engine)  # args.json says what ran
-    if args.engine == "hf":
-        args.tis_cap = 0.0  # sampler and trainer are one
+    if args.engine == "hf" and compute_dtype(args.dtype) == torch.float32:
+        args.tis_cap = 0.0  # sampler and trainer are one; in bfloat16 they round differently
     rewards = load_rewards(args.rewards, args.max_new_tokens)
-    settings = chosen_settings(args.eval_settings)
+    settings = chosen_settings(args.eval_settings, args)
     started = time.time()
     out, continues = utils.choose_run(args)
     processor = load_processor(args.model)
@@ -647,18 +656,18 @@ def main(args):
             utils.log_row(out / "metrics.jsonl", place | metrics)
         shown = {name.removeprefix("reward/"): f"{metrics[name]:.2f}"
                  for name in metrics if name.startswith("reward")}
-        shown["length"] = f"{metrics['length']:.0f}"
-        shown["seconds"] = " ".join(f"{name} {s:.1f}" for name, s in seconds.items())
-        bar.set_postfix(shown)
+        bar.set_postfix(shown, length=f"{metrics['length']:.0f}",
+                        seconds=" ".join(f"{name} {s:.1f}" for name, s in seconds.items()))
         last = step == total
         # COLLECTIVE, both. Saved last: what stands before a checkpoint in the logs is complete
         if last or (args.eval_every and step % (args.eval_every * steps_per_epoch) == 0):
             evaluate_splits(engine, data, settings, args, step, step / steps_per_epoch, out)
-        if last or (args.save_every and step % args.save_every == 0):
-            utils.save_checkpoint(out, step, policy, optimizer, dtype, args.keep)
+        best, _ = utils.gather([best_step(out, args.keep_best)])[0]
+        if last or step == best or (args.save_every and step % args.save_every == 0):
+            utils.save_checkpoint(out, step, policy, optimizer, dtype, args.keep, best)
 
-    minutes = round((time.time() - started) / 60, 2)
-    result = before_and_after(out) | {"steps": total, "minutes": minutes, "out": str(out)}
+    result = before_and_after(out, args.keep_best) | {
+        "steps": total, "minutes": round((time.time() - started) / 60, 2), "out": str(out)}
     if rank() == 0:
         utils.write_json(out / "result.json", result)
     return result

@@ -73,6 +73,7 @@ class Args:
     eval_every: int = 0  # epochs between evaluations; 0: before and after only
     save_every: int = 0  # gradient steps between checkpoints; 0: only the last
     keep: int = 0  # newest checkpoints that are kept, older ones are deleted; 0: all
+    keep_best: str = ""  # SPLIT/SETTING whose best step is saved and kept besides; empty: none
     wandb: str = ""  # mirror metrics.jsonl to this Weights & Biases project; empty: nowhere
 
 
@@ -156,7 +157,7 @@ def update(policy, optimizer, samples, args):
 def main(args):
     from data import load_splits, refuse_mixture
     from doctor import rehearse
-    from evaluate import before_and_after, chosen_settings, evaluate_splits
+    from evaluate import before_and_after, best_step, chosen_settings, evaluate_splits
     from policy import (
         Policy, add_lora, compute_dtype, freeze, load_model, load_processor, shard)
     from rollout import end_ids, generation_config, make_engine, share
@@ -166,7 +167,7 @@ def main(args):
         raise UserError(f"--batch_size {args.batch_size} must be a multiple of the {world_size()} "
                         "ranks.")
     utils.check_wandb(args.wandb)
-    settings = chosen_settings(args.eval_settings)
+    settings = chosen_settings(args.eval_settings, args)
     started = time.time()
     out, continues = utils.choose_run(args)
     processor = load_processor(args.model)
@@ -252,11 +253,12 @@ def main(args):
             engine.sync(policy.model)
             evaluate_splits(engine, data, settings, args, step, step / steps_per_epoch, out)
             engine.sleep()
-        if last or (args.save_every and step % args.save_every == 0):
-            utils.save_checkpoint(out, step, policy, optimizer, dtype, args.keep)
+        best, _ = utils.gather([best_step(out, args.keep_best)])[0]
+        if last or step == best or (args.save_every and step % args.save_every == 0):
+            utils.save_checkpoint(out, step, policy, optimizer, dtype, args.keep, best)
 
-    minutes = round((time.time() - started) / 60, 2)
-    result = before_and_after(out) | {"steps": total, "minutes": minutes, "out": str(out)}
+    result = before_and_after(out, args.keep_best) | {
+        "steps": total, "minutes": round((time.time() - started) / 60, 2), "out": str(out)}
     if rank() == 0:
         utils.write_json(out / "result.json", result)
     return result

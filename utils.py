@@ -34,7 +34,6 @@ from typing import Literal, get_args, get_origin
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
@@ -335,9 +334,8 @@ def write_jsonl(path, rows):
 
 def append_jsonl(path, row):
     """Append a row with one write; `read_jsonl` passes over a line that a crash cut short."""
-    line = as_json(row) + "\n"
     with open(path, "ab") as file:
-        file.write(line.encode())
+        file.write(as_json(row).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -387,8 +385,7 @@ def log_row(path, row, prefix=""):
 def choose_run(args):
     """The run folder's path, and whether an unfinished run of the same arguments goes on there.
 
-    A folder with another run, a finished one, or other files is refused. Nothing is written yet.
-    COLLECTIVE.
+    A folder with another run, a finished one, or other files is refused. COLLECTIVE.
     """
     out = args.out or f"runs/{Path(sys.argv[0]).stem}_{time.strftime('%Y%m%d_%H%M%S')}"
     out = Path(gather([out])[0])  # two ranks' clocks may differ
@@ -495,7 +492,7 @@ def is_whole(path):
 def whole_checkpoint(out):
     """The newest checkpoint of a run that is whole, or None; rank 0 looks, for all. COLLECTIVE.
 
-    A torn one is said, and renamed so that nothing takes it for whole again.
+    A torn one is said, and renamed for good. UserError where the next one has weights alone.
     """
     while rank() == 0 and (path := latest_checkpoint(out)) and not is_whole(path):
         aside = path.with_name(path.name + ".torn")
@@ -505,6 +502,9 @@ def whole_checkpoint(out):
     path = gather([latest_checkpoint(out)])[0]
     if path is None:
         print0(f"There is no whole checkpoint in {out}: starting from step 0.")
+    elif '"resume/' not in (path / "manifest.json").read_text():  # step 0 would cut the logs
+        raise UserError(f"--out {out} cannot go on: {path} is whole and has no optimiser's state; "
+                        f"begin a new run from its weights with --model {path} and another --out.")
     return path
 
 
@@ -512,11 +512,14 @@ def try_saving(out, policy, dtype, total, args):
     """Try before step 1 what a run does first at its end. UserError; nothing stays. COLLECTIVE.
 
     Writes the files that a checkpoint has beside its weights, and looks whether these have room: in
-    `dtype`, in float32 and, where they train, as the optimiser's two states.
+    `dtype`; and, of those that train, in float32 and as the optimiser's two states.
     """
-    size = sum(p.numel() * (dtype.itemsize + 4 + 8 * p.requires_grad) for p in policy.parameters())
+    weights = sum(p.numel() * dtype.itemsize for p in policy.parameters()) / 1e9  # GB, as all here
+    resume = sum(12 * p.numel() for p in policy.parameters() if p.requires_grad) / 1e9
     saves = -(-total // (args.save_every or total))
-    most = min(saves, args.keep + 1) if args.keep else saves  # an old one goes after a new one came
+    saves += args.epochs // args.eval_every if args.keep_best else 0  # each may be the best so far
+    most = min(saves, (args.keep or saves) + 1 + bool(args.keep_best)) * weights
+    most += min(saves, 2) * resume  # what is old goes after the new one came
     problem = None
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -527,23 +530,38 @@ def try_saving(out, policy, dtype, total, args):
     if rank() == 0:
         for half in out.glob("checkpoints/*.part"):  # of a crash, and in the way
             shutil.rmtree(half)
-        free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free
-        megabytes = (f"{n / 2**20:,.0f} MB" for n in (size, free))
-        needs = "a checkpoint takes {}, and {} are free there".format(*megabytes)
-        if free < size:
+        free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free / 1e9
+        needs = f"{free:,.3f} GB are free there, a checkpoint takes {weights + resume:,.3f} GB"
+        if free < weights + resume:
             problem = problem or f"{needs}; free some or give another folder"
-        elif free < size * most:
-            print0(f"--out {out}: {needs}: {most} of them will not fit; see --keep, --save_every.")
+        elif free < most:
+            print0(f"--out {out}: {needs}, all {most:,.3f} GB: --keep, --keep_best, --save_every.")
     if problem := next(filter(None, gather([problem])), None):
         raise UserError(f"--out {out}: {problem}.")
 
 
-def save_checkpoint(out, step, policy, optimizer, dtype, keep=0):
-    """Write `checkpoints/step_N`, complete or not at all; then delete all but the newest `keep`.
+def resume_state(policy, optimizer):
+    """What trains, weights and optimiser state; what is frozen comes from --model. COLLECTIVE."""
+    weights = policy.state_dict()  # FSDP shards first what a forward has left gathered
+    trained = {name: weights[name] for name, p in policy.named_parameters() if p.requires_grad}
+    return {"model": trained, "optimizer": dcp_state.get_optimizer_state_dict(policy, optimizer)}
 
-    0 keeps all. `policy` is a module with `export(folder, dtype)`. RunError where it cannot be
-    written. COLLECTIVE.
-    """
+
+def thin_out(newest, keep, best):
+    """Keep the newest `keep` (0: all) and step `best`; in all but the newest the weights alone."""
+    paths = sorted(newest.parent.glob("step_??????"))
+    for path in paths:
+        if keep and path not in paths[-keep:] and path.name != f"step_{best:06d}":
+            shutil.rmtree(path)
+        elif path != newest and (path / "resume").exists():
+            hashes = json.loads((path / "manifest.json").read_text())
+            weights = {name: h for name, h in hashes.items() if not name.startswith("resume/")}
+            write_json(path / "manifest.json", weights)  # first, so that it is whole throughout
+            shutil.rmtree(path / "resume")
+
+
+def save_checkpoint(out, step, policy, optimizer, dtype, keep=0, best=0):
+    """Write `checkpoints/step_N`, complete or not at all; RunError where it cannot. COLLECTIVE."""
     path = Path(out) / "checkpoints" / f"step_{step:06d}"
     part = path.with_name(path.name + ".part")
     try:
@@ -551,29 +569,22 @@ def save_checkpoint(out, step, policy, optimizer, dtype, keep=0):
             shutil.rmtree(part, ignore_errors=True)
         policy.export(part, dtype)
         dist.barrier()
-        states = dcp_state.get_state_dict(policy, optimizer)
-        dcp.save(dict(zip(("model", "optimizer"), states)), checkpoint_id=part / "resume")
+        dcp.save(resume_state(policy, optimizer), checkpoint_id=part / "resume")
         dist.barrier()
         if rank() == 0:
             write_json(part / "manifest.json", file_hashes(part))
             os.replace(part, path)
-            old = sorted(path.parent.glob("step_??????"))
-            for folder in old[:-keep] if keep else []:
-                shutil.rmtree(folder)
+            thin_out(path, keep, best)
         dist.barrier()  # nobody goes on before it is whole
-    except (Exception, CheckpointException) as error:  # what torch and others make of a full disk
+    except (Exception, dcp.CheckpointException) as error:  # what a full disk becomes
         met = next(iter(error.failures.values()))[0] if hasattr(error, "failures") else error
         free = shutil.disk_usage(out).free / 2**20
         raise RunError(f"{path} cannot be saved ({met}); {free:,.0f} MB are free there.") from error
 
 
 def load_resume_state(path, policy, optimizer):
-    """Put a checkpoint's weights and optimiser state back, on any number of ranks; return its step.
-
-    COLLECTIVE.
-    """
-    states = dict(zip(("model", "optimizer"), dcp_state.get_state_dict(policy, optimizer)))
-    dcp.load(states, checkpoint_id=path / "resume")
-    dcp_state.set_state_dict(policy, optimizer, model_state_dict=states["model"],
-                             optim_state_dict=states["optimizer"])
+    """Put a checkpoint's state back, on any number of ranks; return its step. COLLECTIVE."""
+    states = resume_state(policy, optimizer)
+    dcp.load(states, checkpoint_id=path / "resume")  # into the weights themselves
+    dcp_state.set_optimizer_state_dict(policy, optimizer, states["optimizer"])
     return int(path.name.removeprefix("step_"))

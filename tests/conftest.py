@@ -32,7 +32,7 @@ import utils
 from data import load_samples
 from policy import load_model, load_processor, Policy
 from rollout import HFEngine
-from runs import TINY, run, splits
+from runs import resumable_throughout, TINY, run, splits
 from siblings import Sharing
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -263,7 +263,7 @@ def grpo_run(data, tmp_path_factory):
     """Four steps of GRPO on one rank, a checkpoint after each; words, folder, result, stderr."""
     out = tmp_path_factory.mktemp("runs") / "grpo"
     words = ["train_grpo.py", *TINY, *splits(data), "--epochs", 1, "--out", out]
-    return words, out, *run(*words)
+    return words, out, *run(*words, fault=resumable_throughout)
 
 
 @pytest.fixture(scope="session")
@@ -271,7 +271,7 @@ def whole(data, tmp_path_factory):
     """The same without evaluations, to be copied and disturbed: the words but --out, and the run folder."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     words = ["train_grpo.py", *TINY, "--max_steps", "4", "--validation_data=", "--test_data=", *splits(data)[:2]]
-    run(*words, "--out", out)
+    run(*words, "--out", out, fault=resumable_throughout)
     return words, out
 
 

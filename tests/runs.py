@@ -137,6 +137,11 @@ def at_call(number, place, act, only=None):
             partial(act, original) if next(calls) == number else original)(*values, **more))
 
 
+def resumable_throughout():
+    """Of a forked run: no checkpoint loses what it resumes by, so that a test can go back to any of them."""
+    utils.thin_out = lambda *_: None
+
+
 # ---------------------------------------------------------------------------------------------
 # What is looked for in logs
 

@@ -128,6 +128,13 @@ def test_a_stopped_run_goes_on_bit_for_bit(grpo_run):
     assert "other arguments" in stderr
 
 
+def test_in_float32_the_embedded_sampler_is_the_trainer(grpo_run):
+    """Nothing is weighed then."""
+    out = grpo_run[1]
+    assert json.loads((out / "args.json").read_text())["tis_cap"] == 0
+    assert not any("tis_masked" in row for row in utils.read_jsonl(out / "metrics.jsonl"))
+
+
 def test_several_updates_with_divergence_and_every_part_training(data, tmp_path):
     """The options that the quick start leaves off: 4 updates a batch, KL, vision, checkpointing."""
     words = ["train_grpo.py", *splits(data), "--batch_size", 4, "--mini_batch_size", 2, "--group_size",
@@ -170,9 +177,11 @@ def test_mixed_precision_with_unequal_work_on_two_ranks(data, tmp_path):
     out = tmp_path / "run"
     run("train_grpo.py", *TINY, "--train_data", data / "mixed.jsonl", "--validation_data", "", "--test_data",
         "", "--epochs", 1, "--max_steps", 3, "--micro_batch_tokens", 150, "--train_vision", "--train_connector",
-        "--dtype", "bfloat16", "--gradient_checkpointing", "--save_every", 0, "--out", out, ranks=2)
+        "--dtype", "bfloat16", "--gradient_checkpointing", "--save_every", 0, "--tis", "mask", "--tis_cap",
+        1.001, "--out", out, ranks=2)
     metrics = utils.read_jsonl(out / "metrics.jsonl")
     assert len(metrics) == 3 and all_finite(metrics)
+    assert 0 < max(row["tis_masked"] for row in metrics) < 1  # the sampler rounds otherwise than the trainer
     assert max(row["sampler_gap"] for row in metrics) < 0.2  # rounding of bfloat16, not another policy
 
 
@@ -267,7 +276,7 @@ def test_a_mistake_is_one_sentence(data, tmp_path, ranks):
     (["--batch_size", 600, "--mini_batch_size", 600], "is more than the 16 prompts"),
     (["--max_new_tokens", 0], "--max_new_tokens must be at least 1"),
     (["--train_data", ""], "--train_data must not be empty"),
-    (["--eval_settings", "pass9"], "no decoding setting is called 'pass9'"),
+    (["--eval_settings", "pass9"], "the decoding settings 'pass9' must be one or more, each once; choose from pass8_t1"),
     (["--rewards", "accuracy:much"], "reward 'accuracy:much' has no weight"),
     (["--no-train_language"], "nothing is left to train"),
     (["--learning_rate", 1], "unrecognized arguments: --learning_rate"),
@@ -359,6 +368,11 @@ def test_numbers_without_sense_are_refused(stage, name, kind, script, tmp_path):
     (evaluate, ["--settings", "pass8_t1, pass1_t0.6,pass8_t1"], "must be one or more, each once"),
     (train_grpo, ["--eval_settings", "pass1_t0.6,pass1_t0.6"], "must be one or more, each once"),
     (train_sft, ["--eval_settings", " "], "--eval_settings must not be empty"),
+    (train_grpo, ["--keep_best", "validation/pass1_t0.6"], "--keep_best validation/pass1_t0.6 needs --eval_every, and"),
+    (train_sft, ["--keep_best", "train/pass1_t0.6", "--eval_every", 1], "one of ['validation/pass1_t0.6', 'test/pass"),
+    (train_grpo, ["--keep_best", "test/pass8_t1", "--eval_every", 1], "one of ['validation/pass1_t0.6', 'test/pass1_"),
+    (train_sft, ["--keep_best", "test/pass1_t0.6", "--eval_every", 1, "--test_data="], "one of ['validation/pass1_t0.6'], "),
+    (train_grpo, ["--tis", "sequence"], "--tis: invalid choice: 'sequence'"),
     (train_grpo, ["--rewards", ""], "--rewards must not be empty"),
     (train_sft, ["--model", ""], "--model must not be empty"),
     (rollout, ["--data="], "--data must not be empty"),

@@ -386,23 +386,38 @@ def test_memory_is_counted_anew_at_each_step(qwen, data_path, tmp_path, one_rank
     assert calls == ["forget", "update", "peak"] * 2
 
 
-@pytest.mark.parametrize("cap, strays", [(1.5, True), (0.0, True), (1.5, False)])
-def test_update_weighs_the_surrogate_by_trainer_over_sampler(qwen, one_rank, cap, strays):
+def weight_by_hand(gaps, i, cap, kind):
+    """Of token i of a completion whose log-ratios, trainer to sampler, are `gaps`."""
+    ratio = math.exp(sum(gaps) if kind == "sequence_mask" else gaps[i])
+    if not cap:
+        return 1.0
+    if kind == "token":
+        return min(ratio, cap)
+    return ratio if ratio <= cap and (kind != "mask" or ratio >= 1 / cap) else 0.0
+
+
+@pytest.mark.parametrize("cap, kind, strays", [
+    (1.5, "token", True), (0.0, "mask", True), (1.5, "token", False), (1.5, "mask", True), (1.5, "mask", False),
+    (1.5, "sequence_mask", True)])
+def test_update_weighs_the_surrogate_by_trainer_over_sampler(qwen, one_rank, cap, kind, strays):
     """By how much likelier it finds a token, at most `cap`; the divergence alone is not weighed."""
-    args = replace(parity.ARGS, tis_cap=cap, kl_coef=0.1, temperature=0.7, micro_batch_tokens=100)
+    budget = 1000 if kind == "sequence_mask" else 100  # rows of several lengths beside each other; one or two
+    args = replace(parity.ARGS, tis_cap=cap, tis=kind, kl_coef=0.1, temperature=0.7, micro_batch_tokens=budget)
     model, processor, samples = qwen.model, qwen.processor, parity.mixed(qwen)
-    policy, probe, total, gaps = Policy(model, processor), parity.Probe(model), 0.0, []
+    policy, probe, total, gaps, masked = Policy(model, processor), parity.Probe(model), 0.0, [], 0
     old, ref, drawn = (parity.moved_logprobs(policy, samples, processor, i) for i in (1, 2, 3))
     for s in samples:
         s.sampler_logprobs = (drawn if strays else old)[id(s)]
     sums, _, tail = train_grpo.update(policy, probe, samples, old, ref, args)
     for s in samples:
         logprobs, _ = parity.plain_logprobs(model, processor, s, 0.7)
-        for new, was, first, said in zip(logprobs, old[id(s)], ref[id(s)], s.sampler_logprobs):
-            ratio, weight = (new - was).exp(), min(torch.e ** (was - said), cap) if cap else 1.0
+        own = [was - said for was, said in zip(old[id(s)], s.sampler_logprobs)]
+        for i, (new, was, first) in enumerate(zip(logprobs, old[id(s)], ref[id(s)])):
+            ratio, weight = (new - was).exp(), weight_by_hand(own, i, cap, kind)
             gain = torch.minimum(ratio * s.advantage, ratio.clamp(0.8, 1.2) * s.advantage)
             total = total - weight * gain + 0.1 * ((first - new).exp() - 1 - (first - new))
-            gaps.append(was - said)
+            masked += weight == 0
+        gaps += own
     (total / len(gaps)).backward()
     parity.assert_same_gradients(probe.gradients, parity.gradients(model))
     gaps = torch.tensor(gaps)
@@ -411,3 +426,5 @@ def test_update_weighs_the_surrogate_by_trainer_over_sampler(qwen, one_rank, cap
             gaps.abs().quantile(0.99)]
     names = ("loss", "sampler_gap", "sampler_ratio", "sampler_ratio_squared")
     assert [sums[n] for n in names] + [tail] == pytest.approx([w.item() for w in want], rel=1e-4)
+    assert sums["tis_masked"] == masked and ("tis_masked" in sums) == (cap > 0)
+    assert (0 < masked < len(gaps)) == (strays and cap > 0 and kind != "token")

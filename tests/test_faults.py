@@ -22,11 +22,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+import evaluate
 import reward
 import train_grpo
 import train_sft
 import utils
-from policy import freeze, load_model, load_processor, Policy
+from data import load_samples
+from policy import add_lora, freeze, load_model, load_processor, Policy, shard
 from runs import all_finite, at_call, fork, ROOT, splits, timeless, TINY
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -89,10 +91,11 @@ def bug(original, *values):
     raise RuntimeError("two shapes do not agree")
 
 
-def stopped(whole, out, last, **changed):
+def stopped(whole, out, last, thin=True, **changed):
     """A copy of the undisturbed run as it was after step `last`, before anything else was written.
 
-    What `changed` names of its arguments was another from the beginning.
+    What `changed` names of its arguments was another from the beginning. Not `thin`: all its checkpoints can be
+    gone on from.
     """
     shutil.copytree(whole[1], out)
     arguments = json.loads((out / "args.json").read_text())
@@ -101,6 +104,8 @@ def stopped(whole, out, last, **changed):
     for step in range(last + 1, 5):
         shutil.rmtree(out / "checkpoints" / f"step_{step:06d}")
         (out / "samples" / f"step_{step:06d}.jsonl").unlink()
+    if thin:
+        utils.thin_out(out / "checkpoints" / f"step_{last:06d}", 0, 0)
     return out
 
 
@@ -152,7 +157,8 @@ def damage(folder, kind):
 
 @pytest.mark.parametrize("kind", ["missing", "changed", "cut", "no manifest", "half a manifest"])
 def test_a_torn_checkpoint_is_passed_over(whole, tmp_path, one_rank, capsys, kind):
-    out = stopped(whole, tmp_path / "run", 4)
+    """Where the one before has not lost its resume state yet."""
+    out = stopped(whole, tmp_path / "run", 4, thin=False)
     assert utils.whole_checkpoint(out).name == "step_000004"
     (out / "checkpoints" / "step_000004" / "notes.txt").write_text("a user's file does no harm")
     assert utils.whole_checkpoint(out).name == "step_000004"
@@ -164,9 +170,72 @@ def test_a_torn_checkpoint_is_passed_over(whole, tmp_path, one_rank, capsys, kin
     assert capsys.readouterr().err == ""
 
 
+def has_resume(out):
+    return [p.parent.name for p in sorted(out.glob("checkpoints/*/resume"))]
+
+
+def test_the_newest_checkpoint_alone_can_be_gone_on_from(data, tmp_path):
+    """Those before it are plain folders of weights, whole by their manifests, in both trainers."""
+    for words in (GRPO, [*SFT, "--epochs", 4]):
+        out = tmp_path / words[0]
+        code, said = run([*words, *splits(data)[:2], "--max_steps", 3], out)
+        assert code == 0 and saved(out) == [f"step_{n:06d}" for n in (1, 2, 3)], said
+        assert has_resume(out) == ["step_000003"]
+        for path in sorted((out / "checkpoints").iterdir()):
+            files = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()} - {"manifest.json"}
+            assert utils.is_whole(path) and set(utils.json.loads((path / "manifest.json").read_text())) == files
+            assert "model.safetensors" in files
+        load_model(out / "checkpoints" / "step_000001")
+
+
+@pytest.mark.parametrize("place, number, resumes", [("os.replace", 1, 3), ("os.replace", 2, 3), ("os.replace", 3, 3),
+                                                    ("shutil.rmtree", 1, 3), ("shutil.rmtree", 2, 2)])
+def test_a_kill_while_old_ones_are_thinned_out(whole, tmp_path, one_rank, monkeypatch, place, number, resumes):
+    """At each file that is replaced and each folder that goes: all are whole, the newest goes on, and the next
+    save finishes the work. The third replacement is of the second manifest."""
+    out = stopped(whole, tmp_path / "run", 3, thin=False)
+    newest, calls = out / "checkpoints" / "step_000003", iter(range(1, 9))
+    module, name = importlib.import_module(place.split(".")[0]), place.split(".")[1]
+    original = getattr(module, name)
+
+    def dies(path, *more, **options):
+        if next(calls) < number:
+            return original(path, *more, **options)
+        if name == "rmtree":  # half of the folder is gone
+            next(path.glob("*.distcp")).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, name, dies)
+    if number < 3:  # there are two older ones
+        with pytest.raises(KeyboardInterrupt):
+            utils.thin_out(newest, 0, 0)
+    else:
+        utils.thin_out(newest, 0, 0)
+    monkeypatch.undo()
+    assert all(utils.is_whole(path) for path in newest.parent.iterdir())
+    assert utils.whole_checkpoint(out) == newest
+    utils.thin_out(newest, 0, 0)
+    assert has_resume(out) == ["step_000003"] and all(utils.is_whole(path) for path in newest.parent.iterdir())
+
+
+def test_what_has_weights_alone_is_not_gone_on_from(whole, tmp_path):
+    """One sentence, with the way out, on both ranks; the logs stay. Its weights begin another run."""
+    out = stopped(whole, tmp_path / "run", 4)
+    damage(out / "checkpoints" / "step_000004", "missing")
+    older = out / "checkpoints" / "step_000003"
+    for torn in (1, 0):  # the second time it is aside already
+        codes, said = run(whole[0], out, ranks=2)
+        assert codes == [2, 2] and said.count("passed over") == torn, said
+        assert said.count(f"--out {out} cannot go on: {older} is whole and has no optimiser's state; begin a new run "
+                          f"from its weights with --model {older} and another --out.") == 1
+        assert "Traceback" not in said and steps(out) == [1, 2, 3, 4] and not (out / "result.json").exists()
+    code, said = run([*whole[0], "--model", older, "--max_steps", 1], tmp_path / "new")
+    assert code == 0, said
+
+
 def test_a_run_goes_on_from_the_one_before_on_two_ranks(whole, tmp_path):
     """Rank 0's verdict is every rank's; what was logged after the whole one is forgotten."""
-    out = stopped(whole, tmp_path / "run", 4)
+    out = stopped(whole, tmp_path / "run", 4, thin=False)
     damage(out / "checkpoints" / "step_000004", "changed")
     damage(out / "checkpoints" / "step_000003", "missing")
     codes, said = run(whole[0], out, ranks=2)
@@ -192,6 +261,62 @@ def test_keep_deletes_the_older_ones(data, tmp_path):
     assert code == 0 and saved(tmp_path / "grpo") == ["step_000003", "step_000004"], said
     code, said = run([*SFT, *splits(data)[:2], "--epochs", 4, "--keep", 3], tmp_path / "sft")
     assert code == 0 and saved(tmp_path / "sft") == [f"step_{n:06d}" for n in (2, 3, 4)], said
+
+
+def scripted(accuracies):
+    """Evaluations find these accuracies, one after the other."""
+    original, left = evaluate.evaluate, iter(accuracies)
+
+    def act(*values):
+        metrics, done = original(*values)
+        return metrics | {"accuracy": next(left)}, done
+
+    evaluate.evaluate = act
+
+
+def scripted_and_killed(accuracies, place, number):
+    scripted(accuracies)
+    at_call(number, place, kill)
+
+
+@pytest.mark.parametrize("words, ranks", [(GRPO, 1), (GRPO, 2), (SFT, 1)])
+def test_the_best_step_keeps_its_checkpoint(data, tmp_path, words, ranks):
+    """The first of equals, not the model before step 1; saved although --save_every asks for none; and all the same
+    when the run is killed in between."""
+    out = tmp_path / "run"
+    words = [*words, *splits(data)[:4], "--batch_size", 16, *["--mini_batch_size", 16][: 2 * (words is GRPO)],
+             "--save_every", 0, "--epochs", 4, "--eval_every", 1, "--keep", 1, "--keep_best", "validation/pass1_t0.6"]
+    stage = words[0].removesuffix(".py")
+    fault = partial(scripted_and_killed, [0.9, 0.2, 0.5, 0.5, 0.3], f"{stage}.update", 4)
+    codes, said = run(words, out, fault, ranks)
+    assert codes in (-9, [-9, -9]) and steps(out) == [1, 2, 3], said
+    assert saved(out) == ["step_000002"]  # the first one was the best for a while
+    codes, said = run(words, out, partial(scripted, [0.5, 0.3]), ranks)
+    assert codes in (0, [0, 0]) and "Continuing after step 2." in said, said
+    assert saved(out) == ["step_000002", "step_000004"] and has_resume(out) == ["step_000004"]
+    assert utils.is_whole(out / "checkpoints" / "step_000002")
+    result = json.loads((out / "result.json").read_text())
+    assert result["best"] == {"checkpoint": str(out / "checkpoints" / "step_000002"), "accuracy": 0.5}
+
+
+def test_where_all_are_kept_the_best_is_saved_and_named(data, tmp_path):
+    out = tmp_path / "run"
+    words = [*SFT, *splits(data)[:4], "--batch_size", 16, "--save_every", 0, "--epochs", 4, "--eval_every", 1]
+    code, said = run([*words, "--keep_best", "validation/pass1_t0.6"], out, partial(scripted, [0, 0.1, 0.4, 0.2, 0.3]))
+    assert code == 0 and saved(out) == ["step_000001", "step_000002", "step_000004"], said
+    assert json.loads((out / "result.json").read_text())["best"]["checkpoint"].endswith("step_000002")
+
+
+def test_the_best_step_by_hand(tmp_path):
+    def row(step, accuracy, split="validation", setting="pass1_t0.6"):
+        return {"generation_step": step, "split": split, "setting": setting, "accuracy": accuracy}
+
+    assert evaluate.best_step(tmp_path, "validation/pass1_t0.6") == (0, 0)
+    utils.write_jsonl(tmp_path / "eval.jsonl", [
+        row(0, 0.9), row(2, 0.3), row(4, 0.5), row(4, 0.8, "test"), row(6, 0.5), row(6, 0.7, setting="pass8_t1")])
+    assert evaluate.best_step(tmp_path, "validation/pass1_t0.6") == (4, 0.5)
+    assert evaluate.best_step(tmp_path, "validation/pass8_t1") == (6, 0.7)
+    assert evaluate.best_step(tmp_path, "test/pass8_t1") == evaluate.best_step(tmp_path, "") == (0, 0)
 
 
 def keep_loaded_state(path, original, last, policy, optimizer):
@@ -229,10 +354,68 @@ def test_a_run_goes_on_with_another_number_of_ranks(whole, tmp_path, before, aft
     assert code in (0, [0, 0]) and "Continuing after step 2." in said, said
     assert steps(out) == [1, 2, 3, 4] and (out / "result.json").exists()
     old, new = (flat(torch.load(tmp_path / f"{name}.pt")) for name in ("saved", "loaded"))
-    assert old.keys() == new.keys() and any("exp_avg_sq" in name for name in old)
+    assert old.keys() < new.keys() and any("exp_avg_sq" in name for name in old)
     for name in old:
         same = torch.equal if isinstance(old[name], torch.Tensor) else operator.eq
         assert same(old[name], new[name]), name
+    base = load_model(ROOT / "toy_model").state_dict()
+    for name in new.keys() - old.keys():  # frozen and from --model, or tied and there under its first name
+        short = name.removeprefix("/model/model.")
+        same = base[short] if "visual" in short else old["/model/model.model.language_model.embed_tokens.weight"]
+        assert ("visual" in short or short == "lm_head.weight") and torch.equal(new[name], same), name
+
+
+def prepared(kind, dtype, offload):
+    """The toy's policy with what `kind` says to train, sharded, and an optimiser that has made two steps."""
+    torch.manual_seed(0)
+    model = load_model(ROOT / "toy_model")
+    freeze(model, "vision" in kind, "connector" in kind, "language" in kind or kind == "low rank")
+    if kind == "low rank":  # small weights beside a frozen model
+        add_lora(model, 4, 8, 0)
+    policy = shard(Policy(model, load_processor(ROOT / "toy_model")), dtype, offload)
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    return policy, trained, torch.optim.AdamW(trained.values(), 1e-2)
+
+
+def values(policy, optimizer):
+    """Weights and optimiser state as plain tensors."""
+    policy.state_dict()
+    weights = {f"weight {name}": p for name, p in policy.named_parameters()}
+    states = {f"{name} {i}": value for i, p in enumerate(optimizer.param_groups[0]["params"])
+              for name, value in optimizer.state[p].items()}
+    return {name: (v.full_tensor() if hasattr(v, "full_tensor") else v).detach().clone()
+            for name, v in (weights | states).items()}
+
+
+@pytest.mark.parametrize("dtype, offload", [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize("kind", ["language", "connector", "vision connector language", "low rank"])
+def test_the_resume_state_is_what_trains(tmp_path, one_rank, kind, dtype, offload):
+    """By name and size on disk; in another process's objects all is as it was, also after a forward that has left
+    weights gathered, and where the frozen part is tied."""
+    policy, trained, optimizer = prepared(kind, dtype, offload)
+    for step in (1, 2):
+        for p in trained.values():
+            p.grad = torch.full_like(p, step)
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.5
+    sample = load_samples(ROOT / "toy_data" / "test.jsonl", policy.processor, 512)[0]
+    sample.completion_ids = [20, 21]
+    with torch.no_grad():
+        policy(policy.batch([sample]), 1.0)
+    utils.save_checkpoint(tmp_path, 3, policy, optimizer, dtype)
+    folder = tmp_path / "checkpoints" / "step_000003" / "resume"
+    dcp_to_torch_save(folder, tmp_path / "saved.pt")
+    assert torch.load(tmp_path / "saved.pt")["model"].keys() == trained.keys()
+    count = sum(p.numel() for p in trained.values())
+    assert 12 * count < sum(p.stat().st_size for p in folder.glob("*.distcp")) < 12.5 * count + 500_000
+    other, _, another = prepared(kind, dtype, offload)
+    with torch.no_grad():
+        other(other.batch([sample]), 1.0)
+    assert utils.load_resume_state(folder.parent, other, another) == 3
+    old, new = values(policy, optimizer), values(other, another)
+    assert another.param_groups[0]["lr"] == 0.5
+    assert old.keys() == new.keys() and sum("exp_avg" in name for name in old) == 2 * len(trained)
+    assert all(torch.equal(old[name], new[name]) for name in old)
 
 
 def test_two_steps_a_kill_and_two_steps_are_four_steps(whole, tmp_path):
@@ -593,21 +776,31 @@ def test_the_size_of_a_checkpoint_is_foretold(whole, policy, monkeypatch):
     free_bytes(monkeypatch, int(1.05 * real))
     utils.try_saving(whole[1], policy, torch.float32, 1, train_grpo.Args())
     free_bytes(monkeypatch, int(0.95 * real))
-    with pytest.raises(utils.UserError, match=r"a checkpoint takes 16 MB, and 1\d MB are free there; free"):
+    with pytest.raises(utils.UserError, match=r"0.01\d GB are free there, a checkpoint takes 0.01\d GB; free"):
         utils.try_saving(whole[1], policy, torch.float32, 1, train_grpo.Args())
 
 
-@pytest.mark.parametrize("save_every, keep, room, warns", [
-    (0, 0, 1.1, ""), (1, 0, 3.9, "4 of them"), (1, 0, 4.5, ""), (3, 0, 1.9, "2 of them"),
-    (1, 1, 1.9, "2 of them"), (1, 1, 2.2, ""), (1, 2, 2.5, "3 of them"), (0, 3, 1.1, "")])
+@pytest.mark.parametrize("save_every, keep, best, need", [
+    (0, 0, 0, 1 + 3), (1, 0, 0, 4 + 6), (3, 0, 0, 2 + 6), (1, 1, 0, 2 + 6), (1, 2, 0, 3 + 6), (0, 3, 0, 1 + 3),
+    (0, 0, 1, 4 + 6), (0, 1, 1, 3 + 6), (1, 0, 1, 7 + 6), (1, 2, 1, 4 + 6)])
 def test_later_checkpoints_that_will_not_fit_are_said(
-        policy, tmp_path, monkeypatch, capsys, save_every, keep, room, warns):
-    """Of a run of 4 steps; an old one goes after a new one has come."""
-    free_bytes(monkeypatch, int(room * 12 * 4 * policy.model.num_parameters() / 3))
-    args = train_grpo.Args(save_every=save_every, keep=keep)
-    utils.try_saving(tmp_path, policy, torch.float32, 4, args)
-    said = capsys.readouterr().err
-    assert warns in said and bool(said) == bool(warns)
+        policy, tmp_path, monkeypatch, capsys, save_every, keep, best, need):
+    """Of a run of 4 steps and 3 epochs, in float32 weights: one a checkpoint, and three more what two at most, the
+    old and the new one, resume by. An old one goes after a new one has come; the best may be a third."""
+    args = train_grpo.Args(save_every=save_every, keep=keep, keep_best="validation/pass1_t0.6" * best, eval_every=best)
+    for room in (need + 0.1, need - 0.1):
+        free_bytes(monkeypatch, int(room * 4 * policy.model.num_parameters()))
+        if room < 4:
+            with pytest.raises(utils.UserError, match="GB are free there"):
+                utils.try_saving(tmp_path, policy, torch.float32, 4, args)
+            continue
+        utils.try_saving(tmp_path, policy, torch.float32, 4, args)
+        said = capsys.readouterr().err
+        assert bool(said) == (room < need)
+        if said:
+            gb = policy.model.num_parameters() * 4 / 1e9
+            assert said == (f"--out {tmp_path}: {room * gb:.3f} GB are free there, a checkpoint takes {4 * gb:.3f} GB, "
+                            f"all {need * gb:.3f} GB: --keep, --keep_best, --save_every.\n")
 
 
 def small_disk():
@@ -618,7 +811,7 @@ def small_disk():
 def test_a_disk_without_room_for_one_checkpoint(data, tmp_path, words, ranks):
     """No run folder, one sentence, exit code 2 on every rank; both trainers ask."""
     codes, said = run([*words, *splits(data)[:2]], tmp_path / "run", small_disk, ranks)
-    assert codes in (2, [2, 2]) and said.count("MB, and 10 MB are free there; free some or") == 1, said
+    assert codes in (2, [2, 2]) and said.count("0.010 GB are free there, a checkpoint takes 0.01") == 1, said
     assert "Traceback" not in said and not (tmp_path / "run").exists()
 
 

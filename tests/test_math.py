@@ -7,6 +7,7 @@ test that the bug would pass too is no test.
 import itertools
 import json
 import math
+import pickle
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
@@ -869,7 +870,7 @@ def test_step_metrics_are_means_over_tokens_and_completions(qwen):
     sums = train_grpo.rollout_sums(samples, 2)
     sums |= {"update_tokens": 40, "divisor": 40, "loss": 8.0, "entropy": 80.0}  # two passes over the 20 tokens
     sums |= {"sampler_gap": 4.0, "sampler_ratio": 40.0, "sampler_ratio_squared": 80.0,
-             "sampler_gap_clipped": 2.0}
+             "sampler_gap_clipped": 2.0, "tis_masked": 10}
     got = train_grpo.step_metrics(sums, [1.0, 3.0], {"rollout": 0.5}, 1e-4)
     assert got["reward"] == got["reward/accuracy"] == 0.5  # 1.5 of 3, not of 4
     assert (got["length"], got["truncated"], got["unscored"]) == (5, 0.25, 0.25)
@@ -877,17 +878,89 @@ def test_step_metrics_are_means_over_tokens_and_completions(qwen):
     assert (got["loss"], got["entropy"], got["grad_norm"]) == (0.2, 2.0, 2.0)
     assert "kl" not in got and got["seconds_rollout"] == 0.5
     assert (got["sampler_gap"], got["sampler_gap_clipped"], got["sampler_ratio"]) == (0.1, 0.05, 1)
+    assert got["tis_masked"] == 0.25
     assert got["sampler_effective_size"] == 0.5  # 40^2 / (40 * 80): as if half the tokens counted
 
 
 def test_importance_weights_by_hand():
     # the trainer gives 0.6, 0.1 and 0.9 to tokens that the sampler drew with 0.5, 0.2 and 0.1:
     # 0.6 / 0.5 = 1.2; 0.1 / 0.2 = 0.5; 0.9 / 0.1 = 9, held at 2. No gradient flows through a weight
-    trainer = torch.tensor([[0.6, 0.1, 0.9]]).log().requires_grad_()
-    weights = train_grpo.importance_weights(trainer, torch.tensor([[0.5, 0.2, 0.1]]).log(), 2.0)
+    trainer, mask = torch.tensor([[0.6, 0.1, 0.9]]).log().requires_grad_(), torch.ones(1, 3, dtype=torch.bool)
+    sampler = torch.tensor([[0.5, 0.2, 0.1]]).log()
+    weights = train_grpo.importance_weights(trainer, sampler, mask, 2.0, "token")
     assert close(weights, [[1.2, 0.5, 2.0]]) and not weights.requires_grad
-    flipped = train_grpo.importance_weights(torch.tensor([[0.5]]).log(), trainer[:, :1], 2.0)
-    assert not close(flipped, [[1.2]])  # the classic slip: sampler over trainer
+    flipped = train_grpo.importance_weights(sampler, trainer, mask, 2.0, "token")
+    assert not close(flipped, [[1.2, 0.5, 2.0]])  # the classic slip: sampler over trainer
+
+
+def test_masking_weights_by_hand():
+    # IcePop with a cap of 2 keeps ratios in [0.5, 2]: of 0.6 / 0.5 = 1.2, 0.2 / 0.5 = 0.4 and 0.9 / 0.1 = 9 the first
+    trainer, mask = torch.tensor([[0.6, 0.2, 0.9]]).log().requires_grad_(), torch.ones(1, 3, dtype=torch.bool)
+    sampler = torch.tensor([[0.5, 0.5, 0.1]]).log()
+    weights = train_grpo.importance_weights(trainer, sampler, mask, 2.0, "mask")
+    assert close(weights, [[1.2, 0.0, 0.0]]) and not weights.requires_grad
+    ratio = (trainer - sampler).exp()
+    assert not close(torch.where(ratio > 2, 0.0, ratio), weights.tolist())  # masked above alone: 0.4 still counts
+    assert not close(torch.where((ratio < 0.5) | (ratio > 2), 0.0, 1.0), weights.tolist())  # a mask, and no weight
+
+
+def test_sequence_masking_by_hand():
+    # ratios 1.2, 0.5 and 2.5, together 1.5: a completion that counts 1.5 on each token, although one token's ratio is
+    # above the cap; and 1.5, 1.5 beside padding, together 2.25, above it: none of its tokens counts
+    ratios = torch.tensor([[1.2, 0.5, 2.5], [1.5, 1.5, 1.0]])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    sampler = torch.tensor([[-0.7, -1.0, -2.0], [-0.4, -3.0, -9.0]])
+    trainer = torch.where(mask, sampler + ratios.log(), -50.0).requires_grad_()  # padding has no meaning
+    weights = train_grpo.importance_weights(trainer, sampler, mask, 2.0, "sequence_mask")
+    assert close(weights, [[1.5] * 3, [0.0] * 3]) and not weights.requires_grad
+    gaps = (trainer - sampler) * mask
+    mean = (gaps.sum(1, keepdim=True) / mask.sum(1, keepdim=True)).exp()  # GSPO's, which keeps the second: 1.5
+    assert not close(torch.where(mean > 2, 0.0, mean).expand(2, 3), weights.tolist())
+    lost = (trainer - sampler).sum(1, keepdim=True).exp()  # padding counted: the second is next to 0 and kept
+    assert lost[1] < 1e-9
+
+
+@pytest.mark.parametrize("kind, held", [("token", 2.0), ("mask", 0.0), ("sequence_mask", 0.0)])
+@pytest.mark.parametrize("gap", [1000.0, -1000.0, math.inf])
+def test_importance_weights_do_not_overflow(kind, held, gap):
+    """A token 1,000 nats apart, either way: its weight is a number, and so are loss and gradient."""
+    trainer = torch.tensor([[-0.5, -0.5 + gap]], requires_grad=True)
+    mask, sampler = torch.ones(1, 2, dtype=torch.bool), torch.tensor([[-0.5, -0.5]])
+    weights = train_grpo.importance_weights(trainer, sampler, mask, 2.0, kind)
+    assert close(weights, [[1.0 if kind != "sequence_mask" else (0.0, held)[gap > 0], (0.0, held)[gap > 0]]])
+    new = torch.tensor([[-0.4, -0.6]], requires_grad=True)
+    (new * weights).sum().backward()
+    assert (new * weights).isfinite().all() and new.grad.isfinite().all()
+    if gap > 0:
+        ratio = (trainer - sampler).exp()
+        assert (ratio * (ratio <= 2)).isnan().any()  # the usual way to write a mask: infinity times 0
+
+
+def test_a_row_of_padding_weighs_nothing_it_should_not():
+    """A rank that has run out repeats a sample under an empty mask."""
+    mask, logprobs = torch.zeros(1, 3, dtype=torch.bool), torch.tensor([[-1.0, math.nan, -9.0]])
+    for kind in ("token", "mask", "sequence_mask"):
+        assert close(train_grpo.importance_weights(logprobs, torch.zeros(1, 3), mask, 2.0, kind), [[1.0] * 3])
+
+
+def test_what_an_evaluation_sends_around_is_what_was_answered(one_rank, monkeypatch):
+    """Not the pictures of a parquet row, which every rank has; the samples that come back have them all the same."""
+    samples = [Sample(str(i), "q", "5", "", [bytes([i]) * 500_000], "prompt", [9] * 400) for i in range(3)]
+
+    def generate(prompts, n, *_):
+        return [replace(s, completion_ids=[7] * (k + 1), completion_text=f"\\boxed{{{5 + k}}}", finish_reason="stop",
+                        sampler_logprobs=[-1.0] * (k + 1)) for s in prompts for k in range(n)]
+
+    sent, gather = [], utils.gather
+    monkeypatch.setattr(utils, "gather", lambda items: sent.append(pickle.dumps(items)) or gather(items)[::-1])
+    metrics, done = evaluate.evaluate(SimpleNamespace(generate=generate), samples, "pass8_t1", 96, 0)
+    assert max(map(len, sent)) < 10_000 < sum(len(s.images[0]) for s in samples)
+    want = generate(samples, 8)
+    assert [s.record() | {"rewards": 0} for s in done] == [
+        s.record() | {"rewards": 0, "reward": w.reward} for s, w in zip(want, done)]
+    assert [s.images for s in done] == [s.images for s in want]
+    assert [s.rewards["accuracy"] for s in done] == [1.0, *[0.0] * 7] * 3
+    assert (metrics["right"], metrics["length"], metrics["n"]) == ([1, 1, 1], 4.5, 3)
 
 
 def strays(gaps):

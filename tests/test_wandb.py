@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import train_sft
 import utils
-from runs import run, TINY
+from runs import resumable_throughout, run, TINY
 
 FAKE = '''
 import json, os
@@ -56,7 +56,7 @@ def test_grpo_is_mirrored_and_goes_on_in_the_same_run(calls, data, tmp_path):
     out = tmp_path / "grpo"
     words = ["train_grpo.py", *TINY, *STEPS, "--train_data", data / "train.jsonl", "--validation_data",
              data / "validation.jsonl", "--out", out, "--wandb", "shapes"]
-    run(*words, ranks=2)
+    run(*words, ranks=2, fault=resumable_throughout)
     first = calls()
     assert [call for call in first if call["call"] == "import"] == [{"call": "import", "rank": "0"}]
     begun = [call for call in first if call["call"] == "init"]
