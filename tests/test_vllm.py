@@ -77,6 +77,13 @@ def honest(request):
         if engine.dtype == torch.float32:  # the other's shards are the doctor's alone, who puts back what it changes
             policy.model.load_state_dict(load_model(ROOT / "toy_model").state_dict())
         rollout.VLLMEngine.sync(engine, policy.model)
+        engine.llm.collective_rpc(forget)
+
+
+def forget(worker):
+    """What a spoilt model wrote, NaN too, stays where the next requests' keys and values will lie: 0 x NaN is NaN."""
+    for cache in worker.model_runner.kv_caches:
+        cache.zero_()
 
 
 def gap(engine, policy, samples, processor, temperature=1.0):
