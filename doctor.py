@@ -11,7 +11,6 @@ whole of it where vLLM is the sampler.
 
 import utils  # first: from here on Ctrl-C is no traceback
 
-import math
 import traceback
 from dataclasses import dataclass
 from functools import partial
@@ -64,8 +63,7 @@ def rehearse(engine, samples, args, policy=None):
         done = engine.generate(asked, 2, 1.0, 1.0, min(4, args.max_new_tokens), "rehearsal")
         if policy:
             gap = mean_gap(trainer_logprobs(policy, done), [s.sampler_logprobs for s in done])
-            # far above what rounding does, far below what other positions or images do
-            if not gap <= (0.01 if compute_dtype(args.dtype) == torch.float32 else 0.5):
+            if not gap <= 2 * tolerance(args):  # a mean of few tokens
                 problems = [f"sampler and trainer are {gap:.2g} nats apart on the prompts {names}"]
     except Exception as error:  # whatever a family's own code can raise
         last = traceback.extract_tb(error.__traceback__)[-1]
@@ -76,6 +74,12 @@ def rehearse(engine, samples, args, policy=None):
         raise UserError(f"--model {args.model}: {problem}; give another model or other rows, or "
                         "see the README's families.")
     return done
+
+
+def tolerance(args):
+    """How far apart, in nats of a mean, two programs may be that round each in its own way."""
+    # measured in bfloat16: 0.04 with 12 random layers, 0.05 with 36; a GPU's float32 may be TF32
+    return 5e-3 if compute_dtype(args.dtype) == torch.float32 else 0.1
 
 
 def mean_gap(first, second):
@@ -130,8 +134,7 @@ def doctor(engine, policy, samples, processor, args):
 
     Weights are changed on the way and put back.
     """
-    # two programs round differently in bfloat16
-    tolerance = 1e-3 if compute_dtype(args.dtype) == torch.float32 else 0.1
+    bound = tolerance(args)
     asked = probes(samples, processor, args.max_prompt_tokens)
     logprobs = partial(trainer_logprobs, policy, processor=processor)
     banned, tokens, rows = {*banned_ids(processor)}, [], []
@@ -151,8 +154,8 @@ def doctor(engine, policy, samples, processor, args):
         greedy = answer(asked, 0)
         rows.append(("every weight taken over", True, f"{len([*policy.parameters()])} tensors"))
         rows.append(("prompts read alike", True, f"{len(asked)}, token by token"))
-        rows.extend(check_logprobs(answer, logprobs, asked, greedy, tolerance))
-        rows.extend(check_sync(answer, logprobs, asked, greedy, engine, policy.model, tolerance))
+        rows.extend(check_logprobs(answer, logprobs, asked, greedy, bound))
+        rows.extend(check_sync(answer, logprobs, asked, engine, policy.model, bound))
     except RunError as error:  # the rows so far are kept
         rows.append(("answers" if rows else "weights and prompts", False, str(error)))
     if tokens:
@@ -161,29 +164,30 @@ def doctor(engine, policy, samples, processor, args):
     return rows
 
 
-def check_logprobs(answer, logprobs, asked, greedy, tolerance):
+def check_logprobs(answer, logprobs, asked, greedy, bound):
     """Same best tokens, same log-probabilities, whatever else is in the batch. COLLECTIVE."""
-    # a token is the trainer's best one if it has most of the mass when that is sharpened, or half
-    # of it: bfloat16 has ties
-    best = [x > -0.7 for row in logprobs(greedy, temperature=1e-3) for x in row]
-    enough = (0.99 if tolerance < 0.01 else 0.9) * len(best)
-    yield "greedy tokens agree", sum(best) >= enough, f"{sum(best)} of {len(best)}"
+    tie = 5 * bound  # nats between tokens of which either may win; 0.2 was the worst rounding
+    # sharpened a thousandfold, a log-probability says how far the trainer's best token is above
+    best = [-x / 1000 <= tie for row in logprobs(greedy, temperature=1e-3) for x in row]
+    yield "greedy tokens agree", sum(best) >= 0.99 * len(best), f"{sum(best)} of {len(best)}"
     drawn = answer(asked, 0.7, n=4)  # at 1, a sampler that is deaf to temperature would pass
     for kind in ("text", "images"):
         if chosen := [s for s in drawn if bool(s.images) == (kind == "images")]:
-            said = [s.sampler_logprobs for s in chosen]
-            gap = mean_gap(logprobs(chosen, temperature=0.7), said)
+            gap = mean_gap(logprobs(chosen, temperature=0.7), [s.sampler_logprobs for s in chosen])
             detail = f"mean difference {gap:.1e} nats in {len(chosen)} answers"
-            yield f"log-probabilities, {kind}", gap <= tolerance, detail
+            yield f"log-probabilities, {kind}", gap <= bound, detail
     some = drawn[::4]
     gap = mean_gap(logprobs(some), [logprobs([s])[0] for s in some])
-    yield "trainer: padding", gap <= tolerance, f"in a batch and alone differ by {gap:.1e}"
-    same = [answer([s], 0)[0].completion_ids == g.completion_ids for s, g in zip(asked, greedy)]
-    detail = f"{sum(same)} of {len(same)} greedy answers are the same in a batch and alone"
-    yield "sampler: padding", sum(same) >= 0.8 * len(same), detail
+    yield "trainer: padding", gap <= bound, f"in a batch and alone differ by {gap:.1e}"
+    alone, same = [answer([s], 0)[0] for s in asked], 0
+    for a, b, p, q in zip(greedy, alone, logprobs(greedy), logprobs(alone)):
+        parted = [i for i, (x, y) in enumerate(zip(a.completion_ids, b.completion_ids)) if x != y]
+        same += not parted or abs(p[parted[0]] - q[parted[0]]) <= tie
+    detail = f"{same} of {len(asked)} greedy answers are the same in a batch and alone"
+    yield "sampler: padding", same >= 0.8 * len(asked), detail
 
 
-def check_sync(answer, logprobs, asked, greedy, engine, model, tolerance):
+def check_sync(answer, logprobs, asked, engine, model, bound):
     """Changed weights arrive, and all that was computed with the old ones goes. COLLECTIVE.
 
     Negating is exact to undo, and one weight that keeps its old sign spoils the whole answer. With
@@ -191,10 +195,10 @@ def check_sync(answer, logprobs, asked, greedy, engine, model, tolerance):
     """
     language = language_weights(model)
     vision = [p for p in model.parameters() if p not in language]
-    last = [model.get_decoder().norm.weight]
-    for kind, weights in {"language": language, "vision": vision, "last": last}.items():
-        prompts = [s for s in asked if s.images or kind != "vision"]
-        if not prompts:
+    changed = {"changed language weights arrive": language, "changed vision weights arrive": vision,
+               "changed last weights arrive": [model.get_decoder().norm.weight], "and go again": []}
+    for name, weights in changed.items():
+        if not (prompts := [s for s in asked if s.images or weights is not vision]):
             continue
         before = answer(prompts)
         old = logprobs(before)
@@ -208,15 +212,11 @@ def check_sync(answer, logprobs, asked, greedy, engine, model, tolerance):
             detail = (f"{len(weights)} negated: trainer moved {shift:.1e} nats, "
                       f"sampler {gap:.1e} off")
         except RunError as error:  # NaN, say, from what a weight that never came left open
-            gap, detail = math.inf, str(error)
+            gap, shift, detail = torch.inf, 0, str(error)
         finally:  # whatever goes wrong, the policy is what it was
             for weight in weights:
                 weight.neg_()
-        yield f"changed {kind} weights arrive", gap <= tolerance, detail
-    together(engine.sync, model)
-    same = [s.completion_ids == g.completion_ids for s, g in zip(answer(asked, 0), greedy)]
-    detail = f"{sum(same)} of {len(same)} greedy answers as before"
-    yield "and go again", sum(same) >= 0.8 * len(same), detail
+        yield name, gap <= bound * max(1, shift / 5), detail  # large numbers round more
 
 
 def consult(engine, policy, samples, processor, args):

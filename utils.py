@@ -13,6 +13,7 @@ if script == here and os.path.isfile(sys.argv[0]):
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
+import atexit
 import ctypes
 import hashlib
 import importlib.util
@@ -150,9 +151,6 @@ def run_script(main, Args):
         if not re.search("gloo|NCCL", str(error)):  # what speaks when a collective fails
             raise
         end_run(f"rank {rank()}: another rank is gone ({reason}).", 1)
-    finally:
-        if dist.is_initialized() and "vllm" not in sys.modules:  # which ends the group by itself
-            dist.destroy_process_group()
 
 
 def end_run(reason, code):
@@ -256,6 +254,8 @@ def start_ranks():
     # default of 30 minutes would end a rank that waits for another's slow step
     dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(),
                             timeout=timedelta(days=10_000))
+    # after the ends of all that is begun later and needs the group, or takes it along, as vLLM does
+    atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
 
 
 def share_cores():

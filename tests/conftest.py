@@ -10,6 +10,7 @@ import gc
 import io
 import json
 import os
+import random
 import shutil
 import sys
 from dataclasses import replace
@@ -27,6 +28,7 @@ import torch.distributed as dist
 import transformers
 from PIL import Image, ImageDraw
 
+import doctor
 import toy
 import utils
 from data import load_samples
@@ -185,6 +187,13 @@ def branching(model, processor, megabytes=0):
 def sampler(model, processor, batch_size, sharing=None):
     """The embedded engine, with a shared prompt cache as the stages make it."""
     return HFEngine(model, processor, batch_size, sharing or Sharing(model, processor, 0))
+
+
+def examined(engine, policy, processor, samples, args, seed):
+    """The doctor's rows that failed, where the seed chose the prompts, and what is drawn."""
+    samples = random.Random(seed).sample(samples, len(samples))
+    other = SimpleNamespace(sync=engine.sync, generate=lambda *words: engine.generate(*words[:-1], f"doctor {seed}"))
+    return [row for row in doctor.doctor(other, policy, samples, processor, args) if not row[1]]
 
 
 # ---------------------------------------------------------------------------------------------
