@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+import doctor
 import evaluate
 import report
 import rollout
@@ -967,7 +968,7 @@ def strays(gaps):
     """What the guard makes of one step with these differences, in nats, one a token."""
     sums = Counter({"completions": 1, "groups": 1, "update_tokens": len(gaps)})
     sums.update(train_grpo.gap_sums(torch.tensor(gaps)))
-    train_grpo.stop_if_sampler_strays(train_grpo.step_metrics(sums, [1.0], {}, 1e-4))
+    doctor.stop_if_sampler_strays(train_grpo.step_metrics(sums, [1.0], {}, 1e-4))
 
 
 @pytest.mark.parametrize("gaps, stops", [

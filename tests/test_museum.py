@@ -1259,7 +1259,7 @@ def strayed(gaps):
     sums = Counter({"completions": 1, "groups": 1, "update_tokens": len(gaps)})
     sums.update(train_grpo.gap_sums(gaps))
     try:
-        train_grpo.stop_if_sampler_strays(train_grpo.step_metrics(sums, [1.0], {}, 1e-4))
+        doctor.stop_if_sampler_strays(train_grpo.step_metrics(sums, [1.0], {}, 1e-4))
     except utils.RunError as error:
         return str(error)
 
