@@ -410,6 +410,16 @@ def load_splits(args, processor):
             for split, path in paths.items() if path}
 
 
+def count_steps(train, args):
+    """A run's steps in an epoch, and in all: a short last batch is left out."""
+    each = len(train) // args.batch_size
+    if each == 0:
+        raise UserError(f"--batch_size {args.batch_size} is more than the {len(train)} prompts.")
+    if len(train) % args.batch_size:
+        print0(f"Each epoch leaves out {len(train) % args.batch_size} of {len(train)} prompts.")
+    return each, min(each * args.epochs, args.max_steps or math.inf)
+
+
 def refuse_mixture(args):
     """UserError where one's own data or model would be measured on the toy's data, by default.
 

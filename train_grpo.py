@@ -500,7 +500,7 @@ def check_args(args):
 
 
 def main(args):
-    from data import load_splits, refuse_mixture
+    from data import count_steps, load_splits, refuse_mixture
     from doctor import consult, rehearse, stop_if_sampler_strays
     from evaluate import (
         before_and_after, best_step, chosen_settings, evaluate_splits, is_right, reflection_metrics)
@@ -525,13 +525,7 @@ def main(args):
     data = load_splits(args, processor)
     prompts = [s for split in data.values() for s in split]
     train = data.pop("train")
-    steps_per_epoch = len(train) // args.batch_size
-    if steps_per_epoch == 0:
-        raise UserError(f"--batch_size {args.batch_size} is more than the {len(train)} prompts.")
-    if len(train) % args.batch_size:
-        print0(f"Each epoch leaves out {len(train) % args.batch_size} of {len(train)} prompts.")
-    total = steps_per_epoch * args.epochs
-    total = min(total, args.max_steps) if args.max_steps else total
+    steps_per_epoch, total = count_steps(train, args)
 
     # A sampler starts while the device is empty; the policy comes from the host, sharded over ranks
     dtype = compute_dtype(args.dtype)

@@ -155,7 +155,7 @@ def update(policy, optimizer, samples, args):
 
 
 def main(args):
-    from data import load_splits, refuse_mixture
+    from data import count_steps, load_splits, refuse_mixture
     from doctor import rehearse
     from evaluate import before_and_after, best_step, chosen_settings, evaluate_splits
     from policy import (
@@ -177,13 +177,7 @@ def main(args):
     prompts = [s for split in data.values() for s in split]
     eos = end_ids(generation_config(args.model), processor)[0]  # where every sampler stops
     train = with_golden_responses(data.pop("train"), processor, args.max_new_tokens, eos)
-    steps_per_epoch = len(train) // args.batch_size
-    if steps_per_epoch == 0:
-        raise UserError(f"--batch_size {args.batch_size} is more than the {len(train)} prompts.")
-    if len(train) % args.batch_size:
-        print0(f"Each epoch leaves out {len(train) % args.batch_size} of {len(train)} prompts.")
-    total = steps_per_epoch * args.epochs
-    total = min(total, args.max_steps) if args.max_steps else total
+    steps_per_epoch, total = count_steps(train, args)
 
     # A sampler starts while the device is empty; the policy comes from the host, sharded over ranks
     dtype = compute_dtype(args.dtype)
@@ -199,7 +193,7 @@ def main(args):
     policy = shard(Policy(model, processor, sharing), dtype, args.offload).train()
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.95), weight_decay=args.weight_decay,
-                                  fused=True)  # in one kernel, without copies of all weights
+                                  fused=True)
     engine.sync(policy.model)
     rehearse(engine, prompts, args, policy)  # what cannot work is a sentence before step 1
     print0(f"Training {count:,} weights on {len(train)} prompts: {total} steps of "

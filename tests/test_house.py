@@ -15,15 +15,15 @@ FLOORS = [["utils"], ["data"], ["policy"], ["siblings"], ["reward"], ["rollout"]
           ["train_sft", "train_grpo"], ["report", "toy"]]
 STAGES = [name for floor in FLOORS for name in floor]
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
-# Lines, blank ones included. Above the plan, since what would have to go is worth more: utils (450: flags that refuse what
-# makes no sense, a signal that is met inside a collective, folders that move, a save that is tried before step 1, a
+# Lines, blank ones included. Above the plan, since what would have to go is worth more: utils (450: flags that refuse
+# what makes no sense, a signal that is met inside a collective, folders that move, a save that is tried before step 1, a
 # tracker, resume state in the newest checkpoint alone), data (400: a picture of any field is used or refused, whatever a
-# tokenizer's files say changes nothing), policy (320: files that are torn, weights that do not fit, a plain folder out
-# again; LoRA by hand, and weights that are gathered one by one, merged), rollout (480: every hang and every wrong answer of
-# vLLM is a sentence), doctor (230: the rehearsal, which every stage calls, and the guard of each step), train_sft and
-# train_grpo (260, 600: flags for memory and the best checkpoint; metrics of how far the sampler is), report (650: a page
-# on folders that may be broken).
-BUDGETS = {"utils": 590, "data": 475, "policy": 420, "siblings": 420, "reward": 520, "rollout": 500, "doctor": 270,
+# tokenizer's files say changes nothing; both trainers' steps are counted there), policy (320: files that are torn,
+# weights that do not fit, a plain folder out again; LoRA by hand, weights that are merged and gathered one by one),
+# rollout (480: every hang and every wrong answer of vLLM is a sentence), doctor (230: the rehearsal, which every stage
+# calls, and the guard of each step), train_grpo (600: flags for memory; metrics of how far the sampler is), report (650:
+# a page on folders that may be broken).
+BUDGETS = {"utils": 590, "data": 485, "policy": 420, "siblings": 420, "reward": 520, "rollout": 500, "doctor": 270,
            "train_sft": 270, "train_grpo": 665, "evaluate": 300, "report": 675, "toy": 400}
 PURE = ["utils", "reward", "evaluate", "train_grpo"]  # their functions work where they and utils.py lie alone
 
