@@ -9,7 +9,8 @@
     python tests/bench.py rollout        # the embedded engine and transformers' generate
     python tests/bench.py ranks          # samples/s of the quick start on one rank and on two
     python tests/bench.py report         # seconds that a report on 102,400 completions takes
-    python tests/bench.py memory         # bytes a rank by formula, for 3B and 7B on 1 and 8 GPUs
+    python tests/bench.py memory         # bytes a rank at each moment, for 3B and 7B: what fits on which GPU, simulated
+    python tests/bench.py work           # operations and bytes of an update, plain and with shared prompts, counted
 
 Speeds of two programs are compared by alternating them, round by round, in the same process, so that
 what else the machine does meets both; what is printed is the median over the rounds.
@@ -520,7 +521,7 @@ def draw_growth(found, path):
 
 
 # ---------------------------------------------------------------------------------------------
-# Ranks and memory
+# Ranks, and reports
 
 
 def ranks(rounds, steps=6):
@@ -571,56 +572,17 @@ def report(rounds):
     return result
 
 
-# total and trained weights, the language model's width, MLP width, layers and vocabulary
-SHAPES = {"Qwen2.5-VL-3B": (3.75e9, 3.09e9, 2048, 11008, 36, 151936),
-          "Qwen2.5-VL-7B": (8.29e9, 7.62e9, 3584, 18944, 28, 152064)}
+def simulated(what):
+    """Of simulate.py, which is imported late: it makes a device known to this process."""
+    import simulate
 
-
-def memory_a_rank(shape, world_size, tokens, completion_tokens, width=2, checkpointing=True, reference=False):
-    """Bytes on one rank during an update, by part.
-
-    `tokens` are a micro-batch's, padding and prompts included; `width` is the bytes of a number in
-    compute (bfloat16: 2). Master weights, gradients and Adam's two moments are float32, sharded. A
-    layer saves about 12 numbers of the model's width and 4 of the MLP's a token, or with gradient
-    checkpointing its input alone, and one layer at a time is computed again.
-    """
-    total, trained, hidden, mlp, layers, vocabulary = shape
-    layer = trained / layers
-    one_layer = 12 * hidden + 4 * mlp
-    saved = layers * hidden + one_layer if checkpointing else layers * one_layer
-    from policy import HEAD_NUMBERS
-    return {
-        "weights": 4 * total / world_size,
-        "gradients": 4 * trained / world_size,
-        "optimiser": 8 * trained / world_size,
-        "reference": 4 * total / world_size if reference else 0,
-        # in compute precision and whole: two layers, and the root group (embeddings, vision tower)
-        "gathered": width * (2 * layer + total - trained + vocabulary * hidden),
-        "activations": tokens * width * saved,
-        # the chunk's logits, their softmax and its gradient
-        "head": 3 * 4 * min(HEAD_NUMBERS, completion_tokens * vocabulary),
-        "embedded sampler": 2 * total,
-    }
-
-
-def memory():
-    """The table of results/README.md: micro-batches of 8,192 tokens, a prompt of 400 among them."""
-    rows = {}
-    for name, shape in SHAPES.items():
-        for world_size in (1, 8):
-            parts = memory_a_rank(shape, world_size, 8192, 7792)
-            cells = [sum(parts[k] for k in ("weights", "gradients", "optimiser")), parts["gathered"],
-                     parts["activations"] + parts["head"], parts["embedded sampler"], sum(parts.values())]
-            rows[f"{name}, {world_size}"] = [round(x / 1e9, 1) for x in cells]
-            print("| " + " | ".join(map(str, [name, world_size, *rows[f"{name}, {world_size}"]])) + " |",
-                  file=sys.stderr)
-    return rows
+    return getattr(simulate, what)()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["step", "profile", "growth", "grader", "rollout", "ranks",
-                                                       "report", "memory"])
+                                                       "report", "memory", "work"])
     parser.add_argument("--peer", choices=["trl", "math_verify"], help="measure this library beside ours")
     parser.add_argument("--cases", help="JSON lines of prediction and reference; default: built-in pairs")
     parser.add_argument("--rounds", type=int, default=7, help="repetitions of each measurement")
@@ -640,8 +602,8 @@ def main():
         torch.set_num_threads(os.cpu_count())
     found = {"step": lambda: step(args.peer, args.rounds), "growth": lambda: growth(args.rounds),
              "grader": lambda: grader(args.peer, args.cases, args.rounds), "rollout": lambda: rollout(args.rounds),
-             "ranks": lambda: ranks(args.rounds), "memory": memory,
-             "report": lambda: report(args.rounds), "profile": where_time_goes}[what]()
+             "ranks": lambda: ranks(args.rounds), "memory": lambda: simulated("memory"),
+             "work": lambda: simulated("work"), "report": lambda: report(args.rounds), "profile": where_time_goes}[what]()
     if args.plot:
         draw_growth(found, args.plot)
     print(json.dumps({what: found}))

@@ -265,8 +265,3 @@ def test_the_figures_of_growth_stand_in_results():
 def test_the_reports_figures_stand_in_results():
     found = raw("report.json")["report"]
     assert f"{found['completions']:,} completions take {found['seconds']} seconds" in words(RESULTS)
-
-
-def test_the_memory_table_is_the_formulas():
-    for name, cells in bench.memory().items():
-        assert f"| {name.replace(', ', ' | ')} | {' | '.join(map(str, cells))} |\n" in RESULTS

@@ -8,20 +8,17 @@ shared out has nothing to hide behind.
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
-import bench
 import policy
 import rollout
 import train_grpo
 import utils
 from conftest import answered
-from data import load_samples
-from policy import freeze, load_model, load_processor, Policy, shard
+from policy import freeze, load_model, Policy, shard
 from runs import free_port, ROOT, run, splits, timeless, TINY
 
 
@@ -105,39 +102,6 @@ def test_only_what_trains_has_gradients_and_optimiser_state(qwen, one_rank):
                       train_grpo.Args(tis_cap=0.0))
     assert {p for p, g in seen.items() if g is not None} == trained == set(optimizer.state)
     assert 0 < len(trained) < len(seen)
-
-
-@pytest.mark.parametrize("rows, length, checkpointing", [
-    (16, 96, False), (16, 96, True), (4, 96, False), (16, 32, True)])
-def test_the_memory_formula(rows, length, checkpointing, one_rank, data):
-    """The bytes a rank of results/README.md against the allocations of an update, peak and lasting, on the toy."""
-    processor = load_processor(ROOT / "toy_model")
-    samples = load_samples(data / "train.jsonl", processor, 256)[:rows]
-    samples = [replace(s, completion_ids=[20] * length, sampler_logprobs=[-1.0] * length,
-                       finish_reason="stop", advantage=1.0) for s in samples]
-    model = load_model(ROOT / "toy_model")
-    trained = freeze(model, False, False, True)
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-    policy = shard(Policy(model, processor), torch.float32).train()
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], 1e-4)
-    args = train_grpo.Args(micro_batch_tokens=rows * 200, tis_cap=0.0)
-
-    def step():
-        train_grpo.update(policy, optimizer, samples, None, None, args)
-
-    step()
-    peak = bench.peak_bytes(step)
-    text = model.config.text_config
-    shape = (sum(p.numel() for p in policy.parameters()), trained, text.hidden_size,
-             text.intermediate_size, text.num_hidden_layers, text.vocab_size)
-    tokens = rows * (length + max(len(s.prompt_ids) for s in samples))
-    parts = bench.memory_a_rank(shape, 1, tokens, rows * length, 4, checkpointing)
-    moving = parts["gradients"] + parts["activations"] + parts["head"]  # nothing is gathered here
-    assert 0.75 < peak / moving < 1.25, (peak, parts)
-    lasting = [t for p in optimizer.state.values() for t in p.values() if t.numel() > 1]
-    assert sum(4 * t.numel() for t in lasting) == parts["optimiser"]
-    assert sum(4 * p.numel() for p in policy.parameters()) == parts["weights"]
 
 
 @pytest.mark.slow
