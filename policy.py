@@ -410,7 +410,8 @@ def shard(policy, dtype, offload=False):
     for group in (*policy.model.get_decoder().layers, policy):
         for weight in group.parameters():
             if not isinstance(weight, DTensor):
-                kind = torch.float32 if weight.requires_grad else dtype
+                master = torch.promote_types(weight.dtype, torch.float32)
+                kind = master if weight.requires_grad else dtype
                 weight.data = weight.data.to(device(), kind, copy=True)
         if not alone:
             fully_shard(group, **options)

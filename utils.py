@@ -334,8 +334,9 @@ def write_jsonl(path, rows):
 
 def append_jsonl(path, row):
     """Append a row with one write; `read_jsonl` passes over a line that a crash cut short."""
+    line = as_json(row) + "\n"
     with open(path, "ab") as file:
-        file.write(as_json(row).encode() + b"\n")
+        file.write(line.encode())
         file.flush()
         os.fsync(file.fileno())
 

@@ -80,6 +80,9 @@ class FakeCore:
     def get_supported_tasks(self):
         return ("generate",)
 
+    def shutdown(self):
+        self.calls.append("shutdown")
+
     def dp_engines_running(self):
         return False
 

@@ -336,8 +336,9 @@ RANGES = {  # by hand: what a float may be, and what it may not
     "temperature": ("0.01 0.6 100", "0.001 101 1e-40 -0.5"), "top_p": ("0.001 1", "0 1.5"),
     "vllm_memory": ("0.4", "0 1"), "clip_low": ("0 0.2 1", "1.5"), "clip_high": ("0 5", ""),
     "tis_cap": ("0 1 2", "0.5"), "kl_coef": ("0 0.04", ""), "lr": ("1e-9 1", "0 1.01"),
-    "weight_decay": ("0 0.1 1", "2"), "max_grad_norm": ("0.1 1e9", "0")}
-NOUGHT = set("seed refills max_steps vision_cache warmup_steps eval_every save_every keep limit groups".split())
+    "weight_decay": ("0 0.1 1", "2"), "lora_alpha": ("0.5 1e9", "0"), "max_grad_norm": ("0.1 1e9", "0")}
+NOUGHT = set("seed refills max_steps vision_cache warmup_steps eval_every save_every keep limit groups lora_rank"
+             .split())
 
 
 def may_be(stage, name, value):

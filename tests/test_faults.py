@@ -21,7 +21,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
+
 import evaluate
 import reward
 import train_grpo
