@@ -583,12 +583,12 @@ def tables(found):
     columns = []
     for row in found["commands"]:
         args = utils.parse_args(train_grpo.Args, row["words"].split())
-        parts, tokens = needs(row, args, row["card"])
+        parts, _ = needs(row, args, row["card"])
         most = max(map(sum, parts.values())) + BESIDE
-        columns.append({name: gigabytes(*part) for name, part in parts.items()} | {
-            "the most, with what is beside": gigabytes(most),
+        columns.append({name: gigabytes(*parts[name]) for name in ("start-up", "rollout", "update", "sync", "resume")} | {
+            f"the most, with {BESIDE / 1e9:.0f} GB beside": gigabytes(most),
             "fits on, GB": ", ".join(str(card) for card in CARDS if fits(row, args, card)) or "none",
-            "tokens in the sampler's cache": f"{tokens:,}", "host, a rank": gigabytes(host_bytes(row)[0])})
+            "host, a rank": gigabytes(host_bytes(row)[0])})
     rows = [heads] + [[name, *(column[name] for column in columns)] for name in columns[0]]
     grid = [["model", "GPUs", "flags", "between updates", *(f"update, P = {n:,}" for n in PROMPTS), "sync", "save",
              "resume", "host", *(f"{card} GB" for card in CARDS)]]

@@ -170,6 +170,20 @@ def today(value):
     return re.sub(r"^toy:(\w+)$", r"toy_data/\1.jsonl", value) if isinstance(value, str) else value
 
 
+def accuracies(result):
+    """A run's on validation, before and after, and on test, as tables have them."""
+    points = [point for split in ("validation", "test") for point in result[f"{split}_pass1_t0.6"].values()]
+    return ["{:.1f} [{:.1f}, {:.1f}]".format(100 * p["accuracy"], *(100 * x for x in p["interval_95"])) for p in points]
+
+
+def test_low_ranks_stand_in_results():
+    for seed in (0, 1, 2):
+        folder = ROOT / "results" / "lora" / f"seed_{seed}"
+        args, result = (json.loads((folder / name).read_text()) for name in ("args.json", "result.json"))
+        assert (args["seed"], args["lora_rank"], args["lr"]) == (seed, 8, 1e-3)
+        assert f"| {seed} | {' | '.join(accuracies(result))} |\n" in RESULTS
+
+
 def test_the_quick_start_stands_in_results():
     """Its table, cell by cell, and the mean gain, from results/quickstart."""
     gains = {"validation": [], "test": []}
@@ -179,11 +193,7 @@ def test_the_quick_start_stands_in_results():
         rows = [r for r in utils.read_jsonl(folder / "eval.jsonl") if r["split"] == "validation"]
         args = json.loads((folder / "args.json").read_text())
         assert args["seed"] == seed
-        cells = [str(seed)]
-        for split in ("validation", "test"):
-            for point in result[f"{split}_pass1_t0.6"].values():
-                low, high = point["interval_95"]
-                cells.append(f"{100 * point['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
+        cells = [str(seed), *accuracies(result)]
         for name, scale, digits in (("length", 1, 1), ("reflection_ratio", 100, 0)):
             cells += [f"{scale * row[name]:.{digits}f}" for row in (rows[0], rows[-1])]
         cells.append(f"{result['minutes']:.1f}")
