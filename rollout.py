@@ -140,7 +140,7 @@ class HFEngine:
     """Samples with a transformers model of its own: whole weights, no collective in `generate`."""
 
     def __init__(self, model, processor, batch_size, sharing=None):
-        self.model = model.eval()
+        self.model = model.to(device()).eval()
         self.processor = processor
         self.sharing = sharing  # of siblings.py; None: each answer has a cache of its own
         self.batch_size = batch_size
@@ -453,7 +453,7 @@ def make_engine(kind, model, processor, args, sharing=None):
     else:
         own = load_model(args.model, dtype).requires_grad_(False)
         sharing = share(own, processor)
-    return HFEngine(own.to(device()), processor, args.rollout_batch_size, sharing)
+    return HFEngine(own, processor, args.rollout_batch_size, sharing)
 
 
 def main(args):
