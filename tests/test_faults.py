@@ -281,7 +281,8 @@ def scripted_and_killed(accuracies, place, number):
     at_call(number, place, kill)
 
 
-@pytest.mark.parametrize("words, ranks", [(GRPO, 1), (GRPO, 2), (SFT, 1)])
+@pytest.mark.parametrize("words, ranks", [
+    (GRPO, 1), (SFT, 1), pytest.param(GRPO, 2, marks=pytest.mark.slow)])
 def test_the_best_step_keeps_its_checkpoint(data, tmp_path, words, ranks):
     """The first of equals, not the model before step 1; saved although --save_every asks for none; and all the same
     when the run is killed in between."""
@@ -339,7 +340,8 @@ def flat(value, name=""):
     return {name: value}
 
 
-@pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
+@pytest.mark.parametrize("before, after", [
+    (2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_another_number_of_ranks(whole, tmp_path, before, after):
     """The weights and the optimiser's state are those that were saved; the logs have no gap."""
     out = tmp_path / "run"

@@ -45,7 +45,7 @@ FOUR = [*TEN, "--max_steps", "4", "--group_size", "2"]
 
 
 @pytest.fixture(scope="module", params=[
-    pytest.param((FOUR, 4, (1, 2)), id="4 steps, 2 ranks"),
+    pytest.param((FOUR, 4, (1, 2)), id="4 steps, 2 ranks", marks=pytest.mark.slow),
     pytest.param((TEN, 10, (1, 2, 4)), id="10 steps, 2 and 4 ranks", marks=pytest.mark.slow)])
 def runs(request, data, tmp_path_factory):
     """Run folders of the same steps, two updates each, on one rank and on several; the last step."""

@@ -5,7 +5,6 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 import urllib.request
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from PIL import Image
 
 import report
 import utils
+from runs import run
 
 ROOT = Path(__file__).parents[1]
 HOSTILE = "</pre><script>window.hacked = 1; document.title = 'hacked'</script><img src=x onerror=alert(1)>"
@@ -358,9 +358,8 @@ def test_the_same_runs_give_the_same_bytes(tmp_path):
      "not those of a run")])
 def test_what_is_no_run_is_a_sentence(tmp_path, prepare, sentence):
     prepare(tmp_path / "run")
-    done = subprocess.run([sys.executable, "report.py", str(tmp_path / "run"), "--out", str(tmp_path / "out")],
-                          cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr
+    _, log = run("report.py", tmp_path / "run", "--out", tmp_path / "out", code=2)
+    assert sentence in log and "Traceback" not in log
     assert not (tmp_path / "out").exists()
 
 
