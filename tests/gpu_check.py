@@ -278,11 +278,12 @@ def check_memory(shape, folder):
         found[way] = {moment: most[moment] for moment in MOMENTS} | {"seconds": seconds[way]}
         del policy, optimizer, own, step
     words = [sys.executable, __file__, "--plan", str(len(prompts[0].prompt_ids)), *sys.argv[1:]]
-    blind = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(words, env=blind, stdout=subprocess.PIPE, text=True, check=True)
-    for way, planned in json.loads(done.stdout).items():
-        for moment, size in planned.items():
-            found[way][moment] = {"gigabytes": found[way][moment] / 1e9, "planned": size / 1e9}
+    done = subprocess.run(words, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    planned = json.loads(done.stdout) if done.returncode == 0 else {}
+    for way, moments in found.items():
+        for moment in MOMENTS:
+            plan_bytes = planned[way][moment] / 1e9 if planned else f"failed: {done.stderr.strip()[-300:]}"
+            moments[moment] = {"gigabytes": moments[moment] / 1e9, "planned": plan_bytes}
     return found
 
 
