@@ -110,8 +110,8 @@ def load_model(path, dtype=None):
     wrong = {"missing": info["missing_keys"], "without a place": info["unexpected_keys"],
              "of another shape": [name for name, *_ in info["mismatched_keys"]],
              "quantised": [name for name, w in weights if w.dtype.itemsize < 2],
-             "not finite": [name for name, w in weights
-                            if not all(map(isfinite, w.detach().aminmax()))]}
+             "not finite": [name for name, w in weights if w.numel()
+                            and not all(map(isfinite, w.detach().aminmax()))]}
     said = [f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{' ...' * (len(names) > 3)})"
             for what, names in wrong.items() if names]
     if said:
