@@ -69,7 +69,8 @@ def test_grpo_learns_on_two_ranks(tmp_path):
 
 def test_lora_learns(tmp_path):
     """Rank 8 in place of the language's weights: a tenth of the numbers."""
-    result = torchrun("train_grpo.py", "--lora_rank", 8, "--lr", 1e-3, "--seed", 100, "--out", tmp_path / "run")
+    result = torchrun("train_grpo.py", "--lora_rank", 8, "--lr", 1e-3, "--seed", 100, "--epochs", 1, "--out",
+                      tmp_path / "run")
     assert gain(result, "validation") > 0.2
     assert gain(result, "test") > 0.1
 
