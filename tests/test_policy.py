@@ -333,14 +333,15 @@ def test_the_sampler_starts_and_sleeps_before_the_device_is_taken(data, tmp_path
         return made
 
     monkeypatch.setattr(rollout, "make_engine", engine)
-    monkeypatch.setattr(policy, "shard", lambda *v: calls.append("shard") or wrap(*v))
+    monkeypatch.setattr(policy, "shard", lambda made, *v: calls.append(
+        "policy" if any(p.requires_grad for p in made.parameters()) else "reference") or wrap(made, *v))
     monkeypatch.setattr(doctor, "rehearse", lambda *v: calls.append("rehearse") or look(*v))
     monkeypatch.setattr(utils, "begin_run", mock.Mock(side_effect=InterruptedError))
     with pytest.raises(InterruptedError):
         train_grpo.main(train_grpo.Args(
             train_data=str(data / "train.jsonl"), validation_data="", test_data="", batch_size=4, mini_batch_size=4,
             kl_coef=0.1, out=str(tmp_path / "run")))
-    assert calls == ["start", "sleep", "shard", "shard", "sync", "rehearse"]
+    assert calls == ["start", "sleep", "reference", "policy", "sync", "rehearse"]  # a reference in float32 is a waste
 
 
 @pytest.mark.parametrize("script", ["train_grpo.py", "train_sft.py"])
