@@ -71,6 +71,7 @@ def vllm(data_path, tmp_path_factory):
 
 @pytest.mark.parametrize("name, kind", [
     *((name, "reload") for name in VARIANTS), ("qwen2_vl tied", "reload with low ranks")])
+@pytest.mark.slow
 def test_a_reload_is_a_fresh_load_bit_for_bit(vllm, name, kind):
     """Twice in a row; all stays in its place, where CUDA graphs look for it, and buffers are as they were."""
     found = vllm[name][kind]
@@ -79,6 +80,7 @@ def test_a_reload_is_a_fresh_load_bit_for_bit(vllm, name, kind):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.slow
 def test_a_sync_wakes_reloads_and_forgets_in_that_order(vllm, name):
     """Weights first, since they need room; the cache's memory last, when what was gathered for them is free again."""
     assert vllm[name]["reload"]["calls"] == 2 * [[
@@ -87,6 +89,7 @@ def test_a_sync_wakes_reloads_and_forgets_in_that_order(vllm, name):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.slow
 def test_a_weight_that_never_comes_ends_the_sync(vllm, name):
     said = vllm[name]["reload"]["withheld"]
     assert len(said) == (3 if VARIANTS[name][1] else 4)
@@ -95,6 +98,7 @@ def test_a_weight_that_never_comes_ends_the_sync(vllm, name):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.slow
 def test_prompts_arrive_token_for_token(vllm, name):
     """As vLLM's own processor expands them; pictures to the last bit of bfloat16, each prompt with two answers."""
     rows = vllm[name]["prompts"]
@@ -106,6 +110,7 @@ def test_prompts_arrive_token_for_token(vllm, name):
     assert [len(row["pixels"]) for row in rows] == [1] * 8 + [0, 0]  # those of "two" were sent before
 
 
+@pytest.mark.slow
 def test_the_noise_of_a_request_is_of_seed_step_prompt_and_index_alone(vllm):
     """A token's noise is a function of its request's seed, its position and its id (vllm 0.25.1: gumbel_block_argmax in
     v1/worker/gpu/sample/gumbel.py), and neither of the batch nor of a generator that goes on; so all is in the seed."""
@@ -115,6 +120,7 @@ def test_the_noise_of_a_request_is_of_seed_step_prompt_and_index_alone(vllm):
     assert not {*seeds["one"]} & {*seeds["another --seed"]} and not {*seeds["one"]} & {*seeds["another step"]}
 
 
+@pytest.mark.slow
 def test_the_noise_of_an_unseeded_request_is_numpys(vllm):
     """Why each request has a seed: vLLM sets numpy's when it starts, so that a resumed run would replay its noise, and
     all values of --seed would share it (SamplingStates in v1/worker/gpu/sample/states.py)."""

@@ -60,7 +60,7 @@ def test_unsolved_every_check_fails(tmp_path):
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=pytest.mark.slow if name == "short" else ()) for name in NAMES])  # it trains
+    pytest.param(name, marks=pytest.mark.slow if i % 3 or name == "short" else ()) for i, name in enumerate(NAMES)])
 def test_solved_its_check_passes(name, tmp_path):
     copy_tree(tmp_path)
     if name == "silent_bug":

@@ -282,7 +282,7 @@ def scripted_and_killed(accuracies, place, number):
 
 
 @pytest.mark.parametrize("words, ranks", [
-    (GRPO, 1), (SFT, 1), pytest.param(GRPO, 2, marks=pytest.mark.slow)])
+    (GRPO, 1), pytest.param(SFT, 1, marks=pytest.mark.slow), pytest.param(GRPO, 2, marks=pytest.mark.slow)])
 def test_the_best_step_keeps_its_checkpoint(data, tmp_path, words, ranks):
     """The first of equals, not the model before step 1; saved although --save_every asks for none; and all the same
     when the run is killed in between."""
@@ -391,8 +391,10 @@ def values(policy, optimizer):
             for name, v in (weights | states).items()}
 
 
-@pytest.mark.parametrize("dtype, offload", [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
-@pytest.mark.parametrize("kind", ["language", "connector", "vision connector language", "low rank"])
+@pytest.mark.parametrize("kind, dtype, offload", [
+    ("language", torch.float32, False), ("connector", torch.bfloat16, False),
+    pytest.param("vision connector language", torch.bfloat16, False, marks=pytest.mark.slow),
+    pytest.param("low rank", torch.bfloat16, True, marks=pytest.mark.slow)])
 def test_the_resume_state_is_what_trains(tmp_path, one_rank, kind, dtype, offload):
     """By name and size on disk; in another process's objects all is as it was, also after a forward that has left
     weights gathered, and where the frozen part is tied."""
@@ -473,7 +475,8 @@ def test_a_rank_that_dies_ends_the_other(whole, tmp_path, dies):
 
 @pytest.mark.parametrize("place, act, sentence", [
     ("utils.save_checkpoint", full_disk, r"step_000003 cannot be saved \(.*No space left.*\); .* free"),
-    ("utils.save_checkpoint", small_files, r"step_000003 cannot be saved \(.*File too large.*\);"),
+    pytest.param("utils.save_checkpoint", small_files, r"step_000003 cannot be saved \(.*File too large.*\);",
+                 marks=pytest.mark.slow),
     ("torch.distributed.checkpoint.save", small_files, r"step_000003 cannot be saved \(.*\);"),
     ("utils.append_jsonl", full_disk, r"rank 0: \[Errno 28\] No space left on device\.")])
 def test_a_full_disk(whole, tmp_path, place, act, sentence):

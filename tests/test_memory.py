@@ -75,6 +75,7 @@ def measured(more, dtype):
     return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in kept), peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_simulation_agrees_with_what_a_cpu_allocates(name, found, one_rank):
     """The goal was 15 %; it is within half a per cent."""
@@ -86,6 +87,7 @@ def test_the_simulation_agrees_with_what_a_cpu_allocates(name, found, one_rank):
     assert moments["step"]["gpu"] <= moments["update " + str(PROMPT)]["gpu"]
 
 
+@pytest.mark.slow
 def test_the_work_grows_by_the_same_for_each_layer(found):
     """Which `work` relies on; and one layer's operations, by hand."""
     text = toy_config().get_text_config()

@@ -298,7 +298,7 @@ def die(*_):
     ("train_grpo", "--lora_rank 4 --lora_alpha 8", 1),
     pytest.param("train_grpo", "--lora_rank 4 --offload --dtype bfloat16 --gradient_checkpointing --kl_coef 0.01 "
                  "--train_connector", 2, marks=pytest.mark.slow),
-    ("train_sft", "--lora_rank 4 --offload", 1)])
+    pytest.param("train_sft", "--lora_rank 4 --offload", 1, marks=pytest.mark.slow)])
 def test_a_run_with_updates_or_offload_goes_on_bit_for_bit(data, tmp_path, trainer, words, ranks):
     """Killed in its third step; its checkpoints are plain models, and what the two runs end with is the same."""
     tiny = TINY if trainer == "train_grpo" else "--batch_size 4 --save_every 1".split()
