@@ -521,6 +521,35 @@ def draw_growth(found, path):
 
 
 # ---------------------------------------------------------------------------------------------
+# The published shapes of Qwen2.5-VL, for what is simulated, and for what a GPU is to show
+
+SHAPES = {
+    "3B": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
+           "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
+    "7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+           "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
+}
+VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+          "fullatt_block_indexes": [7, 15, 23, 31]}
+SECTIONS = [16, 24, 24]  # of M-RoPE
+
+
+def qwen_config(text, vision, sections, processor):
+    """A Qwen2.5-VL's config of these sizes, with the toy's special tokens."""
+    from transformers import Qwen2_5_VLConfig
+
+    ids, tied = processor.tokenizer.convert_tokens_to_ids, text["tie_word_embeddings"]
+    rope = {"rope_type": "default", "mrope_section": sections, "rope_theta": 1e6}
+    text = text | {"rope_parameters": rope, "bos_token_id": None, "eos_token_id": ids("<|im_end|>"),
+                   "pad_token_id": ids("<|endoftext|>")}
+    vision = vision | {"out_hidden_size": text["hidden_size"], "patch_size": 14}
+    return Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=tied,
+        image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"))
+
+
+# ---------------------------------------------------------------------------------------------
 # Ranks, and reports
 
 

@@ -24,15 +24,16 @@ from pathlib import Path
 import torch
 import transformers
 from PIL import Image
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import bench
 import toy
 import train_grpo
 import utils
-from bench import matrix_peak, useful_work
+from bench import matrix_peak, qwen_config, useful_work
 from conftest import branching, sampler
 from data import load_samples, make_sample
 from doctor import mean_gap, trainer_logprobs
@@ -42,13 +43,11 @@ from rollout import Args, choose_engine, make_engine, share
 from siblings import pack, Sharing
 
 SHAPES = {  # what differs between Qwen2.5-VL-3B and the stand-in for a CPU
-    "3b": {"text": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
-                    "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936},
-           "vision": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
-                      "fullatt_block_indexes": [7, 15, 23, 31]},
-           "sections": [16, 24, 24], "side": 504, "tokens": 400, "group": 8, "prompts": 4},
+    "3b": {"text": bench.SHAPES["3B"], "vision": bench.VISION, "sections": bench.SECTIONS,
+           "side": 504, "tokens": 400, "group": 8, "prompts": 4},
     "tiny": {"text": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-                      "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 1000},
+                      "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 1000,
+                      "tie_word_embeddings": True},
              "vision": {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2,
                         "fullatt_block_indexes": [1]},
              "sections": [4, 6, 6], "side": 112, "tokens": 8, "group": 2, "prompts": 2},
@@ -69,15 +68,14 @@ def held_bytes():
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 
 
-def toy_prompts(folder):
-    toy.write_data(folder)
+def toy_prompts():
     processor = load_processor(ROOT / "toy_model")
-    return processor, load_samples(folder / "validation.jsonl", processor, 256)[:64]
+    return processor, load_samples(ROOT / "toy_data" / "validation.jsonl", processor, 256)[:64]
 
 
-def check_numbers(folder):
+def check_numbers():
     """The toy: greedy answers and log-probabilities on this device against float32 on the CPU."""
-    processor, prompts = toy_prompts(folder)
+    processor, prompts = toy_prompts()
     model = load_model(ROOT / "toy_model")
     dtype = compute_dtype("auto")
     exactly = twin(model, utils.device())
@@ -96,24 +94,14 @@ def check_numbers(folder):
 
 
 def big_config(shape, processor):
-    """The config of a Qwen2.5-VL of the shape."""
-    limits = {"shortest_edge": 28**2, "longest_edge": 28**2 * 1024}
-    processor.image_processor.size = type(processor.image_processor.size)(**limits)
-    ids = processor.tokenizer.convert_tokens_to_ids
-    rope = {"rope_type": "default", "mrope_section": shape["sections"], "rope_theta": 1e6}
-    text = shape["text"] | {"rope_parameters": rope, "tie_word_embeddings": True,
-                            "bos_token_id": None, "eos_token_id": ids("<|im_end|>"),
-                            "pad_token_id": ids("<|endoftext|>")}
-    vision = shape["vision"] | {"out_hidden_size": text["hidden_size"], "patch_size": 14}
-    return Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True,
-        image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"))
+    return qwen_config(shape["text"], shape["vision"], shape["sections"], processor)
 
 
 def big_model(shape):
     """A random model of the shape on the host, as `load_model` gives it, its language trainable; and its processor."""
     processor = toy.build_processor()
+    limits = {"shortest_edge": 28**2, "longest_edge": 28**2 * 1024}
+    processor.image_processor.size = type(processor.image_processor.size)(**limits)
     with torch.device(utils.device()):  # where random numbers are made fast
         model = Qwen2_5_VLForConditionalGeneration(big_config(shape, processor))
     model = twin(model, "cpu", compute_dtype("auto")).cpu()
@@ -135,9 +123,9 @@ def adam(policy):
     return torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], 1e-6, fused=True)
 
 
-def answered_toy(folder, group=4):
+def answered_toy(group=4):
     """The toy's model, frozen but for its language, and some answers of its own with advantages."""
-    processor, prompts = toy_prompts(folder)
+    processor, prompts = toy_prompts()
     model = load_model(ROOT / "toy_model").to(utils.device())
     freeze(model, False, False, True)
     done = sampler(copy.deepcopy(model), processor, 64).generate(prompts[:16], group, 1.0, 1.0, 96, 0)
@@ -156,13 +144,13 @@ def logprobs_and_gradient(policy, batch):
     return logprobs.detach().double(), gradient
 
 
-def check_flex(folder):
+def check_flex():
     """Errors against float64 of the plain path and of flex attention.
 
     On a CPU of the rectangles too, and flex attention, which has no backward there, is held to its
     log-probabilities alone.
     """
-    processor, model, done = answered_toy(folder)
+    processor, model, done = answered_toy()
     exact = Policy(copy.deepcopy(model).double(), processor)
     truth, true_gradient = logprobs_and_gradient(exact, collate(done, processor))
     found = {}
@@ -184,9 +172,9 @@ def check_flex(folder):
     return found
 
 
-def check_step(folder):
+def check_step():
     """One update on the same batch: in float32, and in bfloat16 through FSDP2, offloaded too; the same with LoRA."""
-    processor, model, done = answered_toy(folder)
+    processor, model, done = answered_toy()
     found = {}
     for rank in (0, 8):
         kinds = {"float32": (torch.float32, False), "bfloat16": (torch.bfloat16, False),
@@ -375,8 +363,8 @@ def main():
     result = {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        checks = {"numbers": lambda: check_numbers(folder), "flex": lambda: check_flex(folder),
-                  "step": lambda: check_step(folder), "memory": lambda: check_memory(shape, folder),
+        checks = {"numbers": check_numbers, "flex": check_flex, "step": check_step,
+                  "memory": lambda: check_memory(shape, folder),
                   "speed": lambda: check_speed(shape, folder), "vllm": lambda: check_vllm(shape, folder)}
         for name, check in checks.items():
             try:

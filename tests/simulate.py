@@ -45,6 +45,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import qwen_config, SECTIONS, SHAPES, VISION
+
 aten = torch.ops.aten
 
 
@@ -265,31 +267,12 @@ def machine(world_size, module_names=("utils", "policy", "siblings", "rollout", 
 
 
 # ---------------------------------------------------------------------------------------------
-# The model: the published shapes of Qwen2.5-VL, and somebody's answers
-
-VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
-          "fullatt_block_indexes": [7, 15, 23, 31], "patch_size": 14}
-SHAPES = {
-    "3B": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
-           "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
-    "7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-           "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
-}
+# The model, and somebody's answers
 
 
 def published(name, processor):
     """The config of Qwen2.5-VL 3B or 7B, with the toy's special tokens."""
-    from transformers import Qwen2_5_VLConfig
-
-    ids = processor.tokenizer.convert_tokens_to_ids
-    rope = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
-    text = SHAPES[name] | {"rope_parameters": rope, "bos_token_id": None, "eos_token_id": ids("<|im_end|>"),
-                           "pad_token_id": ids("<|endoftext|>")}
-    return Qwen2_5_VLConfig(
-        text_config=text, vision_config=VISION | {"out_hidden_size": text["hidden_size"]},
-        tie_word_embeddings=text["tie_word_embeddings"],
-        image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"))
+    return qwen_config(SHAPES[name], VISION, SECTIONS, processor)
 
 
 def build_model(config, dtype):

@@ -14,7 +14,6 @@ from PIL import Image
 
 import doctor
 import rollout
-import toy
 import utils
 from conftest import branching
 from data import load_samples

@@ -34,7 +34,6 @@ from test_parity import ARGS, mixed
 from test_prefix import random_groups
 
 
-
 def variant(family, tied, heads=(16, 2)):
     """A random model with the head layout of a published one, its head tied to the embeddings or not; its processor."""
     processor = conftest.build_processor(family)
