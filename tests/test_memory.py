@@ -129,14 +129,16 @@ def test_the_readmes_commands_fit_the_card_that_they_name():
         assert simulate.fits(row, command["args"], row["card"]), row["words"]
 
 
-def test_what_the_readme_says_of_offload():
-    """All weights on a card of 24 GB, and the host's memory that it takes."""
+def test_what_the_readme_says_of_the_hosts_memory():
+    """All weights on a card of 24 GB, with --offload; and images' features, two bytes a number."""
     flags = "--gradient_checkpointing --offload"
     rows = {r["model"]: r for r in raw("memory.json")["memory"]["grid"] if (r["flags"], r["gpus"]) == (flags, 1)}
     args = train_grpo.Args(max_new_tokens=2048, offload=True)
     assert all(simulate.largest_share(row, args, 24) > 0.5 for row in rows.values())
     three, seven = (math.ceil(simulate.host_bytes(rows[model])[0] / 1e9) for model in ("3B", "7B"))
     assert f"on a card of 24 GB, if the host has {three} GB free ({seven} for 7B)" in " ".join(README.split())
+    small, large = (2000 * 400 * 2 * bench.SHAPES[model]["hidden_size"] / 1e9 for model in ("3B", "7B"))
+    assert f"{small:.1f} GB hold 2,000 of 400 tokens (3B; 7B: {large:.1f})" in " ".join(README.split())
 
 
 def simulated_again(words):
