@@ -259,8 +259,8 @@ def convert(name, source, out):
                         "whose answers are published.")
     utils.write_jsonl(path, rows)  # from here on it is there, and whole
     images = {image for row in rows for image in (row.get("images") or [row.get("image")]) if image}
-    scores = (f"{name} itself: {BENCHMARKS[name].scores} Here: by rule alone (reward.py), with the "
-              f"instruction {INSTRUCTION!r} after the question.")
+    scores = (f"{name} itself: {BENCHMARKS[name].scores.rstrip('.')}. Here: by rule alone "
+              f"(reward.py), with the instruction {INSTRUCTION!r} after the question.")
     print0(f"{path}: {len(rows)} rows, {len(images)} pictures. {scores}")
     return {"path": str(path), "rows": len(rows), "images": len(images),
             "left_out": {reason: len(ids) for reason, ids in left.items()}, "scores": scores}
