@@ -4,7 +4,7 @@ The columns are those of the hub's dataset cards; each file is written both by `
 """
 
 import io
-import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -20,6 +20,7 @@ from benchmarks import BENCHMARKS, choice, convert
 from data import INSTRUCTION, load_samples
 from reward import accuracy_reward, is_equal
 from test_house import ROOT
+from test_pages import LESSON, section
 
 LOADING = SimpleNamespace(max_prompt_tokens=10**6, columns="", instruction=INSTRUCTION, image_root="")
 TEXT = "string"
@@ -395,4 +396,21 @@ def test_the_table_is_whole():
     assert set(PUBLISHED) | {"mm_math"} == set(BENCHMARKS)
     for name, benchmark in BENCHMARKS.items():
         assert benchmark.source.count("/") == bool(benchmark.source) and (":" in benchmark.source or name == "mm_math")
-        assert len(benchmark.scores) > 30 and json.dumps(benchmark.scores)
+        assert len(benchmark.scores) > 30
+
+
+def test_the_lesson_has_every_benchmark():
+    """Its table, row for row; and the benchmark of its own that it adds works."""
+    listed = re.findall(r"^\| (\w+) \| (?:`|a zip file: `)([\w/:.-]+)` \|", section("Benchmarks", LESSON), re.M)
+    assert listed == [(name, b.source or "THU-KEG/MM_Math") for name, b in BENCHMARKS.items()]
+
+
+def test_a_benchmark_of_ones_own(processor, tmp_path, monkeypatch):
+    """The lesson's five lines."""
+    code = next(block for block in re.findall(r"```python\n(.*?)```", LESSON, re.S) if "BENCHMARKS[" in block)
+    monkeypatch.setattr(benchmarks, "BENCHMARKS", dict(BENCHMARKS))
+    exec(code, dict(vars(benchmarks)))
+    row = {"task": "White moves.", "moves": ["Qh5", "Ra1"], "best": "B", "board": PNG, "id": "1", "level": "easy"}
+    columns = dict.fromkeys(row, TEXT) | {"moves": "list", "board": "image"}
+    result = convert("chess", write(tmp_path / "a.parquet", columns, [row], "pyarrow"), tmp_path)
+    check(load(result["path"], processor), [(None, [PNG], ["White moves.\n(A) Qh5\n(B) Ra1\nAnswer"], ["B"], ["A"])])
