@@ -118,8 +118,12 @@ def mathvista(row):
 
 
 def mathverse(row):
-    """`query_cot` asks for reasoning first; the choices are in it, or in the picture."""
-    return row["query_cot"], row["answer"], [row["image"]]
+    """`query_cot` asks for reasoning first; the choices are in it, or in the picture alone."""
+    answer = (row["answer"] or "").strip()
+    options = dict(re.findall(r"^([A-H]):(.+)", row["question_for_eval"] or "", re.M))
+    if answer in options and "".join(options) == "ABCDEFGH"[:len(options)]:
+        answer = choice(list(options.values()), answer)
+    return row["query_cot"], answer, [row["image"]]
 
 
 def mathvision(row):
@@ -214,25 +218,30 @@ BENCHMARKS = {
 # Conversion
 
 
-def convert(name, source, out):
+def convert(name, sources, out):
     """Write `out`/NAME.jsonl, its pictures first; return what was done, ready for JSON.
 
-    `source` is a hub id with its split, a parquet file, a folder of shards or JSON lines; "" is
-    where the benchmark is published. Pictures keep their bytes, and equal ones are one file.
+    `sources` holds what `read_rows` takes, or nothing: then it is where the benchmark is published.
+    `out` "" is a folder of the benchmark's name. Pictures keep their bytes, and equal ones are one
+    file.
     """
-    path, seen, left, rows = Path(out) / f"{name}.jsonl", set(), {}, []
+    sources = [sources] if isinstance(sources, str) else sources
+    out, seen, left, rows = Path(out or name), set(), {}, []
+    path = out / f"{name}.jsonl"
     if name not in BENCHMARKS:
         raise UserError(f"--benchmark {name} is none of {', '.join(BENCHMARKS)}; the release of "
                         "MAYE is read as it is, other data by --columns.")
-    if not out or path.exists():
-        raise UserError(f"{path} is there already; remove it, or give --out another folder."
-                        if out else "--benchmark writes files; give --out a folder for them.")
-    source = str(source or BENCHMARKS[name].source)
+    if path.exists() or len(sources) > 1:
+        raise UserError(f"{path} is there already; remove it, or give another --out."
+                        if path.exists() else f"--benchmark {name} reads one source; give one of "
+                        f"{', '.join(sources)}.")
+    source = "".join(sources) or BENCHMARKS[name].source
     if not source:
         raise UserError(f"--benchmark {name} is published as a zip file beside JSON lines; run `hf "
                         "download THU-KEG/MM_Math --repo-type dataset --local-dir mm_math`, unzip "
                         "it there, and give mm_math/MM_Math.jsonl as well.")
-    folder = source if Path(source).is_dir() else str(Path(source).parent)
+    folder = Path(source if Path(source).exists() else source.partition(":")[0])  # its split
+    folder = str(folder if folder.is_dir() else folder.parent)
     for place, row in tqdm(read_rows(source), name, disable=rank() > 0):
         row_id = row.get(BENCHMARKS[name].id)
         row_id = f"{name}_{len(seen) + 1 if row_id is None else row_id}"
@@ -240,7 +249,7 @@ def convert(name, source, out):
             raise UserError(f"{place}: an earlier row has the id {row_id}; give one split alone.")
         seen.add(row_id)
         try:
-            rows.append({"id": row_id} | record(name, row, folder, Path(out)))
+            rows.append({"id": row_id} | record(name, row, folder, out))
         except LeftOut as reason:
             left.setdefault(str(reason), []).append(row_id)
         except KeyError as missing:
@@ -288,7 +297,7 @@ def record(name, row, folder, out):
 
 
 def written(image, folder, out):
-    """Write a picture, bytes or a path in `folder`, under a name made of its bytes, which it is."""
+    """Write a picture, bytes or a path in `folder`, under a name of its bytes; give that name."""
     if isinstance(image, str):
         # its name alone will do where no other file has it
         found = [] if Path(folder, image).is_file() else files(folder).get(Path(image).name, [])

@@ -6,7 +6,6 @@ The columns are those of the hub's dataset cards; each file is written both by `
 import io
 import re
 import shutil
-from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -22,7 +21,6 @@ from reward import accuracy_reward, is_equal
 from test_house import ROOT
 from test_pages import LESSON, section
 
-LOADING = SimpleNamespace(max_prompt_tokens=10**6, columns="", instruction=INSTRUCTION, image_root="")
 TEXT = "string"
 
 
@@ -71,7 +69,7 @@ def write(path, columns, rows, writer):
     else:
         table = pyarrow.Table.from_pylist(rows, schema=schema.arrow_schema.remove_metadata())
         pyarrow.parquet.write_table(table, path)
-    return path
+    return str(path)
 
 
 # Of each benchmark its columns, and rows; of a row what is published, its pictures in the order of the marks, parts of
@@ -123,10 +121,11 @@ PUBLISHED = {
         ({"sample_index": "1", "problem_index": "1", "problem_version": "Text Dominant", "image": PNG,
           "question": "AB?\nChoices:\nA:2\nB:3", "answer": "B", "question_type": "multi-choice", "query_wo": "directly",
           "query_cot": "Please first conduct reasoning.\nQuestion: AB?\nChoices:\nA:2\nB:3",
+          "question_for_eval": "AB?\nChoices:\nA:2\nB:3",
           "metadata": {"split": "testmini", "source": "GEOS", "subject": "Plane Geometry", "subfield": "Length"}},
-         [PNG], ["<image>Please first", "Choices:\nA:2\nB:3"], ["B", "B:3", "\\text{B}"], ["A", "A:2"]),
+         [PNG], ["<image>Please first", "Choices:\nA:2\nB:3"], ["B", "B:3", "\\text{B}", "3"], ["A", "A:2", "2"]),
         ({"sample_index": "2", "image": JPEG, "question": "", "answer": "(-2, 1]", "question_type": "free-form",
-          "query_cot": "According to the question shown in the image, answer."},
+          "query_cot": "According to the question shown in the image, answer.", "question_for_eval": "Range?"},
          [JPEG], ["shown in the image"], ["(-2, 1]"], ["(-2, 1)"])]),
     "mathvision": (
         {"id": TEXT, "question": TEXT, "options": "list", "image": TEXT, "decoded_image": "image", "answer": TEXT,
@@ -222,7 +221,7 @@ def check(samples, rows):
 
 
 def load(path, processor):
-    samples = load_samples(str(path), processor, LOADING)
+    samples = load_samples(path, processor, 10**6)
     for sample in samples:
         sample.image_token = processor.image_token_id
     return samples
@@ -288,12 +287,12 @@ def test_two_files_of_one_name_are_no_guess(tmp_path):
     (tmp_path / "a.png").write_bytes(JPEG)
     row = {"question": "x?", "file_name": "a.png", "solution": "\\boxed{3}"}
     utils.write_jsonl(tmp_path / "MM_Math.jsonl", [row])
-    convert("mm_math", tmp_path / "MM_Math.jsonl", tmp_path / "out")
+    convert("mm_math", [str(tmp_path / "MM_Math.jsonl")], tmp_path / "out")
     assert [path.read_bytes() for path in (tmp_path / "out" / "images").iterdir()] == [JPEG]
     (tmp_path / "a.png").unlink()
     benchmarks.files.cache_clear()
     with pytest.raises(utils.UserError, match="line 1: image a.png does not exist"):
-        convert("mm_math", tmp_path / "MM_Math.jsonl", tmp_path / "again")
+        convert("mm_math", [str(tmp_path / "MM_Math.jsonl")], tmp_path / "again")
 
 
 OPTIONS = [["40", "45"], ["Yes", "No"], ["12 apples", "12 oranges", "13"], ["3\\sqrt{2}", "3", "\\sqrt{18}"],
@@ -341,17 +340,17 @@ def refused(name, source, out, *words):
     sentence = str(caught.value)
     assert all(word in sentence for word in words), sentence
     assert "\n" not in sentence and sentence.endswith(".") and sentence.count(";") >= 1, sentence
-    assert not out or not list(out.glob("*.jsonl")) or "there already" in sentence
+    assert not list(out.glob("*.jsonl")) or "there already" in sentence
 
 
 def test_mistakes_are_sentences(tmp_path):
     out, source = tmp_path / "out", some_rows("geometry3k", tmp_path)
     refused("mathvita", source, out, "--benchmark mathvita is none of", "mathvista", "MAYE")
-    refused("geometry3k", source, "", "--benchmark writes files", "--out")
-    refused("mm_math", "", out, "hf download THU-KEG/MM_Math")
+    refused("geometry3k", [source, "b.parquet"], out, "--benchmark geometry3k reads one source", "b.parquet")
+    refused("mm_math", [], out, "hf download THU-KEG/MM_Math")
     refused("mathvista", source, out, "row 1", "mathvista has a column 'question_type'", "this row has images")
     refused("clevr", source, out, "copy.parquet, row 1", "clevr has a column 'solution'")
-    refused("geometry3k", tmp_path / "none.parquet", out, "none.parquet")
+    refused("geometry3k", str(tmp_path / "none.parquet"), out, "none.parquet")
     convert("geometry3k", source, out)
     refused("geometry3k", source, out, "geometry3k.jsonl is there already")
 
@@ -369,6 +368,12 @@ def test_a_copy_that_is_unlike_the_published_one(tmp_path):
     refused("mathvision", source, tmp_path / "d", "row 1", '"diagram" holds a picture', "lost")
     source = some_rows("mathvista", tmp_path, lambda row: row | {"decoded_image": None})
     refused("mathvista", source, tmp_path / "e", "row 1", "images/1.jpg does not exist")
+
+
+def test_without_a_folder_it_is_named_like_the_benchmark(tmp_path, monkeypatch):
+    source = some_rows("clevr", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert convert("clevr", [source], "")["path"] == "clevr/clevr.jsonl" and (tmp_path / "clevr" / "images").is_dir()
 
 
 def test_nothing_is_half_written(tmp_path, monkeypatch):
