@@ -406,7 +406,8 @@ def trl_steps(path, batches, group, length, between):
     from transformers import AutoProcessor, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from data import banned_ids, conversation, open_image
+    from data import banned_ids, conversation
+    from pictures import open_image
     from policy import freeze, load_model
     from rollout import end_ids
 

@@ -13,7 +13,8 @@ import rollout
 import toy
 import utils
 from conftest import branching, load_tiny, sampler, toy_processor
-from data import banned_ids, load_samples, open_image, tokenise
+from data import banned_ids, load_samples, tokenise
+from pictures import open_image
 from policy import load_processor, Policy
 
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
