@@ -299,8 +299,8 @@ def record(name, row, folder, out):
 def written(image, folder, out):
     """Write a picture, bytes or a path in `folder`, under a name of its bytes; give that name."""
     if isinstance(image, str):
-        # its name alone will do where no other file has it
-        found = [] if Path(folder, image).is_file() else files(folder).get(Path(image).name, [])
+        # a mere name may be that of a file further inside, where there is one alone
+        found = [] if Path(folder, image).is_file() else files(folder).get(image, [])
         image = str(found[0].relative_to(folder)) if len(found) == 1 else image
         image = Path(pictures.located(image, folder)).read_bytes()
     try:

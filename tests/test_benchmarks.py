@@ -3,9 +3,11 @@
 The columns are those of the hub's dataset cards; each file is written both by `datasets` and by plain pyarrow.
 """
 
+import base64
 import io
 import re
 import shutil
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -18,6 +20,7 @@ import utils
 from benchmarks import BENCHMARKS, choice, convert
 from data import INSTRUCTION, load_samples
 from reward import accuracy_reward, is_equal
+from runs import run
 from test_house import ROOT
 from test_pages import LESSON, section
 
@@ -258,6 +261,35 @@ def test_what_is_kept_beside(tmp_path):
                    "unit": "s", "precision": 1.0, "source": "FunctionQA", "task": "figure question answering"}
 
 
+def test_the_command_line(tmp_path):
+    """A folder of shards in, by its split or as a whole; evaluate.py takes what comes out, in JSON as everywhere."""
+    columns, rows = PUBLISHED["mathvista"]
+    (tmp_path / "copy" / "data").mkdir(parents=True)
+    for n in (0, 1):
+        write(str(tmp_path / "copy" / "data" / f"testmini-0000{n}-of-00002.parquet"), columns, [rows[n][0]], "datasets")
+    data, out = tmp_path / "out" / "mathvista.jsonl", tmp_path / "out"
+    result, _ = run("data.py", "--benchmark", "mathvista", "--out", out, f"{tmp_path / 'copy'}:testmini")
+    assert (result["path"], result["rows"], result["images"], result["left_out"]) == (str(data), 2, 2, {})
+    whole = convert("mathvista", [str(tmp_path / "copy")], tmp_path / "whole")["path"]
+    assert utils.read_jsonl(data) == utils.read_jsonl(Path(whole))
+    found, _ = run("evaluate.py", "--model", "toy_model", "--data", data, "--engine", "hf",
+                   "--settings", "pass1_t0.01", "--max_new_tokens", 4, "--out", tmp_path / "run")
+    assert "accuracy" in str(found)
+
+
+def test_json_lines_with_paths(processor, tmp_path):
+    """A copy that was written out, with paths from its own folder, or pictures in base 64."""
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "1.jpg").write_bytes(JPEG)
+    (row, _, *rest), (other, _, *more) = expressed("mathverse")
+    rows = [row | {"image": "pictures/1.jpg"}, other | {"image": base64.b64encode(PNG).decode()}]
+    utils.write_jsonl(tmp_path / "copy.jsonl", rows)
+    result = convert("mathverse", str(tmp_path / "copy.jsonl"), tmp_path / "out")
+    check(load(result["path"], processor), [(None, [JPEG], *rest), (None, [PNG], *more)])
+    utils.write_jsonl(tmp_path / "copy.jsonl", [row | {"image": "../1.jpg"}])
+    refused("mathverse", str(tmp_path / "copy.jsonl"), tmp_path / "again", "line 1: image ../1.jpg lies outside")
+
+
 @pytest.mark.parametrize("inside", ["", "images/", "Image/MM_Math/"])
 def test_mm_math_from_its_json_lines(inside, processor, tmp_path, capsys):
     """Pictures by name, wherever the archive was unzipped; the boxed answer is the reference, the solution golden."""
@@ -351,6 +383,7 @@ def test_mistakes_are_sentences(tmp_path):
     refused("mathvista", source, out, "row 1", "mathvista has a column 'question_type'", "this row has images")
     refused("clevr", source, out, "copy.parquet, row 1", "clevr has a column 'solution'")
     refused("geometry3k", str(tmp_path / "none.parquet"), out, "none.parquet")
+    refused("geometry3k", [], out, "hiyouga/geometry3k:test")  # no network
     convert("geometry3k", source, out)
     refused("geometry3k", source, out, "geometry3k.jsonl is there already")
 
