@@ -18,13 +18,14 @@ import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.processing_utils import TextKwargs
 from transformers.utils import logging as transformers_logging
 
 import utils
-from data import INSTRUCTION, Sample, banned_ids, open_image, tokenise
+from data import BARE, INSTRUCTION, Sample, banned_ids, open_image, tokenise
 from utils import UserError, device, first_line, rank, world_size
 
 HEAD_NUMBERS = 2**27  # of [completion tokens, vocabulary], that exist at one time
@@ -76,9 +77,6 @@ def load_processor(path):
     if not getattr(processor, "chat_template", None) or not hasattr(processor, "image_processor"):
         raise UserError(f"--model {path}: its processor has no chat template or takes no images; "
                         "give an instruction-tuned vision-language model.")
-    if "token_type_ids" in processor.model_input_names:  # without, its answers are silently wrong
-        raise UserError(f"--model {path}: this family looks at images in both directions, told by "
-                        "token_type_ids; `collate` makes none yet (LESSON.md, the last exercise).")
     # what a trainer left in the tokenizer's files would be defaults of each call of the processor
     tokenizer = processor.tokenizer
     for kwargs in (TextKwargs, processor.image_processor.valid_kwargs):
@@ -238,9 +236,15 @@ def whole_weights(model):
 
 
 @functools.lru_cache(maxsize=64)
-def image_inputs(image_processor, source):
-    """One image's tensors (`pixel_values`, its grid, ...), remembered for the G completions."""
-    return dict(image_processor(images=[open_image(source)], return_tensors="pt"))
+def image_inputs(processor, source):
+    """One image's tensors (`pixel_values`, its grid, ...), remembered for the G completions.
+
+    The processor is asked, since it may tell its image processor to tile, whatever the files say.
+    """
+    asked = processor(text=[processor.image_token], images=[open_image(source)],
+                      return_tensors="pt", **BARE)
+    text = {*processor.tokenizer.model_input_names, "token_type_ids", "mm_token_type_ids"}
+    return {name: value for name, value in asked.items() if name not in text}
 
 
 def padded(lists, value):
@@ -264,14 +268,17 @@ def collate(samples, processor, look=None):
     pad = next(i for i in ids if i is not None and i not in banned_ids(processor))
     inputs = {"input_ids": padded(rows, pad)}
     inputs["attention_mask"] = padded([[1] * len(r) for r in rows], 0)
-    if "mm_token_type_ids" in processor.model_input_names:  # 1 on an image's placeholders
-        image = processor.image_token_id
-        inputs["mm_token_type_ids"] = padded([[int(t == image) for t in r] for r in rows], 0)
+    # 1 on an image's placeholders: for M-RoPE, or since they see each other, later ones too
+    for name in {"mm_token_type_ids", "token_type_ids"} & {*processor.model_input_names}:
+        inputs[name] = padded(processor.create_mm_token_type_ids(rows), 0)
     images = [i for s in samples for i in s.images]  # in reading order
-    find = look or functools.partial(image_inputs, processor.image_processor)
+    find = look or functools.partial(image_inputs, processor)
     parts = [find(i) for i in images]
     for name in parts[0] if parts else ():  # joined along the first axis
-        inputs[name] = torch.cat([p[name] for p in parts]).to(device())
+        values = [p[name] for p in parts]
+        if len({v.shape[1:] for v in values}) > 1:  # fewer tiles are filled up, with zeros
+            values = [pad_sequence([row for v in values for row in v], batch_first=True)]
+        inputs[name] = torch.cat(values).to(device())
     completions = [s.completion_ids for s in samples]
     width = inputs["input_ids"].shape[1]
     places = [[i * width + len(s.prompt_ids) + k - 1 for k in range(len(s.completion_ids))]
