@@ -20,7 +20,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import (
+    AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, GenerationConfig,
+    PreTrainedTokenizerBase)
 from transformers.processing_utils import TextKwargs
 from transformers.utils import logging as transformers_logging
 
@@ -31,9 +33,11 @@ from utils import UserError, device, first_line, rank, world_size
 HEAD_NUMBERS = 2**27  # of [completion tokens, vocabulary], that exist at one time
 
 transformers_logging.disable_progress_bar()
-transformers_logging.get_logger("transformers.modeling_utils").addFilter(
-    # what `load_model` says in a sentence
-    lambda record: not re.search("LOAD REPORT|seem corrupted", record.getMessage()))
+for name in ("modeling_utils", "processing_utils"):
+    transformers_logging.get_logger(f"transformers.{name}").addFilter(
+        # what `load_model` says in a sentence; what SmolVLM's processor brings about at each prompt
+        lambda record: not re.search("LOAD REPORT|seem corrupted|^Kwargs passed to",
+                                     record.getMessage()))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -71,15 +75,39 @@ def check_files(folder):
                             f"says ({error}); copy or download it again.")
 
 
+class TextProcessor:
+    """A tokenizer in the place of a processor, for a model that reads text alone."""
+
+    image_processor = image_token = image_token_id = None
+    image_token_ids = video_token_ids = ()
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.chat_template = tokenizer, tokenizer.chat_template
+        self.model_input_names = tokenizer.model_input_names
+        self.save_pretrained = tokenizer.save_pretrained
+
+    def __call__(self, text, images=None, **words):
+        return self.tokenizer(text, **words)
+
+    def apply_chat_template(self, conversation, **words):
+        """A prompt's text: the templates of these models want a message's text in one piece."""
+        if any(part["type"] == "image" for message in conversation for part in message["content"]):
+            raise ValueError("its files have no image processor, and the row has a picture")
+        whole = [m | {"content": "".join(p["text"] for p in m["content"])} for m in conversation]
+        return self.tokenizer.apply_chat_template(whole, **words)
+
+
 def load_processor(path):
-    """The checkpoint's processor: tokenizer, chat template and image processor in one."""
+    """The checkpoint's processor: tokenizer, chat template and, but for text, image processor."""
     processor = load_pretrained(AutoProcessor, path)
+    if isinstance(processor, PreTrainedTokenizerBase):
+        processor = TextProcessor(processor)
     if not getattr(processor, "chat_template", None) or not hasattr(processor, "image_processor"):
         raise UserError(f"--model {path}: its processor has no chat template or takes no images; "
-                        "give an instruction-tuned vision-language model.")
+                        "give an instruction-tuned model of vision and language, or of text.")
     # what a trainer left in the tokenizer's files would be defaults of each call of the processor
     tokenizer = processor.tokenizer
-    for kwargs in (TextKwargs, processor.image_processor.valid_kwargs):
+    for kwargs in (TextKwargs, getattr(processor.image_processor, "valid_kwargs", TextKwargs)):
         for name in kwargs.__annotations__:
             tokenizer.init_kwargs.pop(name, None)
     tokenizer.split_special_tokens = tokenizer.clean_up_tokenization_spaces = False
@@ -101,8 +129,9 @@ def load_model(path, dtype=None):
     config = load_pretrained(AutoConfig, path)
     for part in filter(None, (config, *(getattr(config, name) for name in config.sub_configs))):
         part.dtype = None
+    loader = AutoModelForImageTextToText if config.sub_configs else AutoModelForCausalLM
     model, info = load_pretrained(
-        AutoModelForImageTextToText, path, config=config, dtype=dtype or "auto",
+        loader, path, config=config, dtype=dtype or "auto",
         attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True)
     weights = [*model.named_parameters()]
     wrong = {"missing": info["missing_keys"], "without a place": info["unexpected_keys"],

@@ -16,7 +16,8 @@ import toy
 import utils
 from conftest import branching, load_tiny, sampler, toy_processor
 from data import banned_ids, load_samples, open_image, tokenise
-from policy import freeze, image_inputs, load_processor, Policy
+from policy import freeze, image_inputs, load_model, load_processor, Policy
+from runs import run, TINY
 
 # which SmolVLM's processor asks for videos alone, and a package of that name is no requirement
 transformers.models.smolvlm.processing_smolvlm.num2words = str
@@ -156,7 +157,7 @@ TILED = [llava_next, internvl, smolvlm]
 def unlike_data(data_path, tmp_path_factory):
     """The nasty data set, and a prompt whose two pictures are cut into unlike numbers of tiles."""
     folder = shutil.copytree(data_path.parent, tmp_path_factory.mktemp("unlike") / "data")
-    row = {"id": "unlike", "question": "<image>or<image>?", "answer": "1",
+    row = {"id": "unlike", "question": "<image>or<image>?", "answer": "1", "solution": "\\boxed{1}",
            "images": ["images/line.png", "images/rgb.png"]}
     with (folder / data_path.name).open("a") as file:
         file.write(json.dumps(row) + "\n")
@@ -275,6 +276,21 @@ def test_what_is_never_sampled(build, marks):
     assert processor.tokenizer.convert_ids_to_tokens(banned_ids(processor)) == marks
 
 
+def no_more():
+    """Of a forked run, which imports this file to find it: what stands at its top."""
+
+
+def trained_twice(model, data, folder):
+    """Two steps of each trainer on a data set; the checkpoints."""
+    words = ["--model", model, "--max_new_tokens", "16", "--warmup_steps", "0", "--max_steps", "2",
+             "--train_data", data, "--validation_data", data, "--test_data="]
+    (folder / "odd.py").write_text("def odd(samples): return [float(s.completion_ids[0] % 2) for s in samples]")
+    grpo = [*TINY, "--group_size", "4", "--rewards", f"{folder / 'odd.py'}:odd:1.0"]
+    for stage, more in (("train_sft.py", ["--batch_size", "4"]), ("train_grpo.py", grpo)):
+        run(stage, *more, *words, "--out", folder / stage, fault=no_more)
+        yield max((folder / stage / "checkpoints").iterdir())
+
+
 def test_unlike_prompts_by_hand():
     """First, shortest and longest with images, most images (neither longest nor shortest), none; each once."""
     rows = [("first", 1, 20), ("short", 1, 10), ("long", 1, 90), ("many", 5, 50), ("plain", 0, 5), ("other", 0, 6)]
@@ -294,3 +310,68 @@ def test_the_rehearsal_asks_unlike_prompts_and_hears_a_stranger(tiny, one_rank):
         weight.data *= 2
     with pytest.raises(utils.UserError, match="^--model .*: sampler and trainer are .* nats apart on the prompts .*rows"):
         doctor.rehearse(engine, tiny.samples, rollout.Args(dtype="float32"), Policy(tiny.model, tiny.processor))
+
+
+# ---------------------------------------------------------------------------------------------
+# Models of text alone
+
+
+def text_model(Model, Config):
+    """A tokenizer with a template that wants a message's text in one piece, and a model around it."""
+    tokens = tokenizer()
+    tokens.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+    return tokens, Model(Config(**TEXT, vocab_size=len(tokens), eos_token_id=tokens.eos_token_id,
+                                pad_token_id=tokens.pad_token_id))
+
+
+def qwen2():
+    return text_model(transformers.Qwen2ForCausalLM, transformers.Qwen2Config)
+
+
+def llama():
+    return text_model(transformers.LlamaForCausalLM, transformers.LlamaConfig)
+
+
+@pytest.fixture(scope="module")
+def text_rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "rows.jsonl"
+    utils.write_jsonl(path, [{"question": f"What is {'1 + ' * i}2?", "answer": str(i + 2), "id": str(i),
+                              "solution": f"It is \\boxed{{{i + 2}}}."} for i in range(8)])
+    return path
+
+
+@pytest.mark.parametrize("build", [qwen2, pytest.param(llama, marks=pytest.mark.slow)])
+def test_a_model_of_text_goes_through_every_stage(build, tmp_path, text_rows):
+    """Sampled from, trained by both trainers for two steps; what is saved is a plain folder of its kind."""
+    model = save(build, tmp_path / "model")
+    result, _ = run("rollout.py", "--model", model, "--data", text_rows, "--n", "2", "--max_new_tokens", "16",
+                    "--out", tmp_path / "rollout")
+    assert result["completions"] == 16
+    run("doctor.py", "--model", model, "--data", text_rows)
+    for folder in trained_twice(model, text_rows, tmp_path):
+        trained, before = map(transformers.AutoModelForCausalLM.from_pretrained, (folder, model))
+        assert type(trained) is type(build()[1])
+        assert transformers.AutoTokenizer.from_pretrained(folder).chat_template
+        assert any((a != b).any() for a, b in zip(trained.parameters(), before.parameters()))
+
+
+def test_a_model_of_text_refuses_a_picture_by_its_row(tmp_path, data_path, text_rows):
+    processor = load_processor(save(llama, tmp_path))
+    samples = load_samples(text_rows, processor, 2048)
+    asked = processor.tokenizer.decode(samples[1].prompt_ids)
+    assert asked.startswith("<|im_start|>user\nWhat is 1 + 2?\nThink step") and asked.endswith("<|im_start|>assistant\n")
+    with pytest.raises(utils.UserError, match="line 1: .*its files have no image processor, and the row has a picture"):
+        load_samples(data_path, processor, 2048)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [gemma3, glm4v, *TILED])
+def test_a_family_is_trained_by_both(build, tmp_path, unlike_data):
+    """Two steps with pictures of all shapes, whose mark the sampler may not say; the doctor finds nothing."""
+    model = save(build, tmp_path / "model")
+    run("doctor.py", "--model", model, "--data", unlike_data, fault=no_more)
+    for folder in trained_twice(model, unlike_data, tmp_path):
+        assert transformers.AutoProcessor.from_pretrained(folder).chat_template
+        assert transformers.AutoModelForImageTextToText.from_pretrained(folder)
