@@ -9,13 +9,16 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from hypothesis import given, HealthCheck, settings
+from hypothesis import strategies as st
+from PIL import Image
 
 import doctor
 import rollout
 import toy
 import utils
-from conftest import branching, load_tiny, sampler, toy_processor
-from data import banned_ids, load_samples, open_image, tokenise
+from conftest import branching, build_processor, FAMILIES, load_tiny, sampler, toy_processor
+from data import BARE, banned_ids, load_samples, open_image, tokenise
 from policy import freeze, image_inputs, load_model, load_processor, Policy
 from runs import run, TINY
 
@@ -264,6 +267,68 @@ def rehearsal(tiny):
 def test_the_rehearsal_passes(build, tmp_path, unlike_data, one_rank):
     """What was refused once, since pictures are cut into tiles or seen in both directions."""
     assert any(s.images for s in rehearsal(load_tiny(save(build, tmp_path), unlike_data)))
+
+
+# ---------------------------------------------------------------------------------------------
+# Placeholders by a formula of a picture's size, without its pixels
+
+
+def repeated(processor, text, sizes):
+    """A prompt's ids: each picture's one placeholder as often as the formula says of its (width, height)."""
+    found = processor._get_num_multimodal_tokens(image_sizes=[(h, w) for w, h in sizes])["num_image_tokens"]
+    counts, mark = iter(found), processor.image_token_id
+    return [i for t in tokenise(processor.tokenizer, text) for i in ([t] * next(counts) if t == mark else [t])]
+
+
+def said(act, *values):
+    """What `act` gives, or the sentence by which it refuses."""
+    try:
+        return list(act(*values))
+    except ValueError as error:  # a picture 200 times as wide as high
+        return str(error)
+
+
+FORMULAS = [*FAMILIES, glm4v, llava, llava_next]
+SIDE = st.one_of(st.integers(1, 70), st.integers(1, 500), st.sampled_from([1, 2, 3, 27, 28, 29, 199, 200, 201, 1999]))
+SIZE = st.one_of(st.tuples(SIDE, SIDE), st.sampled_from([(3000, 2000), (1, 1), (2000, 10), (3, 600), (1201, 2999)]))
+
+
+@pytest.mark.parametrize("examples", [25, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("build", FORMULAS)
+def test_placeholders_by_formula(build, examples):
+    """As many, in the same places, as the processor makes of the pictures; or both refuse in the same words."""
+    processor = build_processor(build) if build in FAMILIES else build()[0]
+    mark, images = processor.image_token, processor.image_processor
+    seen = set()
+
+    def theirs(text, sizes):
+        return processor(text=[text], images=[Image.new("RGB", size) for size in sizes], **BARE)["input_ids"][0]
+
+    @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(sizes=st.lists(SIZE, min_size=1, max_size=3), glue=st.sampled_from(["", " ", "\n", "\n\n", "a", "<|im_end|>"]),
+           least=st.sampled_from([0, 28**2, 64**2, 300**2]), times=st.sampled_from([1, 2, 16, 1000]))
+    def holds(sizes, glue, least, times):
+        if least and hasattr(images, "merge_size"):
+            images.size = {"shortest_edge": least, "longest_edge": max(2 * 32**2, least) * times}
+        text = glue + glue.join(mark + "b" for _ in sizes)
+        ours = said(repeated, processor, text, sizes)
+        assert ours == said(theirs, text, sizes)
+        seen.add(ours if type(ours) is str else len(ours))
+
+    holds()
+    assert len(seen) > (2 if build is llava else 5)
+
+
+@pytest.mark.parametrize("build", [gemma3, internvl, smolvlm])
+def test_some_families_have_no_formula(build):
+    """Marks of rows, or newlines that tokenise together: here the processor must be asked for each picture."""
+    processor, sizes = build()[0], [(90, 60), (200, 330)]
+    text = "a" + processor.image_token * 2
+    whole = processor(text=[text], images=[Image.new("RGB", size) for size in sizes], **BARE)["input_ids"][0]
+    if build is smolvlm:
+        assert not hasattr(processor, "_get_num_multimodal_tokens")
+    else:
+        assert repeated(processor, text, sizes) != [*whole]
 
 
 @pytest.mark.parametrize("build, marks", [
