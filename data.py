@@ -239,8 +239,9 @@ def tokenise(tokenizer, text):
 
 def banned_ids(processor):
     """Ids that must never be sampled: a placeholder in a completion has no image behind it."""
-    names = ("image_token_id", "video_token_id")
-    return [getattr(processor, n) for n in names if getattr(processor, n, None) is not None]
+    own = getattr(processor, "image_token_id", None)  # Gemma 3's, of a prompt's text, is one apart
+    ids = [own, *processor.image_token_ids, *processor.video_token_ids]
+    return list(dict.fromkeys(i for i in ids if i is not None))
 
 
 def refuse_marks(text, what, processor):

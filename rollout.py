@@ -240,7 +240,7 @@ class HFEngine:
         lengths = batch["attention_mask"].sum(1)
         # rows come padded on the right; roll each one to the right end
         index = (torch.arange(width, device=lengths.device) + lengths[:, None]) % width  # (B, P)
-        for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
             if name in batch:
                 batch[name] = batch[name].gather(1, index)
         base = self.model.base_model

@@ -171,7 +171,7 @@ def test_grids_and_prompts_still_fit(tiny, tmp_path, how):
     for old, new in zip(samples, evaluate.perturbed(samples, how, 0), strict=True):
         for before, after in zip(old.images, new.images, strict=True):
             assert open_image(before).size == open_image(after).size
-            before, after = (image_inputs(tiny.processor.image_processor, x)["image_grid_thw"]
+            before, after = (image_inputs(tiny.processor, x)["image_grid_thw"]
                              for x in (before, after))
             assert torch.equal(before, after)
             grids.add(tuple(after[0].tolist()))
