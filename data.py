@@ -130,7 +130,7 @@ def read_json_lines(path):
 def read_tables(source):
     """The rows of what `datasets` loads: pictures are as they lie there, bytes or paths."""
     name, *words = [source] if Path(source).exists() else source.split(":")
-    path, split = Path(name), (words or [None])[-1]
+    path = Path(name)
     hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(path.parts[0]).exists()
     if not path.exists() and not (hub_id and 1 <= len(words) <= 2):
         raise UserError(f"{source}: no such file or folder; give the path of JSON lines or of "
@@ -138,21 +138,15 @@ def read_tables(source):
     if near := sorted(path.glob("*.jsonl")):
         raise UserError(f"{source}: a folder; give one of its files, as {near[0]}.")
     try:
-        import datasets
-
         if path.is_file():
-            found = datasets.load_dataset("parquet", data_files=name, streaming=True)
-        elif path.is_dir():
-            found = datasets.load_dataset(name, streaming=True)  # no second copy on the disk
+            from pyarrow.parquet import ParquetFile
+
+            # HAZARD: what it buffers ahead it keeps, which would be the whole file once more
+            tables = ParquetFile(path, pre_buffer=False).iter_batches(100)
         else:
-            config = words[0] if len(words) == 2 else None
-            # into the hub's cache: one rank of a machine downloads, the others wait for it
-            found = {split: datasets.load_dataset(name, config, split=split)}
-        if split not in found and (split or len(found) > 1):
-            raise UserError(f"{source}: give one of its splits, as {name}:{[*found][0]}; it has "
-                            f"{', '.join(found)}.")
-        n = 0  # pictures stay as they lie in the file: `datasets` would decode each of them
-        for table in found[split or [*found][0]].with_format("arrow").iter(100):
+            tables = tables_of(name, words, source).with_format("arrow").iter(100)
+        n = 0
+        for table in tables:
             for row in table.to_pylist():
                 yield f"{source}, row {(n := n + 1)}", row
     except UserError:
@@ -163,6 +157,20 @@ def read_tables(source):
         said = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{source}: cannot be read ({said:.300}); replace it, or give another path "
                         "or split.")
+
+
+def tables_of(name, words, source):
+    """What `datasets` loads of a folder or, into the hub's cache, of a hub id."""
+    import datasets
+
+    if not Path(name).exists():  # one rank of a machine downloads, the others wait for it
+        return datasets.load_dataset(name, *words[:-1], split=words[-1])
+    found = datasets.load_dataset(name, *words[:-1], streaming=True)  # no second copy on the disk
+    split = words[-1] if words else [*found][0]
+    if split not in found or len(found) > 1 and not words:
+        raise UserError(f"{source}: give one of its splits, as {name}:{[*found][0]}; it has "
+                        f"{', '.join(found)}.")
+    return found[split]
 
 
 def renamed(row, columns):

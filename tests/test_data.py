@@ -251,10 +251,6 @@ def test_layouts_of_the_wild_in_files(folder, processor):
             views = pyarrow.array([row["views"]], pyarrow.map_(pyarrow.string(), pyarrow.binary()))
             table = pyarrow.table({"question": [row["question"]], "answer": [row["answer"]], "views": views})
         pyarrow.parquet.write_table(table, path)
-        if "views" in row:
-            with pytest.raises(utils.UserError, match=r"data.parquet: cannot be read \(ValueError: Arrow type map<"):
-                load_samples(path, processor, 512)
-            continue
         check_layout(folder, lambda: load_samples(path, processor, 512)[0], wanted)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([layouts(png("red"), None)[0][0]]), path)
     batch = collate(load_samples(path, processor, 512), processor)
@@ -446,15 +442,15 @@ def shards(folder, **counts):
 
 def test_a_folder_of_shards(tmp_path, processor):
     """All shards of a split, in order; several splits are asked for by name, and nothing is copied."""
-    folder = shards(tmp_path / "set", train=2, test=1)
+    folder = shards(tmp_path / "set", train=2, test=1, validation=1)
     asked = [s.question for s in load_samples(f"{folder}:train", processor, 512)]
     assert asked == [f"<image>train {i} {k}?" for i in range(2) for k in range(2)]
     (sample, _) = load_samples(folder / "data" / "test-00000-of-00001.parquet", processor, 512)
     assert sample.images == [png("red")] and sample.place == f"{folder}/data/test-00000-of-00001.parquet, row 1"
-    for source in (folder, f"{folder}:validation"):
-        with pytest.raises(utils.UserError, match="give one of its splits, as .*set:train; it has train, test"):
+    for source in (folder, f"{folder}:trian"):
+        with pytest.raises(utils.UserError, match="give one of its splits, as .*set:train; it has train, validation, test"):
             load_samples(source, processor, 512)
-    for path in (folder / "data").glob("train*"):
+    for path in (folder / "data").glob("*[an]-0000*"):
         path.unlink()
     assert len(load_samples(folder, processor, 512)) == 2
 
