@@ -5,6 +5,8 @@ The columns are those of the hub's dataset cards; each file is written both by `
 
 import base64
 import io
+import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -129,7 +131,9 @@ PUBLISHED = {
          [PNG], ["<image>Please first", "Choices:\nA:2\nB:3"], ["B", "B:3", "\\text{B}", "3"], ["A", "A:2", "2"]),
         ({"sample_index": "2", "image": JPEG, "question": "", "answer": "(-2, 1]", "question_type": "free-form",
           "query_cot": "According to the question shown in the image, answer.", "question_for_eval": "Range?"},
-         [JPEG], ["shown in the image"], ["(-2, 1]"], ["(-2, 1)"])]),
+         [JPEG], ["shown in the image"], ["(-2, 1]"], ["(-2, 1)"]),
+        ({"sample_index": "3", "image": JPEG, "answer": "C ", "question_type": "multi-choice", "query_cot": "CD?",
+          "question_for_eval": "CD?\nA:2\nC:3"}, [JPEG], ["CD?"], ["C"], ["A", "B", "3"])]),
     "mathvision": (
         {"id": TEXT, "question": TEXT, "options": "list", "image": TEXT, "decoded_image": "image", "answer": TEXT,
          "solution": TEXT, "level": "int64", "subject": TEXT}, [
@@ -259,6 +263,10 @@ def test_what_is_kept_beside(tmp_path):
     assert row.pop("question").startswith("<image>Hint") and image.startswith("images/") and image.endswith(".jpg")
     assert row == {"id": "mathvista_1", "answer": "1.2", "question_type": "free_form", "answer_type": "float",
                    "unit": "s", "precision": 1.0, "source": "FunctionQA", "task": "figure question answering"}
+    row = rows[3][0] | {"precision": math.nan, "decoded_image": base64.b64encode(PNG).decode(), "unit": None}
+    (tmp_path / "copy.jsonl").write_text(json.dumps(row))
+    convert("mathvista", str(tmp_path / "copy.jsonl"), tmp_path / "nan")
+    assert "precision" not in utils.read_jsonl(tmp_path / "nan" / "mathvista.jsonl")[0]
 
 
 def test_the_command_line(tmp_path):
@@ -277,11 +285,25 @@ def test_the_command_line(tmp_path):
     assert "accuracy" in str(found)
 
 
+@pytest.mark.parametrize("split", ["", ":test"])
+def test_shards_with_paths(split, processor, tmp_path):
+    """They begin from the folder that is given, with or without its split, or from that of a single file."""
+    (row, _, *rest), = expressed("ai2d")
+    for folder in ("data", "pictures"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "pictures" / "a.jpg").write_bytes(JPEG)
+    rows = [dict.fromkeys(PUBLISHED["ai2d"][0]) | row | {"image": {"bytes": None, "path": "pictures/a.jpg"}}]
+    source = write(str(tmp_path / "data" / "test-00000-of-00001.parquet"), PUBLISHED["ai2d"][0], rows, "pyarrow")
+    result = convert("ai2d", f"{tmp_path}{split}", tmp_path / "out")
+    check(load(result["path"], processor), [(None, [JPEG], *rest)])
+    refused("ai2d", source, tmp_path / "file", f"image pictures/a.jpg does not exist in {tmp_path / 'data'}")
+
+
 def test_json_lines_with_paths(processor, tmp_path):
     """A copy that was written out, with paths from its own folder, or pictures in base 64."""
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "1.jpg").write_bytes(JPEG)
-    (row, _, *rest), (other, _, *more) = expressed("mathverse")
+    (row, _, *rest), (other, _, *more), _ = expressed("mathverse")
     rows = [row | {"image": "pictures/1.jpg"}, other | {"image": base64.b64encode(PNG).decode()}]
     utils.write_jsonl(tmp_path / "copy.jsonl", rows)
     result = convert("mathverse", str(tmp_path / "copy.jsonl"), tmp_path / "out")
