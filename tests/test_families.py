@@ -21,6 +21,7 @@ from conftest import branching, build_processor, FAMILIES, load_tiny, sampler, t
 from data import BARE, banned_ids, load_samples, open_image, tokenise
 from policy import freeze, image_inputs, load_model, load_processor, Policy
 from runs import run, TINY
+from siblings import Sharing
 
 # which SmolVLM's processor asks for videos alone, and a package of that name is no requirement
 transformers.models.smolvlm.processing_smolvlm.num2words = str
@@ -264,9 +265,18 @@ def rehearsal(tiny):
 
 
 @pytest.mark.parametrize("build", [gemma3, glm4v, *TILED])
-def test_the_rehearsal_passes(build, tmp_path, unlike_data, one_rank):
-    """What was refused once, since pictures are cut into tiles or seen in both directions."""
+def test_the_rehearsal_passes(build, tmp_path, unlike_data, one_rank, caplog):
+    """What was refused once, since pictures are cut into tiles or seen in both directions; without a warning a prompt."""
     assert any(s.images for s in rehearsal(load_tiny(save(build, tmp_path), unlike_data)))
+    assert "processor_kwargs" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["sliding_window", "attention_chunk_size", "use_bidirectional_attention"])
+def test_who_sees_otherwise_than_causally_has_no_branches(qwen, name):
+    """A packed row, and a prompt's cache for all its answers, know of no window and of no look ahead."""
+    assert Sharing(qwen.model, qwen.processor).branches
+    setattr(qwen.model.config.text_config, name, 8)
+    assert not Sharing(qwen.model, qwen.processor).branches
 
 
 # ---------------------------------------------------------------------------------------------
