@@ -27,7 +27,8 @@ from transformers.processing_utils import TextKwargs
 from transformers.utils import logging as transformers_logging
 
 import utils
-from data import BARE, INSTRUCTION, Sample, banned_ids, open_image, tokenise
+from data import BARE, INSTRUCTION, Sample, banned_ids, tokenise
+from pictures import open_image
 from utils import UserError, device, first_line, rank, world_size
 
 HEAD_NUMBERS = 2**27  # of [completion tokens, vocabulary], that exist at one time
@@ -97,14 +98,19 @@ class TextProcessor:
         return self.tokenizer.apply_chat_template(whole, **words)
 
 
-def load_processor(path):
-    """The checkpoint's processor: tokenizer, chat template and, but for text, image processor."""
+def load_processor(path, min_pixels=0, max_pixels=0):
+    """The checkpoint's processor: tokenizer, chat template and, but for text, image processor.
+
+    Bounds on an image's pixels that are given hold for samplers and checkpoints too.
+    """
     processor = load_pretrained(AutoProcessor, path)
     if isinstance(processor, PreTrainedTokenizerBase):
         processor = TextProcessor(processor)
     if not getattr(processor, "chat_template", None) or not hasattr(processor, "image_processor"):
         raise UserError(f"--model {path}: its processor has no chat template or takes no images; "
                         "give an instruction-tuned model of vision and language, or of text.")
+    if min_pixels or max_pixels:
+        bound_pixels(processor, path, min_pixels, max_pixels)
     # what a trainer left in the tokenizer's files would be defaults of each call of the processor
     tokenizer = processor.tokenizer
     for kwargs in (TextKwargs, getattr(processor.image_processor, "valid_kwargs", TextKwargs)):
@@ -117,6 +123,27 @@ def load_processor(path):
         raise UserError(f"--model {path}: its tokenizer fails ({first_line(error)}); correct "
                         "tokenizer_config.json, or give another model.")
     return processor
+
+
+def bound_pixels(processor, path, least, most):
+    """Set the least and the most pixels of an image, 0: as it was; the new bound moves the old."""
+    images, size = processor.image_processor, pixel_bounds(processor).get("size")
+    if not size:
+        raise UserError(f"--min_pixels, --max_pixels: --model {path} gives its images another size "
+                        "than by their pixels; leave the flags out.")
+    token = (images.patch_size * images.merge_size) ** 2
+    if 0 < most < max(least, token):
+        raise UserError(f"--max_pixels {most} must be at least --min_pixels {least}, and {token}, "
+                        f"which are one token of --model {path}.")
+    images.size = {"shortest_edge": least or min(size["shortest_edge"], most),
+                   "longest_edge": most or max(size["longest_edge"], least)}
+
+
+def pixel_bounds(processor):
+    """`{"size": {...}}` as image processors take it where it bounds an image's pixels, or {}."""
+    images = processor.image_processor
+    size = dict(images.size) if hasattr(images, "merge_size") else {}
+    return {"size": size} if size.keys() >= {"shortest_edge", "longest_edge"} else {}
 
 
 def load_model(path, dtype=None):

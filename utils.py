@@ -70,7 +70,8 @@ def parse_args(Args, argv=None):
     docs = dict(re.findall(r"^    (\w+):.*?  # (.+)$", inspect.getsource(Args), re.M))
     for f in fields(Args):
         if f.type is list:  # what stands without a flag
-            parser.add_argument(f.name, nargs="+", help=docs[f.name])
+            many = "*" if "empty:" in docs[f.name] else "+"
+            parser.add_argument(f.name, nargs=many, help=docs[f.name])
             continue
         kind = {"type": f.type}
         if f.type is bool:
@@ -291,6 +292,8 @@ def sum_over_ranks(values):
 
 def gather(items):
     """The ranks' lists joined, in rank order, on every rank. COLLECTIVE."""
+    if world_size() == 1:
+        return items
     lists = [None] * world_size()
     dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]

@@ -42,7 +42,8 @@ import train_sft
 import utils
 from conftest import answered, branching, load_tiny, png, sampler
 from data import (
-    as_png, banned_ids, conversation, INSTRUCTION, load_samples, make_sample, open_image, refuse_mixture, tokenise)
+    banned_ids, conversation, INSTRUCTION, load_samples, make_sample, refuse_mixture, tokenise)
+from pictures import as_png, open_image
 from policy import collate, drop_nothing, freeze, image_inputs, load_model, load_processor, Policy, shard, split_rows
 from siblings import pack, Sharing
 from test_parity import ARGS, assert_same_gradients, by_id, gradients, mixed, plain_inputs, plain_logprobs, Probe

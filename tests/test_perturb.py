@@ -11,7 +11,8 @@ from PIL import Image
 import evaluate
 import utils
 from conftest import IMAGES, png
-from data import as_png, make_sample, open_image, Sample
+from data import make_sample, Sample
+from pictures import as_png, open_image
 from policy import image_inputs
 from runs import run
 from siblings import VisionCache
