@@ -18,10 +18,11 @@ import rollout
 import toy
 import utils
 from conftest import branching, build_processor, FAMILIES, load_tiny, sampler, toy_processor
-from data import BARE, banned_ids, load_samples, tokenise
+from data import BARE, banned_ids, load_samples, repeats_placeholders, tokenise, with_placeholders
 from pictures import open_image
-from policy import freeze, image_inputs, load_model, load_processor, Policy
+from policy import freeze, image_inputs, load_processor, Policy
 from runs import run, TINY
+from siblings import Sharing
 
 # which SmolVLM's processor asks for videos alone, and a package of that name is no requirement
 transformers.models.smolvlm.processing_smolvlm.num2words = str
@@ -265,20 +266,22 @@ def rehearsal(tiny):
 
 
 @pytest.mark.parametrize("build", [gemma3, glm4v, *TILED])
-def test_the_rehearsal_passes(build, tmp_path, unlike_data, one_rank):
-    """What was refused once, since pictures are cut into tiles or seen in both directions."""
+def test_the_rehearsal_passes(build, tmp_path, unlike_data, one_rank, caplog):
+    """What was refused once, since pictures are cut into tiles or seen in both directions; without a warning a prompt."""
     assert any(s.images for s in rehearsal(load_tiny(save(build, tmp_path), unlike_data)))
+    assert "processor_kwargs" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["sliding_window", "attention_chunk_size", "use_bidirectional_attention"])
+def test_who_sees_otherwise_than_causally_has_no_branches(qwen, name):
+    """A packed row, and a prompt's cache for all its answers, know of no window and of no look ahead."""
+    assert Sharing(qwen.model, qwen.processor).branches
+    setattr(qwen.model.config.text_config, name, 8)
+    assert not Sharing(qwen.model, qwen.processor).branches
 
 
 # ---------------------------------------------------------------------------------------------
 # Placeholders by a formula of a picture's size, without its pixels
-
-
-def repeated(processor, text, sizes):
-    """A prompt's ids: each picture's one placeholder as often as the formula says of its (width, height)."""
-    found = processor._get_num_multimodal_tokens(image_sizes=[(h, w) for w, h in sizes])["num_image_tokens"]
-    counts, mark = iter(found), processor.image_token_id
-    return [i for t in tokenise(processor.tokenizer, text) for i in ([t] * next(counts) if t == mark else [t])]
 
 
 def said(act, *values):
@@ -312,24 +315,19 @@ def test_placeholders_by_formula(build, examples):
         if least and hasattr(images, "merge_size"):
             images.size = {"shortest_edge": least, "longest_edge": max(2 * 32**2, least) * times}
         text = glue + glue.join(mark + "b" for _ in sizes)
-        ours = said(repeated, processor, text, sizes)
+        ours = said(with_placeholders, tokenise(processor.tokenizer, text), sizes, processor)
         assert ours == said(theirs, text, sizes)
         seen.add(ours if type(ours) is str else len(ours))
 
+    assert repeats_placeholders(processor)
     holds()
     assert len(seen) > (2 if build is llava else 5)
 
 
 @pytest.mark.parametrize("build", [gemma3, internvl, smolvlm])
 def test_some_families_have_no_formula(build):
-    """Marks of rows, or newlines that tokenise together: here the processor must be asked for each picture."""
-    processor, sizes = build()[0], [(90, 60), (200, 330)]
-    text = "a" + processor.image_token * 2
-    whole = processor(text=[text], images=[Image.new("RGB", size) for size in sizes], **BARE)["input_ids"][0]
-    if build is smolvlm:
-        assert not hasattr(processor, "_get_num_multimodal_tokens")
-    else:
-        assert repeated(processor, text, sizes) != [*whole]
+    """Marks of rows, or newlines that tokenise together: here the processor is asked about each picture."""
+    assert not repeats_placeholders(build()[0])
 
 
 @pytest.mark.parametrize("build, marks", [
