@@ -389,7 +389,7 @@ def read_samples(path, processor):
 
 def load_samples(path, processor, max_prompt_tokens):
     """Read a data set. Prompts longer than `max_prompt_tokens` are dropped, and said; never cut."""
-    samples = read_samples(Path(path), processor)
+    samples = read_samples(utils.find(path), processor)
     kept = [s for s in samples if len(s.prompt_ids) <= max_prompt_tokens]
     dropped = [s.id for s in samples if len(s.prompt_ids) > max_prompt_tokens]
     if not kept:
@@ -414,7 +414,8 @@ def count_steps(train, args):
     """A run's steps in an epoch, and in all: a short last batch is left out."""
     each = len(train) // args.batch_size
     if each == 0:
-        raise UserError(f"--batch_size {args.batch_size} is more than the {len(train)} prompts.")
+        raise UserError(f"--batch_size {args.batch_size} is more than the {len(train)} "
+                        f"prompt{'s' * (len(train) > 1)}; lower it, or give more of them.")
     if len(train) % args.batch_size:
         print0(f"Each epoch leaves out {len(train) % args.batch_size} of {len(train)} prompts.")
     return each, min(each * args.epochs, args.max_steps or math.inf)
@@ -453,7 +454,7 @@ def main(args):
 
     processor, result = load_processor(args.model), {}
     for path in args.data:
-        samples = read_samples(Path(path), processor)
+        samples = read_samples(utils.find(path), processor)
         tokens = [len(s.prompt_ids) for s in samples]
         long = [s.id for s in samples if len(s.prompt_ids) > args.max_prompt_tokens]
         sizes = [open_image(image).size for s in samples for image in s.images]

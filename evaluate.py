@@ -250,6 +250,8 @@ def chosen_settings(names, trainer=None):
                         f"from {', '.join(SETTINGS)}.")
     splits = [s for s in ("validation", "test") if trainer and getattr(trainer, f"{s}_data")]
     known = [f"{split}/{name}" for split in splits for name in wanted]
+    if trainer:
+        trainer.keep_best = trainer.keep_best.strip()
     if trainer and trainer.keep_best and not (trainer.eval_every and trainer.keep_best in known):
         raise UserError(f"--keep_best {trainer.keep_best} needs --eval_every, and must be one of "
                         f"{known}, which this run's data and --eval_settings measure.")
@@ -264,9 +266,10 @@ def main(args):
     from data import load_samples, refuse_mixture
     from doctor import rehearse
     from policy import load_processor
-    from rollout import make_engine
+    from rollout import check_engine, make_engine
 
     refuse_mixture(args)
+    check_engine(args)
     settings = chosen_settings(args.settings)
     out, _ = utils.choose_run(args)
     processor = load_processor(args.model)

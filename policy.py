@@ -9,6 +9,7 @@ given as `sharing`, computes it once.
 import copy
 import functools
 import json
+import os
 import re
 from contextlib import nullcontext
 from math import isfinite
@@ -25,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 import utils
 from data import INSTRUCTION, Sample, banned_ids, open_image, tokenise
-from utils import UserError, device, first_line, rank, world_size
+from utils import UserError, device, first_line, print0, rank, world_size
 
 HEAD_NUMBERS = 2**27  # of [completion tokens, vocabulary], that exist at one time
 
@@ -41,17 +42,45 @@ transformers_logging.get_logger("transformers.modeling_utils").addFilter(
 
 def load_pretrained(loader, path, **kwargs):
     """`loader.from_pretrained(path)`, its failure told in one sentence."""
-    owner = Path(str(path).partition("/")[0])
-    hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)) and not owner.exists()
-    if not Path(path).is_dir() and not hub_id:  # a typing mistake must not wait for a network
-        raise UserError(f"--model {path}: no such folder; give one, or a hub id like Qwen/NAME.")
-    check_files(Path(path))
+    name, path = str(path), utils.find(path)
+    if not os.path.isdir(path):  # a typing mistake must not wait for a network
+        hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)
+        if not hub_id or os.path.exists(name.partition("/")[0]):
+            raise UserError(f"--model {name}: no such folder; give one, or a hub id like Qwen/NAME.")
+        ask_hub(name)
+    check_files(path)
     try:
         return loader.from_pretrained(path, **kwargs)
     except Exception as error:  # whatever a file of somebody else's makes of transformers
         raise UserError(f"--model {path}: cannot be loaded ({type(error).__name__}: "
                         f"{first_line(error)}); give a folder or hub id of an instruction-tuned "
                         "vision-language model with its processor files.")
+
+
+@functools.cache
+def ask_hub(name):
+    """Ask once whether the hub has a model; where it does not answer, its cache alone is used.
+
+    UserError where the model is not there either. transformers would ask file by file, for minutes.
+    """
+    import huggingface_hub
+
+    problem = "HF_HUB_OFFLINE is set"
+    if not huggingface_hub.constants.HF_HUB_OFFLINE:
+        try:
+            url = huggingface_hub.hf_hub_url(name, "config.json")
+            huggingface_hub.get_hf_file_metadata(url, timeout=10)
+            return
+        except huggingface_hub.errors.HfHubHTTPError as error:
+            problem = f"the hub refuses it ({first_line(error)})"
+        except Exception as error:  # whatever a network, a proxy or a name server has to say
+            problem = f"the hub cannot be reached ({first_line(error)})"
+    if not isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+        raise UserError(f"--model {name}: no such folder, nothing of that name in the hub's cache, "
+                        f"and {problem}; give a folder or another name, or run `hf download {name}` "
+                        "where there is a network.")
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # as that variable would have it
+    print0(f"--model {name}: {problem}; taken from the hub's cache.")
 
 
 def check_files(folder):
