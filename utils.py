@@ -79,8 +79,7 @@ def parse_args(Args, argv=None):
         message = re.sub("argument (\\S+): invalid (int|float) value: ",
                          lambda m: f"{m[1]} must be a {m[2]}, not ", message)
         message = message.replace("a float,", "a number,").replace("a int,", "a whole number,")
-        # every rank parses the same flags; one of them complains
-        parser.exit(2, f"{parser.prog}: error: {one_line(message)}; see --help.\n" * (rank() == 0))
+        end_by_mistake(f"error: {message}; see --help.")
 
     parser.error = complain
     docs = dict(re.findall(r"^    (\w+):.*?  # (.+)$", inspect.getsource(Args), re.M))
@@ -104,10 +103,6 @@ def parse_args(Args, argv=None):
             parser.error(f"--{f.name} {reason}")
     args.given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
     return args
-
-
-def one_line(text):
-    return " ".join(str(text).split())
 
 
 def at_home(text):
@@ -186,8 +181,7 @@ def run_script(main, Args):
         if rank() == 0:
             print(as_json(result), flush=True)
     except UserError as error:
-        print0(f"{Path(sys.argv[0]).name}: {one_line(error)}")
-        sys.exit(2)
+        end_by_mistake(error)
     except (RunError, OSError) as error:
         began = run_folder or isinstance(error, RunError)
         end_run(f"rank {rank()}: {str(error).rstrip('.')}.", 1 if began else 2,
@@ -205,6 +199,19 @@ def run_script(main, Args):
         if not re.search("gloo|NCCL", str(error)):  # what speaks when a collective fails
             raise
         end_run(f"rank {rank()}: another rank is gone ({reason}).", 1)
+
+
+def end_by_mistake(sentence):
+    """Leave with exit code 2; rank 0 says why, or whoever is alone in this.
+
+    HAZARD: every rank meets the same mistake, and torchrun ends all as soon as one has ended.
+    """
+    if rank() and "TORCHELASTIC_RUN_ID" in os.environ:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # in silence
+        time.sleep(30)
+    if rank() == 0 or os.environ.get("TORCHELASTIC_RUN_ID") and os.environ["LOCAL_RANK"] == "0":
+        tqdm.write(f"{Path(sys.argv[0]).name}: {' '.join(str(sentence).split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 def end_run(reason, code, again=False):
