@@ -250,8 +250,6 @@ def chosen_settings(names, trainer=None):
                         f"from {', '.join(SETTINGS)}.")
     splits = [s for s in ("validation", "test") if trainer and getattr(trainer, f"{s}_data")]
     known = [f"{split}/{name}" for split in splits for name in wanted]
-    if trainer:
-        trainer.keep_best = trainer.keep_best.strip()
     if trainer and trainer.keep_best and not (trainer.eval_every and trainer.keep_best in known):
         raise UserError(f"--keep_best {trainer.keep_best} needs --eval_every, and must be one of "
                         f"{known}, which this run's data and --eval_settings measure.")

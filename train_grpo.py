@@ -477,6 +477,14 @@ def step_metrics(sums, norms, seconds, learning_rate):
     return metrics | {f"seconds_{name}": round(s, 3) for name, s in seconds.items()}
 
 
+def behind_the_bar(metrics, seconds):
+    """What a user watches: rewards, length, and where the time goes."""
+    rewards = {name.removeprefix("reward/"): f"{metrics[name]:.2f}"
+               for name in metrics if name.startswith("reward")}
+    clocks = " ".join(f"{name} {s:.1f}" for name, s in seconds.items())
+    return rewards | {"length": f"{metrics['length']:.0f}", "seconds": clocks}
+
+
 # ---------------------------------------------------------------------------------------------
 # The stage
 
@@ -491,6 +499,8 @@ def timed(seconds, name):
 
 def check_args(args):
     """Refuse what cannot work, before anything is loaded."""
+    from rollout import check_engine
+
     if args.advantage != "reinforce++" and args.group_size < 2:
         raise UserError(f"--group_size must be at least 2: {args.advantage} compares the answers "
                         "to a prompt; reinforce++ needs no group.")
@@ -498,6 +508,7 @@ def check_args(args):
         raise UserError(f"--batch_size {args.batch_size} must be a multiple of --mini_batch_size "
                         f"{args.mini_batch_size}, and that one of the {world_size()} "
                         f"rank{'s' * (world_size() > 1)}.")
+    check_engine(args)
 
 
 def main(args):
@@ -508,11 +519,10 @@ def main(args):
     from policy import (
         Policy, add_lora, compute_dtype, freeze, load_model, load_processor, shard, twin)
     from reward import load_rewards, score
-    from rollout import check_engine, choose_engine, make_engine, share
+    from rollout import choose_engine, make_engine, share
 
     refuse_mixture(args)
     check_args(args)
-    check_engine(args)
     utils.check_wandb(args.wandb)
     args.engine = choose_engine(args.engine)  # args.json says what ran
     if args.engine == "hf" and compute_dtype(args.dtype) == torch.float32:
@@ -578,9 +588,7 @@ def main(args):
         evaluate_splits(engine, data, settings, args, 0, 0.0, out)
 
     steps = range(start + 1, total + 1)
-    # no bar where stderr is a file
-    off = None if rank() == 0 else True
-    for step in (bar := tqdm(steps, "GRPO", total, initial=start, disable=off)):
+    for step in (bar := tqdm(steps, "GRPO", total, initial=start, disable=rank() > 0 or None)):
         epoch, k = divmod(step - 1, steps_per_epoch)
         seconds = defaultdict(float)
         utils.forget_peak_memory()
@@ -637,11 +645,7 @@ def main(args):
         if rank() == 0:
             utils.write_jsonl(out / "samples" / f"step_{step:06d}.jsonl", records)
             utils.log_row(out / "metrics.jsonl", place | metrics)
-        shown = {name.removeprefix("reward/"): f"{metrics[name]:.2f}"
-                 for name in metrics if name.startswith("reward")}
-        utils.show(bar, step, shown | {
-            "length": f"{metrics['length']:.0f}",
-            "seconds": " ".join(f"{name} {s:.1f}" for name, s in seconds.items())})
+        utils.show(bar, step, behind_the_bar(metrics, seconds))
         last = step == total
         # COLLECTIVE, both. Saved last: what stands before a checkpoint in the logs is complete
         if last or (args.eval_every and step % (args.eval_every * steps_per_epoch) == 0):

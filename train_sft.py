@@ -214,9 +214,7 @@ def main(args):
     engine.sleep()
 
     steps = range(start + 1, total + 1)
-    # no bar where stderr is a file
-    off = None if rank() == 0 else True
-    for step in (bar := tqdm(steps, "SFT", total, initial=start, disable=off)):
+    for step in (bar := tqdm(steps, "SFT", total, initial=start, disable=rank() > 0 or None)):
         epoch, k = divmod(step - 1, steps_per_epoch)
         utils.forget_peak_memory()
         batch = epoch_batches(train, args.batch_size, args.seed, epoch)[k]

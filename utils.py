@@ -106,8 +106,8 @@ def parse_args(Args, argv=None):
 
 
 def at_home(text):
-    """The text, each ~ at its begin or after a comma being the home folder, as in a shell."""
-    return re.sub(r"(^|,\s*)(~[^/,:]*)", lambda m: m[1] + os.path.expanduser(m[2]), text)
+    """A flag's text; each ~ at its begin or after a comma is the home folder, as in a shell."""
+    return re.sub(r"(^|,\s*)(~[^/,:]*)", lambda m: m[1] + os.path.expanduser(m[2]), text.strip())
 
 
 def misspelt(words, kinds):
@@ -120,17 +120,19 @@ def misspelt(words, kinds):
     for word, after in zip(words, [*words[1:], ""]):
         if word == "--":
             return None
-        flag, given, _ = word.partition("=")
+        flag, given, value = word.partition("=")
         name = re.sub(r"\W+", "_", flag.lower()).strip("_")
         if flag == flags.get(name):
             switch = name if name in kinds else name.removeprefix("no_")
             truth = after.lower() in ("true", "false", "yes", "no", "1", "0")
             if kinds.get(switch) is bool and (given or truth):
                 return f"--{switch} takes no value: write --{switch} or --no-{switch}"
+            if value == "--":  # HAZARD: which argparse makes an empty list
+                return f"{flag} needs a value"
         elif re.match(r"[-–—]+(?!h$|inf$|nan$)[A-Za-z]\S*$", flag):
-            near = [*difflib.get_close_matches(name, flags, 1, 0.8),
-                    *(n for n in flags if n in name.split("_") or re.sub("(?<=[^_])[^_]|_", "", n) == name),
-                    *difflib.get_close_matches(name, flags, 1)]
+            part = [n for n in flags if n in name.split("_")]  # as lr in lr_rate
+            near = (difflib.get_close_matches(name, flags, 1, 0.8) or part
+                    or difflib.get_close_matches(name, flags, 1))
             hint = f": did you mean {flags[near[0]]}?" if near else ""
             return f"unrecognized arguments: {flag}{hint}"
     return None
@@ -206,10 +208,11 @@ def end_by_mistake(sentence):
 
     HAZARD: every rank meets the same mistake, and torchrun ends all as soon as one has ended.
     """
-    if rank() and "TORCHELASTIC_RUN_ID" in os.environ:
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if rank() and torchrun:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # in silence
-        time.sleep(30)
-    if rank() == 0 or os.environ.get("TORCHELASTIC_RUN_ID") and os.environ["LOCAL_RANK"] == "0":
+        time.sleep(30 + int(os.environ["LOCAL_RANK"]))
+    if rank() == 0 or torchrun:
         tqdm.write(f"{Path(sys.argv[0]).name}: {' '.join(str(sentence).split())}", file=sys.stderr)
     sys.exit(2)
 
@@ -299,7 +302,7 @@ def print0(*values):
 
 
 def show(bar, step, values):
-    """Put a step's values behind its bar; into a log, which has no bar, write both as one line."""
+    """Put a step's values behind its bar; where stderr is no terminal, write both as one line."""
     bar.set_postfix(values)
     if bar.disable:
         first, began = vars(bar).setdefault("first", (step, time.time()))
