@@ -23,7 +23,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 import data as data_flow
 import doctor
@@ -406,6 +406,7 @@ def contents(folder):
 
 @settings(max_examples=60, deadline=None)
 @given(files=st.dictionaries(st.sampled_from(NAMES), JUNK, max_size=4))
+@example(files={"args.json": b"[" * 5000})
 def test_any_folder_as_out(one_rank, files):
     """Refused in a line; or empty; or a run's, of the same arguments. Nothing of it changes."""
     with tempfile.TemporaryDirectory() as place:
