@@ -92,13 +92,13 @@ def read_rows(source):
     A source is a file of JSON lines or, read by `datasets`, a parquet file, a folder of shards, or
     an id of the hub; SPLIT or CONFIG:SPLIT follows a colon where there are several.
     """
-    path = Path(source)
+    path = utils.find(source)
     if not path.is_file():
         return read_tables(str(source))
     with open(path, "rb") as file:
         start = file.read(512).lstrip()
     if path.suffix == ".parquet" or start.startswith(b"PAR1"):
-        return read_tables(str(source))
+        return read_tables(str(path))
     remedies = {(b"[",): "it is one JSON array: write an object a line, as `jq -c .[]` does",
                 (b"\xff\xfe", b"\xfe\xff"): "it is UTF-16: save it as UTF-8",
                 (b"PK", b"\x1f\x8b"): "it is packed: unpack it"}
@@ -161,7 +161,9 @@ def read_tables(source):
 
 def tables_of(name, words, source):
     """What `datasets` loads of a folder or, into the hub's cache, of a hub id."""
-    import datasets
+    if not Path(name).exists():
+        ask_hub(name, "dataset", "README.md")
+    import datasets  # which goes by whether there is a hub
 
     if not Path(name).exists():  # one rank of a machine downloads, the others wait for it
         return datasets.load_dataset(name, *words[:-1], split=words[-1])
@@ -171,6 +173,35 @@ def tables_of(name, words, source):
         raise UserError(f"{source}: give one of its splits, as {name}:{[*found][0]}; it has "
                         f"{', '.join(found)}.")
     return found[split]
+
+
+@functools.cache
+def ask_hub(name, kind, file):
+    """Ask once whether the hub has a model or dataset; if it is silent, its cache alone is used.
+
+    UserError where that has no such `file`. The libraries would ask for each file, for minutes.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub import constants, errors
+
+    problem = "HF_HUB_OFFLINE is set"
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            hub.get_hf_file_metadata(hub.hf_hub_url(name, file, repo_type=kind), timeout=10)
+            return
+        except errors.RemoteEntryNotFoundError:  # it is there without this file
+            return
+        except errors.HfHubHTTPError as error:
+            problem = f"the hub refuses it ({first_line(error)})"
+        except Exception as error:  # whatever a network, a proxy or a name server has to say
+            problem = f"the hub cannot be reached ({first_line(error)})"
+    what = f"--model {name}" if kind == "model" else name
+    if hub.try_to_load_from_cache(name, file, repo_type=kind) is None:
+        raise UserError(f"{what}: no such folder, nothing of that name in the hub's cache, and "
+                        f"{problem}; give a folder or another name, or run `hf download --repo-type "
+                        f"{kind} {name}` where there is a network.")
+    constants.HF_HUB_OFFLINE = True  # as that variable would have it
+    print0(f"{what}: {problem}; taken from the hub's cache.")
 
 
 def renamed(row, columns):
@@ -392,7 +423,7 @@ def read_samples(source, processor, columns="", instruction=INSTRUCTION, image_r
 
     A UserError names the first row that is wrong. Of `limit` rows at most; 0: of all.
     """
-    path, columns = Path(source), as_columns(columns)
+    path, columns = utils.find(source), as_columns(columns)
     folder = Path(image_root) if image_root else path if path.is_dir() else path.parent
     samples, places, seen = [], {}, set()
     bar = functools.partial(tqdm, leave=False, delay=2, disable=rank() > 0, mininterval=1)
@@ -456,7 +487,8 @@ def count_steps(train, args):
     """A run's steps in an epoch, and in all: a short last batch is left out."""
     each = len(train) // args.batch_size
     if each == 0:
-        raise UserError(f"--batch_size {args.batch_size} is more than the {len(train)} prompts.")
+        raise UserError(f"--batch_size {args.batch_size} is more than the {len(train)} "
+                        f"prompt{'s' * (len(train) > 1)}; lower it, or give more of them.")
     if len(train) % args.batch_size:
         print0(f"Each epoch leaves out {len(train) % args.batch_size} of {len(train)} prompts.")
     return each, min(each * args.epochs, args.max_steps or math.inf)

@@ -23,7 +23,7 @@ import torch
 from data import IMAGE_MARK, banned_ids, load_data, make_sample, refuse_mixture
 from policy import (
     Policy, collate, compute_dtype, language_weights, load_model, load_processor, shard)
-from rollout import make_engine, share
+from rollout import check_engine, make_engine, share
 from utils import RunError, UserError, first_line, print0, rank
 
 
@@ -249,7 +249,7 @@ def stop_if_sampler_strays(metrics):
             f"the sampler has strayed from the policy: mean difference {gap:.3g} nats, mean ratio "
             f"{ratio:.3g}. Likely causes: weights that were not taken over, NaN in them, images or "
             "positions that the two read differently, another temperature; doctor.py looks for "
-            "each.")
+            "each.", again=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -258,6 +258,7 @@ def stop_if_sampler_strays(metrics):
 
 def main(args):
     refuse_mixture(args)
+    check_engine(args)
     processor = load_processor(args.model, args.min_pixels, args.max_pixels)
     samples = load_data(args.data, args, processor, limit=1000)
     policy = Policy(load_model(args.model).requires_grad_(False), processor)

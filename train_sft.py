@@ -165,12 +165,13 @@ def main(args):
     from evaluate import before_and_after, best_step, chosen_settings, evaluate_splits
     from policy import (
         Policy, add_lora, compute_dtype, freeze, load_model, load_processor, shard)
-    from rollout import end_ids, generation_config, make_engine, share
+    from rollout import check_engine, end_ids, generation_config, make_engine, share
 
     refuse_mixture(args)
     if args.batch_size % world_size():
         raise UserError(f"--batch_size {args.batch_size} must be a multiple of the {world_size()} "
                         "ranks.")
+    check_engine(args)
     utils.check_wandb(args.wandb)
     settings = chosen_settings(args.eval_settings, args)
     started = time.time()
@@ -218,7 +219,7 @@ def main(args):
     engine.sleep()
 
     steps = range(start + 1, total + 1)
-    for step in (bar := tqdm(steps, "SFT", total, initial=start, disable=rank() > 0)):
+    for step in (bar := tqdm(steps, "SFT", total, initial=start, disable=rank() > 0 or None)):
         epoch, k = divmod(step - 1, steps_per_epoch)
         utils.forget_peak_memory()
         batch = epoch_batches(train, args.batch_size, args.seed, epoch)[k]
@@ -245,7 +246,7 @@ def main(args):
                  "epoch": step / steps_per_epoch, "ranks": world_size()}
         if rank() == 0:
             utils.log_row(out / "metrics.jsonl", place | metrics)
-        bar.set_postfix(loss=f"{metrics['loss']:.3f}", update=f"{seconds:.1f}s")
+        utils.show(bar, step, {"loss": f"{metrics['loss']:.3f}", "update": f"{seconds:.1f}s"})
         last = step == total
         # COLLECTIVE, both. Saved last: what stands before a checkpoint in the logs is complete
         if last or (args.eval_every and step % (args.eval_every * steps_per_epoch) == 0):

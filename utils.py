@@ -15,10 +15,12 @@ if script == here and os.path.isfile(sys.argv[0]):
 import argparse
 import atexit
 import ctypes
+import difflib
 import hashlib
 import importlib.util
 import inspect
 import json
+import math
 import re
 import resource
 import shutil
@@ -52,41 +54,89 @@ class UserError(Exception):
 
 
 class RunError(Exception):
-    """What ends a run that began well: a sentence from each rank that met it, exit code 1."""
+    """What ends a run that began well: a sentence from each rank that met it, exit code 1.
+
+    Where the same command would end in the same way, it is said `again`.
+    """
+
+    def __init__(self, sentence, again=False):
+        super().__init__(sentence)
+        self.again = again
 
 
 def parse_args(Args, argv=None):
     """Turn the dataclass `Args` into a command line: a field is a flag, its comment is its help.
 
-    What the comment says of a flag's values holds: see `refusal`. `args.given` names the flags that
-    stood on the command line.
+    What the comment says of a flag's values holds: see `refusal`. A ~ that begins a path is the
+    home folder. `args.given` names the flags that stood on the command line.
     """
     purpose = sys.modules[Args.__module__].__doc__.split("\n\n")[0]
     style = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=purpose, formatter_class=style, allow_abbrev=False)
-    # every rank parses the same flags; one of them complains
-    parser.error = lambda message: parser.exit(
-        2, f"{parser.prog}: error: {message}; see --help.\n" * (rank() == 0))
+
+    def complain(message):
+        message = re.sub("argument (\\S+): expected one argument", r"\1 needs a value", message)
+        message = re.sub("argument (\\S+): invalid (int|float) value: ",
+                         lambda m: f"{m[1]} must be a {m[2]}, not ", message)
+        message = message.replace("a float,", "a number,").replace("a int,", "a whole number,")
+        end_by_mistake(f"error: {message}; see --help.")
+
+    parser.error = complain
     docs = dict(re.findall(r"^    (\w+):.*?  # (.+)$", inspect.getsource(Args), re.M))
     for f in fields(Args):
         if f.type is list:  # what stands without a flag
             many = "*" if "empty:" in docs[f.name] else "+"
-            parser.add_argument(f.name, nargs=many, help=docs[f.name])
+            parser.add_argument(f.name, nargs=many, help=docs[f.name], type=at_home)
             continue
-        kind = {"type": f.type}
+        kind = {"type": at_home if f.type is str else f.type}
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         elif get_origin(f.type) is Literal:
             kind = {"choices": get_args(f.type)}
         text = docs[f.name].replace("%", "%%")
         parser.add_argument(f"--{f.name}", default=f.default, help=text, **kind)
-    args = Args(**vars(parser.parse_args(argv)))
+    words = sys.argv[1:] if argv is None else argv
+    if reason := misspelt(words, {f.name: f.type for f in fields(Args) if f.type is not list}):
+        parser.error(reason)
+    args = Args(**vars(parser.parse_args(words)))
     for f in fields(Args):
         if reason := refusal(f, docs[f.name], getattr(args, f.name)):
             parser.error(f"--{f.name} {reason}")
-    words = sys.argv[1:] if argv is None else argv
     args.given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
     return args
+
+
+def at_home(text):
+    """A flag's text; each ~ at its begin or after a comma is the home folder, as in a shell."""
+    return re.sub(r"(^|,\s*)(~[^/,:]*)", lambda m: m[1] + os.path.expanduser(m[2]), text.strip())
+
+
+def misspelt(words, kinds):
+    """What is no flag among `words`, or a switch with a value, and the remedy; None where all fit.
+
+    `kinds` has each flag's type by its name.
+    """
+    flags = {name: f"--{name}" for name in ("help", *kinds)}
+    flags |= {f"no_{name}": f"--no-{name}" for name, kind in kinds.items() if kind is bool}
+    for word, after in zip(words, [*words[1:], "--"]):
+        if word == "--":
+            return None
+        flag, given, value = word.partition("=")
+        name = re.sub(r"\W+", "_", flag.lower()).strip("_")
+        if flag == flags.get(name):
+            switch = name if name in kinds else name.removeprefix("no_")
+            truth = after.strip().lower() in ("", "true", "false", "yes", "no", "1", "0")
+            if kinds.get(switch) is bool and (given or truth):
+                return f"--{switch} takes no value: write --{switch} or --no-{switch}"
+            if value == "--":  # HAZARD: which argparse makes an empty list
+                return f"{flag} needs a value"
+        elif re.match(r"[-–—]+(?!h$|inf$|nan$)[A-Za-z]\S*$", flag):
+            part = [n for n in flags if n in name.split("_")]  # as lr in lr_rate
+            near = (difflib.get_close_matches(name, flags, 1, 0.8) or part
+                    or difflib.get_close_matches(name, flags, 1))
+            hint = f": did you mean {flags[near[0]]}?" if near else ""
+            return f"unrecognized arguments: {flag}{hint}"
+    return None
 
 
 def refusal(flag, text, value):
@@ -134,11 +184,11 @@ def run_script(main, Args):
         if rank() == 0:
             print(as_json(result), flush=True)
     except UserError as error:
-        print0(f"{Path(sys.argv[0]).name}: {error}")
-        sys.exit(2)
+        end_by_mistake(error)
     except (RunError, OSError) as error:
         began = run_folder or isinstance(error, RunError)
-        end_run(f"rank {rank()}: {str(error).rstrip('.')}.", 1 if began else 2)
+        end_run(f"rank {rank()}: {str(error).rstrip('.')}.", 1 if began else 2,
+                getattr(error, "again", False))
     except SystemExit as error:
         if run_folder:  # nothing of ours leaves a run in this way
             end_run(f"rank {rank()}: something called sys.exit({error.code}).", 1)
@@ -148,23 +198,40 @@ def run_script(main, Args):
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if full or "can't allocate memory" in reason:
             end_run(f"rank {rank()}: out of memory ({reason}); lower --micro_batch_tokens, "
-                    "--rollout_batch_size or --max_new_tokens.", 1)
+                    "--rollout_batch_size or --max_new_tokens.", 1, again=True)
         if not re.search("gloo|NCCL", str(error)):  # what speaks when a collective fails
             raise
         end_run(f"rank {rank()}: another rank is gone ({reason}).", 1)
 
 
-def end_run(reason, code):
-    """Leave this process at once; say why, and from where the same command goes on.
+def end_by_mistake(sentence):
+    """Leave with exit code 2; rank 0 says why, or whoever is alone in this.
 
-    The other ranks may wait for this one in a collective for ever: torchrun ends them. Every file
-    of a run is whole at every moment, so leaving at any moment is safe.
+    HAZARD: every rank meets the same mistake, and torchrun ends all as soon as one has ended.
+    """
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if rank() and torchrun:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # in silence
+        time.sleep(30 + int(os.environ["LOCAL_RANK"]))
+    if rank() == 0 or torchrun:
+        tqdm.write(f"{Path(sys.argv[0]).name}: {' '.join(str(sentence).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def end_run(reason, code, again=False):
+    """Leave this process at once; say why, and from where a command goes on.
+
+    The same one, but where that would only end `again`. The other ranks may wait for this one in a
+    collective for ever: torchrun ends them. Every file of a run is whole at every moment, so
+    leaving at any moment is safe.
     """
     where = "No run folder was written."
     if run_folder:
         last = latest_checkpoint(run_folder[0])
         where = f"The last whole checkpoint is {last}." if last else "There is no checkpoint yet."
-        where += f" The same command with --out {run_folder[0]} goes on."
+        where += f" The same command with --out {run_folder[0]} goes on." if not again else (
+            " The same command would meet this again: change what led to it (--lr, --dtype, the "
+            f"data, ...), and begin with another --out{f' and --model {last}' if last else ''}.")
     try:  # not by print0: whoever holds its lock may be waiting in a collective
         sys.stderr.write(f"\n{reason} {where}\n")
         # what was printed so far; whoever holds stdout's lock may wait for a reader for ever
@@ -235,6 +302,15 @@ def print0(*values):
         tqdm.write(" ".join(map(str, values)), file=sys.stderr)
 
 
+def show(bar, step, values):
+    """Put a step's values behind its bar; where stderr is no terminal, write both as one line."""
+    bar.set_postfix(values)
+    if bar.disable:
+        first, began = vars(bar).setdefault("first", (step, time.time()))
+        print0(bar.format_meter(step, bar.total, time.time() - began, initial=first, prefix="step",
+                                postfix=bar.postfix))
+
+
 def start_ranks():
     """Join the process group that torchrun made room for, or form a group of one."""
     share_cores()
@@ -301,6 +377,12 @@ def gather(items):
 
 # ---------------------------------------------------------------------------------------------
 # Run folder: args.json, metrics.jsonl, samples/, eval.jsonl, checkpoints/, result.json
+
+
+def find(path):
+    """Where a path leads from here or, if nowhere, from this file's folder: the toy lies there."""
+    beside = Path(here, path)
+    return beside if not os.path.exists(path) and os.path.exists(beside) else Path(path)
 
 
 def write_bytes(path, content):
@@ -386,30 +468,40 @@ def log_row(path, row, prefix=""):
         print0(f"Weights & Biases failed ({error}); the run goes on without it.")
 
 
-def choose_run(args):
+def choose_run(args, longer=False):
     """The run folder's path, and whether an unfinished run of the same arguments goes on there.
 
-    A folder with another run, a finished one, or other files is refused. COLLECTIVE.
+    A folder with another run, a finished one, or other files is refused. Where the run may be
+    `longer`, --epochs and --max_steps are left to `refuse_shorter`. COLLECTIVE.
     """
     out = args.out or f"runs/{Path(sys.argv[0]).stem}_{time.strftime('%Y%m%d_%H%M%S')}"
     out = Path(gather([out])[0])  # two ranks' clocks may differ
-    goes_on = (out / "args.json").exists()
-    problem, base = None, next(p for p in (out, *out.parents) if p.exists())
-    if not base.is_dir() or not os.access(base, os.W_OK | os.X_OK):
-        problem = f"cannot be written in {base}"
-    elif not goes_on and out.exists() and {p.name for p in out.iterdir()} - {"args.json.part"}:
-        problem = "is not empty and holds no run"
-    elif goes_on and (other := other_arguments(out, args)):
-        problem = f"holds a run with other arguments ({other})"
-    elif goes_on and (out / "result.json").exists():
-        problem = "holds a finished run"
-    if any(gather([problem])):  # after the ranks have all looked, before rank 0 writes
+    problem, goes_on = None, False
+    try:
+        goes_on = (out / "args.json").exists()
+        base = next(p for p in (out, *out.parents) if p.exists())
+        other, newest = other_arguments(out, args) if goes_on else {}, latest_checkpoint(out)
+        lengths = {name: other.pop(name) for name in ("epochs", "max_steps") if name in other}
+        if not base.is_dir() or not os.access(base, os.W_OK | os.X_OK):
+            problem = f"cannot be written in {base}"
+        elif not goes_on and out.exists() and {p.name for p in out.iterdir()} - {"args.json.part"}:
+            problem = "is not empty and holds no run"
+        elif other or lengths and not longer:
+            words = other if longer else other | lengths
+            problem = f"holds a run with other arguments ({', '.join(words.values())})"
+            if not other:  # of a schedule that ends with the run
+                problem += f", which set its learning rates; train on with --model {newest}"
+        elif not lengths and (out / "result.json").exists():
+            problem = f"holds a finished run{', which a larger --max_steps would extend' * longer}"
+    except OSError as error:
+        problem = f"cannot be read ({error})"
+    if problem := next(filter(None, gather([problem])), None):  # before rank 0 writes
         raise UserError(f"--out {out} {problem}; give a new folder.")
     return out, goes_on
 
 
 def other_arguments(out, args):
-    """How the run in `out` was called otherwise, in words; "" where `args` mean the same.
+    """How the run in `out` was called otherwise, in words by flag; {} where `args` mean the same.
 
     A path may be written in any way and the folder may have moved; a flag that the run did not know
     yet had its default, and one that is gone since meant nothing.
@@ -421,11 +513,23 @@ def other_arguments(out, args):
     try:
         before = json.loads((out / "args.json").read_text())
         before = {f.name: f.default for f in fields(args)} | before
-    except (ValueError, TypeError):
-        return "its args.json is no JSON object"
-    return ", ".join(f"{name} was {before.get(name)!r}, is {value!r}"
-                     for name, value in run_arguments(args, out).items()
-                     if name != "out" and meant(before.get(name)) != meant(value))
+    except (ValueError, TypeError, RecursionError):
+        return {"": "its args.json is no JSON object"}
+    return {name: f"{name} was {before.get(name)!r}, is {value!r}"
+            for name, value in run_arguments(args, out).items()
+            if name != "out" and meant(before.get(name)) != meant(value)}
+
+
+def refuse_shorter(out, steps_per_epoch, total):
+    """UserError where the run in `out` was to take more than `total` steps, or has. COLLECTIVE."""
+    problem = None
+    if (out / "args.json").exists():
+        before = json.loads((out / "args.json").read_text())
+        steps = min(steps_per_epoch * before["epochs"], before["max_steps"] or math.inf)
+        if steps > total or steps == total and (out / "result.json").exists():
+            problem = f"--out {out} holds a run of {steps} steps, --max_steps and --epochs ask "
+    if problem := next(filter(None, gather([problem])), None):
+        raise UserError(f"{problem}for {total}: give larger ones, or a new folder.")
 
 
 def run_arguments(args, out):
@@ -435,6 +539,7 @@ def run_arguments(args, out):
 def begin_run(out, args):
     """Write args.json: from here on the folder is this run's, and what ends it names it."""
     if rank() == 0:
+        (out / "result.json").unlink(missing_ok=True)  # first: of a run that is made longer
         write_json(out / "args.json", run_arguments(args, out))
     run_folder.append(out)
 
@@ -459,7 +564,7 @@ def stop_if_not_finite(value, what, samples):
             where = f" Its samples are in {path}."
         names = sorted({s.id for s in samples})
         raise RunError(f"the {what} is {value.item()} on the prompts {names}; this batch has not "
-                       f"changed the weights.{where}")
+                       f"changed the weights.{where}", again=True)
 
 
 # ---------------------------------------------------------------------------------------------

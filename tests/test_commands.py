@@ -459,7 +459,7 @@ def test_little_data_can_be_measured_and_trained_on(script, tmp_path):
     one = tmp_path / "toy_data" / "one.jsonl"
     utils.write_jsonl(one, utils.read_jsonl(tmp_path / "toy_data" / "train.jsonl")[:1])
     words = [*model, "--train_data", one, "--validation_data", one, "--test_data", one, "--epochs", 1]
-    assert "--batch_size 16 is more than the 1 prompts" in script(train_sft, *words)
+    assert "--batch_size 16 is more than the 1 prompt;" in script(train_sft, *words)
     words += ["--batch_size", 1, "--out"]
     assert script(train_sft, *words, "sft")["steps"] == 1
     words = [*words[:-1], "--mini_batch_size", 1]
