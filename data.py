@@ -1,37 +1,36 @@
 """Step I, data flow: rows and their pictures become samples, the only thing that stages pass on.
 
-A data set is JSON lines with the pictures' files beside it, or a parquet file that holds them. A
-row is checked whole before step 1, so that nothing of it can fail, or get lost, in mid-run. Left
-out of the textbook: a Dataset and a DataLoader with workers. Samples hold token ids and the names
-of pictures; tensors are made of a few samples at a time, by `collate` in policy.py.
+A data set is JSON lines with the pictures' files beside it, or what the package `datasets` reads: a
+parquet file, a folder of such files, a set of the hub. A row is checked whole before step 1, so
+that nothing of it can fail, or get lost, in mid-run. Left out of the textbook: a Dataset and a
+DataLoader with workers. Samples hold token ids and the names of pictures; tensors are made of a few
+samples at a time, by `collate` in policy.py.
 
     python data.py toy_data/train.jsonl --model toy_model      # look at a data set before you train
+    python data.py --benchmark mathvista --out mathvista       # a public benchmark as JSON lines
 """
 
 import utils  # first: from here on Ctrl-C is no traceback
 
-import io
+import functools
+import itertools
 import json
 import math
-import os
 import re
+import resource
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+from tqdm import tqdm
 
-from utils import UserError, first_line, print0
+from pictures import PICTURES, open_image, picture_sizes, refuse_lost_images, row_images
+from utils import UserError, first_line, print0, rank
 
 # the one prompt template: training, evaluation and every engine use it
 INSTRUCTION = "Think step by step and put the final answer in \\boxed{}."
 IMAGE_MARK = "<image>"
-PICTURES = ("images", "image", "decoded_image")  # the fields whose pictures a row is about
-# a text that is a picture (group 1) or the name of one; a video or a sound
-PICTURE = re.compile(r"^(data:image/|iVBORw0KGgo|/9j/|R0lGOD|UklGR)|\.(png|jpe?g|gif|bmp|tiff?|webp"
-                     r"|avif|heic|jp2|p[gp]m|svg)(\?\S*)?$", re.I)
-VIDEO = re.compile(r"^data:(video|audio)/|\.(mp4|m4v|avi|mov|mkv|webm|mpe?g|wmv|flv|wav|mp3|flac"
-                   r"|ogg|m4a)(\?\S*)?$", re.I)
 # what a call of a tokenizer says for itself, since a checkpoint's files may say otherwise
 BARE = {"add_special_tokens": False, "padding": False, "truncation": False, "max_length": None}
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -39,9 +38,16 @@ QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 @dataclass
 class Args:
-    data: list = field(default_factory=list)  # .jsonl or .parquet data sets
+    data: list = field(default_factory=list)  # data sets; empty: with --benchmark, the hub's
     model: str = "toy_model"  # folder or hub id of the model whose processor reads them
+    columns: str = ""  # OURS=THEIRS, joined by commas: columns of another name; empty: none
+    image_root: str = ""  # folder that image paths begin from; empty: the data file's
+    min_pixels: int = 0  # images with fewer are enlarged; 0: the model's own bound
+    max_pixels: int = 0  # images with more are reduced; 0: the model's own bound
+    instruction: str = "Think step by step and put the final answer in \\boxed{}."  # empty: none
     max_prompt_tokens: int = 2048  # longer prompts, images included, are dropped
+    benchmark: str = ""  # public benchmark to write as JSON lines, as mathvista; empty: none
+    out: str = ""  # folder that --benchmark writes; empty: named like it
 
 
 @dataclass
@@ -52,9 +58,9 @@ class Sample:
     question: str
     answer: str
     solution: str  # golden response for SFT, "" where the data has none
-    images: list  # a path (or the bytes of a parquet row) for each image; decoded late
-    prompt_text: str  # what a sampler wants: one placeholder an image
-    prompt_ids: list[int]  # what the trainer sees: one placeholder a merged patch
+    images: list  # a path, or the bytes of a parquet row, for each image; decoded late
+    prompt_text: str = ""  # what a sampler wants: one placeholder an image
+    prompt_ids: list[int] = field(default_factory=list)  # the trainer's: one a merged patch
     completion_ids: list[int] = field(default_factory=list)  # EOS included
     completion_text: str = ""
     finish_reason: str = ""  # "stop" (EOS was sampled) or "length" (cut off)
@@ -62,6 +68,7 @@ class Sample:
     rewards: dict = field(default_factory=dict)  # by name, before weighing; None: not scored
     reward: float | None = None
     advantage: float = 0.0
+    place: str = ""  # file and line of the row, for messages
 
     def length(self):
         """Tokens of prompt and completion."""
@@ -76,34 +83,115 @@ class Sample:
 
 
 # ---------------------------------------------------------------------------------------------
-# Rows: a file to dictionaries
+# Rows: a source to dictionaries
 
 
-def read_rows(path):
-    """Yield `(place, row)` for every row of a .jsonl or .parquet file; `place` is for messages."""
+def read_rows(source):
+    """Yield `(place, row)` for every row of a data set; `place` is for messages.
+
+    A source is a file of JSON lines or, read by `datasets`, a parquet file, a folder of shards, or
+    an id of the hub; SPLIT or CONFIG:SPLIT follows a colon where there are several.
+    """
+    path = Path(source)
     if not path.is_file():
-        raise UserError(f"{path}: no such file; give the path of a .jsonl or .parquet data set.")
-    if path.suffix == ".parquet":
-        try:
-            import pyarrow.parquet
+        return read_tables(str(source))
+    with open(path, "rb") as file:
+        start = file.read(512).lstrip()
+    if path.suffix == ".parquet" or start.startswith(b"PAR1"):
+        return read_tables(str(source))
+    remedies = {(b"[",): "it is one JSON array: write an object a line, as `jq -c .[]` does",
+                (b"\xff\xfe", b"\xfe\xff"): "it is UTF-16: save it as UTF-8",
+                (b"PK", b"\x1f\x8b"): "it is packed: unpack it"}
+    for marks, remedy in remedies.items():
+        if start.startswith(marks):
+            raise UserError(f"{path}: {remedy}.")
+    if path.suffix.lower() in (".csv", ".tsv", ".txt", ".arrow"):
+        raise UserError(f"{path}: {path.suffix} is not read; write it as JSON lines, as pandas' "
+                        "to_json(orient='records', lines=True) does, or as parquet.")
+    return read_json_lines(path)
 
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-        except (ImportError, ValueError, OSError, NotImplementedError) as error:
-            raise UserError(f"{path}: cannot be read as parquet ({first_line(error)}); replace it, "
-                            "or run `pip install pyarrow`.")
-        yield from ((f"{path}, row {n}", row) for n, row in enumerate(rows, 1))
-        return
-    for n, line in enumerate(path.read_bytes().splitlines(), 1):
-        place = f"{path}, line {n}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line, object_pairs_hook=unlike_fields)
-        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or brackets for ever
-            raise UserError(f"{place}: not valid JSON ({error}); correct or remove the line.")
-        if not isinstance(row, dict):
-            raise UserError(f"{place}: not a JSON object with question and answer; correct it.")
-        yield place, row
+
+def read_json_lines(path):
+    with open(path, "rb") as file:
+        for n, line in enumerate(file, 1):
+            place = f"{path}, line {n}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line, object_pairs_hook=unlike_fields)
+            except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, brackets for ever
+                raise UserError(f"{place}: not valid JSON ({error}); one object a line is wanted: "
+                                "correct or remove the line.")
+            if not isinstance(row, dict):
+                raise UserError(f"{place}: not a JSON object with question and answer; correct it.")
+            yield place, row
+
+
+def read_tables(source):
+    """The rows of what `datasets` loads: pictures are as they lie there, bytes or paths."""
+    name, *words = [source] if Path(source).exists() else source.split(":")
+    path = Path(name)
+    hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(path.parts[0]).exists()
+    if not path.exists() and not (hub_id and 1 <= len(words) <= 2):
+        raise UserError(f"{source}: no such file or folder; give the path of JSON lines or of "
+                        "parquet, or a hub id with its split, as hiyouga/geometry3k:train.")
+    if near := sorted(path.glob("*.jsonl")):
+        raise UserError(f"{source}: a folder; give one of its files, as {near[0]}.")
+    try:
+        if path.is_file():
+            from pyarrow.parquet import ParquetFile
+
+            # HAZARD: what it buffers ahead it keeps, which would be the whole file once more
+            tables = ParquetFile(path, pre_buffer=False).iter_batches(100)
+        else:
+            tables = tables_of(name, words, source).with_format("arrow").iter(100)
+        n = 0
+        for table in tables:
+            for row in table.to_pylist():
+                yield f"{source}, row {(n := n + 1)}", row
+    except UserError:
+        raise
+    except ImportError:
+        raise UserError(f"{source}: the package datasets reads it; run `pip install datasets`.")
+    except Exception as error:  # whatever a file of somebody else's makes of it
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{source}: cannot be read ({said:.300}); replace it, or give another path "
+                        "or split.")
+
+
+def tables_of(name, words, source):
+    """What `datasets` loads of a folder or, into the hub's cache, of a hub id."""
+    import datasets
+
+    if not Path(name).exists():  # one rank of a machine downloads, the others wait for it
+        return datasets.load_dataset(name, *words[:-1], split=words[-1])
+    found = datasets.load_dataset(name, *words[:-1], streaming=True)  # no second copy on the disk
+    split = words[-1] if words else [*found][0]
+    if split not in found or len(found) > 1 and not words:
+        raise UserError(f"{source}: give one of its splits, as {name}:{[*found][0]}; it has "
+                        f"{', '.join(found)}.")
+    return found[split]
+
+
+def renamed(row, columns):
+    """The row under our names, of `columns` {ours: theirs}; what they replace keeps another one."""
+    for ours in ("question", "answer"):
+        if ours in columns and columns[ours] not in row:
+            raise UserError(f"no {columns[ours]}, which --columns names; it has {', '.join(row)}.")
+    kept = {name: value for name, value in row.items() if name not in columns.values()}
+    aside = {f"{name}, not in --columns": kept.pop(name) for name in columns if name in kept}
+    return kept | aside | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+
+
+def as_columns(text):
+    """--columns as {ours: theirs}."""
+    pairs = [part.partition("=")[::2] for part in text.split(",") if part.strip()]
+    columns = {ours.strip(): theirs.strip() for ours, theirs in pairs}
+    known = ("question", "answer", "solution", "id", *PICTURES)
+    if len(columns) < len(pairs) or not all(c in known and columns[c] for c in columns):
+        raise UserError(f"--columns {text}: give OURS=THEIRS, joined by commas, each of ours once; "
+                        f"ours are {', '.join(known)}.")
+    return columns
 
 
 def unlike_fields(pairs):
@@ -128,146 +216,17 @@ def text_of(row, name):
 
 
 # ---------------------------------------------------------------------------------------------
-# Pictures: every one of a row is used, or the row is refused
-
-
-def row_images(row, folder):
-    """The pictures of a row, each as a path or bytes; UserError where fields disagree."""
-
-    def source(part):  # a struct as `datasets` writes it: where it has bytes, its path is a name
-        if not isinstance(part, dict) or not part.keys() & {"bytes", "path"}:
-            return part
-        return part.get("path") if part.get("bytes") is None else part["bytes"]
-
-    def nowhere(parts):
-        return all(isinstance(p, str) and not os.path.isfile(folder / p) for p in parts)
-
-    given = {}
-    for name in PICTURES:
-        value = row.get(name)
-        if name == "images" and isinstance(value, str):
-            raise UserError("images must be a list of paths; correct it.")
-        if any(True for _ in leaves(value)):
-            given[name] = [source(part) for part in (value if type(value) is list else [value])]
-    held = next((ps for ps in given.values() if all(isinstance(p, bytes) for p in ps)), None)
-    if held:  # beside them, names of files that are not there are metadata, as in MathVista
-        given = {name: parts for name, parts in given.items()
-                 if not (nowhere(parts) and len(parts) == len(held))}
-    first = next(iter(given.values()), [])
-    if any(parts != first for parts in given.values()):
-        raise UserError(f"{' and '.join(given)} hold different images; keep one of them.")
-    return first
-
-
-def refuse_lost_images(row, read, images, folder):
-    """UserError where a field that nobody reads holds a picture, a video or a sound.
-
-    The name of a file that is not there is metadata where the row has its pictures and the field
-    has no picture's name.
-    """
-    known = [text for name in PICTURES for text in leaves(row.get(name)) if isinstance(text, str)]
-    known = {*known, *map(os.path.basename, known)}
-    for name, leaf in ((n, leaf) for n in row if n not in read for leaf in leaves(row[n])):
-        text = leaf if isinstance(leaf, str) else ""
-        what = f'the field "{name}" holds'
-        if VIDEO.search(text) or re.fullmatch("(video|audio)s?", name, re.I) and leaf:
-            raise UserError(f"{what} a video or sound ({leaf!a:.40}); only text and images are "
-                            "read, remove the row.")
-        looks, file = PICTURE.search(text), folder / text
-        named = re.fullmatch(r"(image|img|picture|pic|photo|figure)s?_?\d*", name, re.I)
-        lost = looks and (not images or looks[1] or named or os.path.isfile(file))
-        if leaf not in known and (isinstance(leaf, bytes) or lost or is_image(file)):
-            raise UserError(f"{what} a picture ({leaf!a:.40}) that would be lost; rename the field "
-                            "to image or images, or remove it.")
-
-
-def leaves(value):
-    """What a field holds in its lists, maps and structs, however deep; not None, not ""."""
-    stack = [value]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, (dict, list, tuple)):
-            stack.extend(value.values() if isinstance(value, dict) else value)
-        elif value is not None and value != "":
-            yield value
-
-
-def is_image(file):
-    """Whether there is a file that begins as a picture does."""
-    if not os.path.isfile(file):
-        return False
-    try:
-        Image.open(file).close()
-    except Exception:  # Pillow's plug-ins raise what they like
-        return False
-    return True
-
-
-def checked_image(image, folder):
-    """A row's image, checked: its absolute path in the folder, or its bytes; and the picture."""
-    name = "image bytes"
-    if not isinstance(image, bytes):
-        if not isinstance(image, str) or re.search("[\0\ud800-\udfff]", image):
-            raise UserError(f"an image is given as {image!a:.60}; give its path as text.")
-        name, image = f"image {image:.100}", os.path.realpath(folder / image)
-        if not Path(image).is_relative_to(folder.resolve()):
-            raise UserError(f"{name} lies outside {folder}; move it inside.")
-        if not os.path.isfile(image):
-            raise UserError(f"{name} does not exist in {folder}; correct the path.")
-    try:
-        return image, open_image(image)
-    except Exception as error:  # Pillow's plug-ins raise what they like
-        raise UserError(f"{name} cannot be read ({first_line(error)}); replace it.")
-
-
-def open_image(source):
-    """Decode a path or bytes to RGB: EXIF rotation applied, transparency laid on white."""
-    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-    deep = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
-    image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":
-        return grey_of_8_bits(image, [65535] if deep else [1, 255, 65535]).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def grey_of_8_bits(image, tops):
-    """A grey picture of 16 or 32 bits, which Pillow's own conversion would clip to white or black.
-
-    32 bits do not say their range: it ends at the first of `tops` that holds all values. Where none
-    does, they are stretched from the lowest to the highest.
-    """
-    values = np.asarray(image, float)
-    low, high = values.min(), values.max()
-    if not math.isfinite(high - low):
-        raise ValueError("it holds values that are not finite")
-    top = next((top for top in tops if 0 <= low and high <= top), None)
-    if top:
-        low, high = 0, min(top, 255 * 256)  # of 16 bits the upper 8
-    grey = (values - low) * 255 / (high - low) if high > low else values * 0 + 128
-    grey[values == image.info.get("transparency")] = 255  # laid on white, as above
-    return Image.fromarray(grey.astype(np.uint8))
-
-
-def as_png(image):
-    """The bytes of an image as a data set's file would hold them."""
-    file = io.BytesIO()
-    image.save(file, "png")
-    return file.getvalue()
-
-
-# ---------------------------------------------------------------------------------------------
 # Prompts: a question in the model's own chat template, and its token ids
 
 
-def conversation(question):
+def conversation(question, instruction=INSTRUCTION):
     """The messages of a prompt, for the chat template: the only place where a prompt is written."""
     content = []
     for i, text in enumerate(question.split(IMAGE_MARK)):
         content += [{"type": "image"}] * (i > 0) + [{"type": "text", "text": text}]
-    return [{"role": "user", "content": [*content, {"type": "text", "text": f"\n{INSTRUCTION}"}]}]
+    if instruction.strip():
+        content.append({"type": "text", "text": f"\n{instruction}"})
+    return [{"role": "user", "content": content}]
 
 
 def tokenise(tokenizer, text):
@@ -280,8 +239,9 @@ def tokenise(tokenizer, text):
 
 def banned_ids(processor):
     """Ids that must never be sampled: a placeholder in a completion has no image behind it."""
-    names = ("image_token_id", "video_token_id")
-    return [getattr(processor, n) for n in names if getattr(processor, n, None) is not None]
+    own = getattr(processor, "image_token_id", None)  # Gemma 3's, of a prompt's text, is one apart
+    ids = [own, *processor.image_token_ids, *processor.video_token_ids]
+    return list(dict.fromkeys(i for i in ids if i is not None))
 
 
 def refuse_marks(text, what, processor):
@@ -295,13 +255,13 @@ def refuse_marks(text, what, processor):
             raise UserError(f"the {what} holds the model's mark {mark}; remove it.")
 
 
-def written_prompt(question, processor):
+def written_prompt(question, processor, instruction):
     """The prompt's text, complete: with what the tokenizer puts before a text, such as BOS."""
     tokenizer, refused = processor.tokenizer, ""
     try:
         prompt = processor.apply_chat_template(
-            conversation(question), add_generation_prompt=True, tokenize=False)
-        lost = [t for t in (*question.split(IMAGE_MARK), INSTRUCTION) if t.strip() not in prompt]
+            conversation(question, instruction), add_generation_prompt=True, tokenize=False)
+        lost = [t for t in (*question.split(IMAGE_MARK), instruction) if t.strip() not in prompt]
         mark = getattr(processor, "image_token", None)
         if lost:
             refused = f"loses or changes the text {lost[0]!a:.40}"
@@ -319,25 +279,66 @@ def written_prompt(question, processor):
     return prompt if prompt.lstrip().startswith(begin) else begin + prompt
 
 
+@functools.lru_cache(maxsize=8)
+def repeats_placeholders(processor):
+    """Whether an image is as many placeholders as the processor's formula says of its size.
+
+    Where it is not, as where tiles have marks of their own, only the processor can say.
+    """
+    sizes = [(90, 60), (200, 330)]
+    try:
+        prompt = processor.image_token.join(("a", "b", "c"))
+        images = [Image.new("RGB", size) for size in sizes]
+        theirs = [*processor(text=[prompt], images=images, **BARE)["input_ids"][0]]
+        return theirs == with_placeholders(tokenise(processor.tokenizer, prompt), sizes, processor)
+    except Exception:  # another family's formula may be missing, or of another kind
+        return False
+
+
+def with_placeholders(ids, sizes, processor):
+    """A prompt's ids, each image's one placeholder repeated as its (width, height) asks for."""
+    counts = iter(())
+    if sizes:
+        found = processor._get_num_multimodal_tokens(image_sizes=[(h, w) for w, h in sizes])
+        counts = iter(found["num_image_tokens"])
+    mark = processor.image_token_id
+    return [i for token in ids for i in ([token] * next(counts) if token == mark else [token])]
+
+
 # ---------------------------------------------------------------------------------------------
 # Samples
 
 
-def make_sample(row, path, place, processor):
-    """A row, checked, as a sample. `place` is what a UserError names, and an id for want of one."""
+@contextmanager
+def at(place):
+    """A UserError of what is inside names the place."""
     try:
-        return checked_sample(row, path.parent, place, processor)
+        yield
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
 
 
-def checked_sample(row, folder, place, processor):
+@contextmanager
+def with_one_voice():
+    """A UserError that a rank meets inside is raised by all: only rank 0 is heard. COLLECTIVE."""
+    problems = []
+    try:
+        yield
+    except UserError as error:
+        problems = [str(error)]
+    for problem in utils.gather(problems):
+        raise UserError(problem)
+
+
+def unwritten_sample(row, folder, place, processor):
+    """A row as a sample without its prompt: its texts and marks are checked, its images found."""
     asked = "problem" if row.get("question") is None and "problem" in row else "question"
     read = (asked, "answer", "solution", "id")
     question, answer, solution, name = (text_of(row, field) for field in read)
     for field_, text in ((asked, question), ("answer", answer)):
         if not text.strip():
-            raise UserError(f'field "{field_}" is missing, empty or no text; correct it.')
+            raise UserError(f'field "{field_}" is missing, empty or no text; correct it, or name '
+                            f"the right one of {', '.join(row)} by --columns.")
     refuse_marks(question.replace(IMAGE_MARK, ""), "question", processor)
     refuse_marks(solution, "solution", processor)
     for mark in re.findall(r"<(?:image|video|audio)[ _-]?\d*>", question, re.I):
@@ -346,68 +347,110 @@ def checked_sample(row, folder, place, processor):
                             f"{IMAGE_MARK}: write these, or remove the row.")
     images = row_images(row, folder)
     refuse_lost_images(row, (*read, *PICTURES), images, folder)
-    images = [checked_image(image, folder) for image in images]
     if IMAGE_MARK not in question:  # then they stand first
         question = IMAGE_MARK * len(images) + question
     marks = question.count(IMAGE_MARK)
     if marks != len(images):
         raise UserError(f"{marks} {IMAGE_MARK} marks in the question for {len(images)} images; "
                         "give one mark an image.")
-    prompt = written_prompt(question, processor)
+    return Sample(name or place, question, answer, solution, images, place=place)
+
+
+def write_prompt(sample, sizes, processor, instruction):
+    """Set a sample's prompt; `sizes` is what `picture_sizes` found of its images."""
+    sizes = [sizes[image] for image in sample.images]
+    for problem in (size for size in sizes if isinstance(size, str)):
+        raise UserError(problem)
+    prompt = written_prompt(sample.question, processor, instruction)
     try:
-        pictures = [picture for _, picture in images] or None
-        inputs = processor(text=[prompt], images=pictures, **BARE)
+        if repeats_placeholders(processor):
+            ids = with_placeholders(tokenise(processor.tokenizer, prompt), sizes, processor)
+        else:
+            pictures = [open_image(image) for image in sample.images] or None
+            ids = list(processor(text=[prompt], images=pictures, **BARE)["input_ids"][0])
     except Exception as error:  # such as for a picture 200 times as wide as high
         raise UserError(f"the processor refuses the row ({first_line(error)}); change its images.")
-    ids = list(inputs["input_ids"][0])
-    if images and not {*ids} & {*banned_ids(processor)}:
+    if sizes and not {*ids} & {*banned_ids(processor)}:
         raise UserError("the model's chat template loses the images; give a model whose template "
                         "takes a user's text and images.")
-    if "image_grid_thw" in inputs:  # one placeholder for every merge x merge block of patches
-        merged = sum(int(grid.prod()) for grid in inputs["image_grid_thw"])
-        merged //= processor.image_processor.merge_size**2
-        held = ids.count(processor.image_token_id)
-        assert held == merged, f"{place}: {held} image placeholders for {merged} merged patches"
-    sources = [source for source, _ in images]
-    return Sample(name or place, question, answer, solution, sources, prompt, ids)
+    sample.prompt_text, sample.prompt_ids = prompt, ids
 
 
-def read_samples(path, processor):
-    """All of a data set's samples, each row checked; a UserError names the first that is wrong."""
-    samples, places = [], {}
-    for place, row in read_rows(path):
-        s = make_sample(row, path, place, processor)
-        if s.id in places:
-            raise UserError(f"{places[s.id]} and {place}: two rows have the same id {s.id}; make "
-                            "every id unique.")
-        places[s.id] = place
-        samples.append(s)
-    if not samples:
-        raise UserError(f"{path}: the file holds no rows; give a data set with at least one.")
-    return samples
+def make_sample(row, folder, place, processor, instruction=INSTRUCTION):
+    """One row, checked, as a sample; its image paths begin from `folder`. COLLECTIVE.
+
+    `place` is what a UserError names, and an id for want of one.
+    """
+    with at(place):
+        sample = unwritten_sample(row, folder, place, processor)
+        write_prompt(sample, picture_sizes(sample.images), processor, instruction)
+    return sample
 
 
-def load_samples(path, processor, max_prompt_tokens):
-    """Read a data set. Prompts longer than `max_prompt_tokens` are dropped, and said; never cut."""
-    samples = read_samples(utils.find(path), processor)
+def read_samples(source, processor, columns="", instruction=INSTRUCTION, image_root="", limit=0):
+    """A data set's samples, each row checked, and `{image: (width, height)}`. COLLECTIVE.
+
+    A UserError names the first row that is wrong. Of `limit` rows at most; 0: of all.
+    """
+    source = str(utils.find(source))
+    path, columns = Path(source), as_columns(columns)
+    folder = Path(image_root) if image_root else path if path.is_dir() else path.parent
+    samples, places, seen = [], {}, set()
+    bar = functools.partial(tqdm, leave=False, delay=2, disable=rank() > 0, mininterval=1)
+    with with_one_voice():
+        rows = itertools.islice(read_rows(source), limit or None)
+        for place, row in bar(rows, f"Reading {source}"):
+            seen.update(row)
+            with at(place):
+                s = unwritten_sample(renamed(row, columns), folder, place, processor)
+            if s.id in places:
+                raise UserError(f"{places[s.id]} and {place}: two rows have the same id {s.id}; "
+                                "make every id unique.")
+            places[s.id] = place
+            samples.append(s)
+        for theirs in columns.values():
+            if samples and theirs not in seen:
+                raise UserError(f"{source}: no row has {theirs}, which --columns names; they have "
+                                f"{', '.join(sorted(seen))}.")
+        if not samples:
+            raise UserError(f"{source}: it holds no rows; give a data set with at least one.")
+    # what is dear, shared over the ranks; the rest is a third of a millisecond a row
+    sizes = picture_sizes(image for s in samples for image in s.images)
+    for s in bar(samples, f"Writing prompts of {source}"):
+        with at(s.place):
+            write_prompt(s, sizes, processor, instruction)
+    return samples, sizes
+
+
+def load_samples(source, processor, max_prompt_tokens, *reading):
+    """Read a data set as `read_samples` does, and leave out what is too long. COLLECTIVE.
+
+    Prompts longer than `max_prompt_tokens` are dropped, and said; never cut.
+    """
+    samples, _ = read_samples(source, processor, *reading)
     kept = [s for s in samples if len(s.prompt_ids) <= max_prompt_tokens]
     dropped = [s.id for s in samples if len(s.prompt_ids) > max_prompt_tokens]
     if not kept:
         shortest = min(len(s.prompt_ids) for s in samples)
-        raise UserError(f"{path}: every prompt is longer than --max_prompt_tokens "
-                        f"{max_prompt_tokens}, the shortest has {shortest} tokens; raise it or use "
-                        "smaller images.")
+        raise UserError(f"{source}: every prompt is longer than --max_prompt_tokens "
+                        f"{max_prompt_tokens}, the shortest has {shortest} tokens; raise it or "
+                        "lower --max_pixels.")
     if dropped:
-        print0(f"{path}: left out {len(dropped)} of {len(samples)} prompts that are longer than "
+        print0(f"{source}: left out {len(dropped)} of {len(samples)} prompts that are longer than "
                f"{max_prompt_tokens} tokens: {', '.join(dropped[:5])}{' ...' * (len(dropped) > 5)}")
     return kept
+
+
+def load_data(source, args, processor, limit=0):
+    """A stage's data set, read as the stage's flags say. COLLECTIVE."""
+    return load_samples(source, processor, args.max_prompt_tokens, args.columns, args.instruction,
+                        args.image_root, limit)
 
 
 def load_splits(args, processor):
     """A trainer's data sets by split, "train" first; without those whose flag is empty."""
     paths = {"train": args.train_data, "validation": args.validation_data, "test": args.test_data}
-    return {split: load_samples(path, processor, args.max_prompt_tokens)
-            for split, path in paths.items() if path}
+    return {split: load_data(path, args, processor) for split, path in paths.items() if path}
 
 
 def count_steps(train, args):
@@ -449,23 +492,37 @@ def quantiles(values):
     return {f"{q:.0%}": values[int(q * (len(values) - 1))] for q in QUANTILES if values}
 
 
+def memory():
+    """Bytes that this process has had in memory at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts kilobytes
+
+
 def main(args):
     from policy import load_processor
 
-    processor, result = load_processor(args.model), {}
-    for path in args.data:
-        samples = read_samples(utils.find(path), processor)
+    if args.benchmark:
+        from benchmarks import convert
+
+        return convert(args.benchmark, args.data, args.out)
+    if not args.data:
+        raise UserError("give a data set to look at, or --benchmark.")
+    processor, result = load_processor(args.model, args.min_pixels, args.max_pixels), {}
+    for source in args.data:
+        before = memory()
+        samples, sizes = read_samples(source, processor, args.columns, args.instruction,
+                                      args.image_root)
         tokens = [len(s.prompt_ids) for s in samples]
         long = [s.id for s in samples if len(s.prompt_ids) > args.max_prompt_tokens]
-        sizes = [open_image(image).size for s in samples for image in s.images]
-        result[path] = found = {
-            "rows": len(samples), "images": len(sizes), "dropped": len(long),
+        shown = [sizes[image] for s in samples for image in s.images]
+        result[source] = found = {
+            "rows": len(samples), "images": len(shown), "dropped": len(long),
             "without image": sum(not s.images for s in samples),
             "without solution": sum(not s.solution for s in samples),
             "prompt tokens": quantiles(tokens),
-            "image width": quantiles(width for width, _ in sizes),
-            "image height": quantiles(height for _, height in sizes)}
-        print0(path)
+            "image width": quantiles(width for width, _ in shown),
+            "image height": quantiles(height for _, height in shown),
+            "kB in memory a row": round((memory() - before) / len(samples) / 1e3, 1)}
+        print0(source)
         for name, value in found.items():
             print0(f"    {name:18}" + re.sub("[{}']", "", str(value)))
         if long:

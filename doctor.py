@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 
-from data import IMAGE_MARK, banned_ids, load_samples, make_sample, refuse_mixture
+from data import IMAGE_MARK, banned_ids, load_data, make_sample, refuse_mixture
 from policy import (
     Policy, collate, compute_dtype, language_weights, load_model, load_processor, shard)
 from rollout import check_engine, make_engine, share
@@ -30,7 +30,12 @@ from utils import RunError, UserError, first_line, print0, rank
 @dataclass
 class Args:
     model: str = "toy_model"  # folder or hub id of a vision-language model
-    data: str = "toy_data/validation.jsonl"  # .jsonl or .parquet data set, of which a few rows
+    data: str = "toy_data/validation.jsonl"  # JSON lines, parquet, or a hub id with :split
+    columns: str = ""  # OURS=THEIRS, joined by commas: columns of another name; empty: none
+    image_root: str = ""  # folder that image paths begin from; empty: the data file's
+    min_pixels: int = 0  # images with fewer are enlarged; 0: the model's own bound
+    max_pixels: int = 0  # images with more are reduced; 0: the model's own bound
+    instruction: str = "Think step by step and put the final answer in \\boxed{}."  # empty: none
     max_prompt_tokens: int = 2048  # longer prompts, images included, are dropped
     max_new_tokens: int = 96  # of an answer; 32 of them at most are looked at
     engine: Literal["auto", "hf", "vllm"] = "auto"  # sampler; auto: vllm on CUDA, else embedded
@@ -112,8 +117,8 @@ def probes(samples, processor, max_prompt_tokens):
     if len(pictured) > 1:
         rows.append({"id": "two images", "images": [s.images[0] for s in pictured[:2]],
                      "question": f"{IMAGE_MARK} or {IMAGE_MARK}: which is larger?"})
-    place = Path("/doctor")  # a sample's paths are whole, and lie below /
-    made = [make_sample(row | {"answer": "?"}, place, "doctor", processor) for row in rows]
+    root = Path("/")  # a sample's paths are whole
+    made = [make_sample(row | {"answer": "?"}, root, "doctor", processor) for row in rows]
     return [s for s in pictured + plain + made if len(s.prompt_ids) <= max_prompt_tokens]
 
 
@@ -254,8 +259,8 @@ def stop_if_sampler_strays(metrics):
 def main(args):
     refuse_mixture(args)
     check_engine(args)
-    processor = load_processor(args.model)
-    samples = load_samples(args.data, processor, args.max_prompt_tokens)
+    processor = load_processor(args.model, args.min_pixels, args.max_pixels)
+    samples = load_data(args.data, args, processor, limit=1000)
     policy = Policy(load_model(args.model).requires_grad_(False), processor)
     # no memory of image features: the doctor changes the weights that made them
     sharing = share(policy.model, processor, megabytes=0)

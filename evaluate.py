@@ -38,12 +38,17 @@ REFLECTION_WORDS = (
 @dataclass
 class Args:
     model: str = "toy_model"  # folder or hub id of a vision-language model
-    data: str = "toy_data/validation.jsonl"  # .jsonl or .parquet data set
+    data: str = "toy_data/validation.jsonl"  # JSON lines, parquet, or a hub id with :split
+    columns: str = ""  # OURS=THEIRS, joined by commas: columns of another name; empty: none
+    image_root: str = ""  # folder that image paths begin from; empty: the data file's
+    min_pixels: int = 0  # images with fewer are enlarged; 0: the model's own bound
+    max_pixels: int = 0  # images with more are reduced; 0: the model's own bound
+    instruction: str = "Think step by step and put the final answer in \\boxed{}."  # empty: none
     out: str = ""  # run folder; empty: a new one under runs/
     settings: str = ",".join(SETTINGS)  # which decoding settings to run, joined by commas
     max_new_tokens: int = 96  # completions are cut off here
     max_prompt_tokens: int = 2048  # longer prompts, images included, are dropped
-    limit: int = 0  # use only the first this many prompts; 0: all
+    limit: int = 0  # use only the first this many rows; 0: all
     perturb: Literal["none", "blank", "noise", "rotate", "swap"] = "none"  # damage the images first
     engine: Literal["auto", "hf", "vllm"] = "auto"  # sampler; auto: vllm on CUDA, else embedded
     rollout_batch_size: int = 256  # completions sampled at one time on a rank
@@ -65,7 +70,7 @@ def perturbed(samples, how, seed):
     image stays where there is none), "none" changes nothing. An image keeps its width and height,
     so that the prompt's placeholders still fit. Every rank gets the same.
     """
-    from data import as_png, open_image
+    from pictures import as_png, open_image
 
     if how == "none":
         return samples
@@ -261,7 +266,7 @@ def chosen_settings(names, trainer=None):
 
 
 def main(args):
-    from data import load_samples, refuse_mixture
+    from data import load_data, refuse_mixture
     from doctor import rehearse
     from policy import load_processor
     from rollout import check_engine, make_engine
@@ -270,9 +275,9 @@ def main(args):
     check_engine(args)
     settings = chosen_settings(args.settings)
     out, _ = utils.choose_run(args)
-    processor = load_processor(args.model)
-    samples = load_samples(args.data, processor, args.max_prompt_tokens)
-    samples = perturbed(samples[: args.limit or None], args.perturb, args.seed)
+    processor = load_processor(args.model, args.min_pixels, args.max_pixels)
+    samples = load_data(args.data, args, processor, args.limit)
+    samples = perturbed(samples, args.perturb, args.seed)
     engine = make_engine(args.engine, None, processor, args)
     rehearse(engine, samples, args)
     utils.begin_run(out, args)

@@ -19,21 +19,27 @@ import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import (
+    AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, GenerationConfig,
+    PreTrainedTokenizerBase)
 from transformers.processing_utils import TextKwargs
 from transformers.utils import logging as transformers_logging
 
 import utils
-from data import INSTRUCTION, Sample, banned_ids, open_image, tokenise
+from data import BARE, INSTRUCTION, Sample, banned_ids, tokenise
+from pictures import open_image
 from utils import UserError, device, first_line, print0, rank, world_size
 
 HEAD_NUMBERS = 2**27  # of [completion tokens, vocabulary], that exist at one time
 
 transformers_logging.disable_progress_bar()
-transformers_logging.get_logger("transformers.modeling_utils").addFilter(
-    # what `load_model` says in a sentence
-    lambda record: not re.search("LOAD REPORT|seem corrupted", record.getMessage()))
+for name in ("modeling_utils", "processing_utils"):
+    transformers_logging.get_logger(f"transformers.{name}").addFilter(
+        # what `load_model` says in a sentence; what SmolVLM's processor brings about at each prompt
+        lambda record: not re.search("LOAD REPORT|seem corrupted|^Kwargs passed to",
+                                     record.getMessage()))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -100,18 +106,44 @@ def check_files(folder):
                             f"says ({error}); copy or download it again.")
 
 
-def load_processor(path):
-    """The checkpoint's processor: tokenizer, chat template and image processor in one."""
+class TextProcessor:
+    """A tokenizer in the place of a processor, for a model that reads text alone."""
+
+    image_processor = image_token = image_token_id = None
+    image_token_ids = video_token_ids = ()
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.chat_template = tokenizer, tokenizer.chat_template
+        self.model_input_names = tokenizer.model_input_names
+        self.save_pretrained = tokenizer.save_pretrained
+
+    def __call__(self, text, images=None, **words):
+        return self.tokenizer(text, **words)
+
+    def apply_chat_template(self, conversation, **words):
+        """A prompt's text: the templates of these models want a message's text in one piece."""
+        if any(part["type"] == "image" for message in conversation for part in message["content"]):
+            raise ValueError("its files have no image processor, and the row has a picture")
+        whole = [m | {"content": "".join(p["text"] for p in m["content"])} for m in conversation]
+        return self.tokenizer.apply_chat_template(whole, **words)
+
+
+def load_processor(path, min_pixels=0, max_pixels=0):
+    """The checkpoint's processor: tokenizer, chat template and, but for text, image processor.
+
+    Bounds on an image's pixels that are given hold for samplers and checkpoints too.
+    """
     processor = load_pretrained(AutoProcessor, path)
+    if isinstance(processor, PreTrainedTokenizerBase):
+        processor = TextProcessor(processor)
     if not getattr(processor, "chat_template", None) or not hasattr(processor, "image_processor"):
         raise UserError(f"--model {path}: its processor has no chat template or takes no images; "
-                        "give an instruction-tuned vision-language model.")
-    if "token_type_ids" in processor.model_input_names:  # without, its answers are silently wrong
-        raise UserError(f"--model {path}: this family looks at images in both directions, told by "
-                        "token_type_ids; `collate` makes none yet (LESSON.md, the last exercise).")
+                        "give an instruction-tuned model of vision and language, or of text.")
+    if min_pixels or max_pixels:
+        bound_pixels(processor, path, min_pixels, max_pixels)
     # what a trainer left in the tokenizer's files would be defaults of each call of the processor
     tokenizer = processor.tokenizer
-    for kwargs in (TextKwargs, processor.image_processor.valid_kwargs):
+    for kwargs in (TextKwargs, getattr(processor.image_processor, "valid_kwargs", TextKwargs)):
         for name in kwargs.__annotations__:
             tokenizer.init_kwargs.pop(name, None)
     tokenizer.split_special_tokens = tokenizer.clean_up_tokenization_spaces = False
@@ -121,6 +153,27 @@ def load_processor(path):
         raise UserError(f"--model {path}: its tokenizer fails ({first_line(error)}); correct "
                         "tokenizer_config.json, or give another model.")
     return processor
+
+
+def bound_pixels(processor, path, least, most):
+    """Set the least and the most pixels of an image, 0: as it was; the new bound moves the old."""
+    images, size = processor.image_processor, pixel_bounds(processor).get("size")
+    if not size:
+        raise UserError(f"--min_pixels, --max_pixels: --model {path} gives its images another size "
+                        "than by their pixels; leave the flags out.")
+    token = (images.patch_size * images.merge_size) ** 2
+    if 0 < most < max(least, token):
+        raise UserError(f"--max_pixels {most} must be at least --min_pixels {least}, and {token}, "
+                        f"which are one token of --model {path}.")
+    images.size = {"shortest_edge": least or min(size["shortest_edge"], most),
+                   "longest_edge": most or max(size["longest_edge"], least)}
+
+
+def pixel_bounds(processor):
+    """`{"size": {...}}` as image processors take it where it bounds an image's pixels, or {}."""
+    images = processor.image_processor
+    size = dict(images.size) if hasattr(images, "merge_size") else {}
+    return {"size": size} if size.keys() >= {"shortest_edge", "longest_edge"} else {}
 
 
 def load_model(path, dtype=None):
@@ -133,8 +186,9 @@ def load_model(path, dtype=None):
     config = load_pretrained(AutoConfig, path)
     for part in filter(None, (config, *(getattr(config, name) for name in config.sub_configs))):
         part.dtype = None
+    loader = AutoModelForImageTextToText if config.sub_configs else AutoModelForCausalLM
     model, info = load_pretrained(
-        AutoModelForImageTextToText, path, config=config, dtype=dtype or "auto",
+        loader, path, config=config, dtype=dtype or "auto",
         attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True)
     weights = [*model.named_parameters()]
     wrong = {"missing": info["missing_keys"], "without a place": info["unexpected_keys"],
@@ -268,9 +322,15 @@ def whole_weights(model):
 
 
 @functools.lru_cache(maxsize=64)
-def image_inputs(image_processor, source):
-    """One image's tensors (`pixel_values`, its grid, ...), remembered for the G completions."""
-    return dict(image_processor(images=[open_image(source)], return_tensors="pt"))
+def image_inputs(processor, source):
+    """One image's tensors (`pixel_values`, its grid, ...), remembered for the G completions.
+
+    The processor is asked, since it may tell its image processor to tile, whatever the files say.
+    """
+    asked = processor(text=[processor.image_token], images=[open_image(source)],
+                      return_tensors="pt", **BARE)
+    text = {*processor.tokenizer.model_input_names, "token_type_ids", "mm_token_type_ids"}
+    return {name: value for name, value in asked.items() if name not in text}
 
 
 def padded(lists, value):
@@ -294,14 +354,17 @@ def collate(samples, processor, look=None):
     pad = next(i for i in ids if i is not None and i not in banned_ids(processor))
     inputs = {"input_ids": padded(rows, pad)}
     inputs["attention_mask"] = padded([[1] * len(r) for r in rows], 0)
-    if "mm_token_type_ids" in processor.model_input_names:  # 1 on an image's placeholders
-        image = processor.image_token_id
-        inputs["mm_token_type_ids"] = padded([[int(t == image) for t in r] for r in rows], 0)
+    # 1 on an image's placeholders: for M-RoPE, or since they see each other, later ones too
+    for name in {"mm_token_type_ids", "token_type_ids"} & {*processor.model_input_names}:
+        inputs[name] = padded(processor.create_mm_token_type_ids(rows), 0)
     images = [i for s in samples for i in s.images]  # in reading order
-    find = look or functools.partial(image_inputs, processor.image_processor)
+    find = look or functools.partial(image_inputs, processor)
     parts = [find(i) for i in images]
     for name in parts[0] if parts else ():  # joined along the first axis
-        inputs[name] = torch.cat([p[name] for p in parts]).to(device())
+        values = [p[name] for p in parts]
+        if len({v.shape[1:] for v in values}) > 1:  # fewer tiles are filled up, with zeros
+            values = [pad_sequence([row for v in values for row in v], batch_first=True)]
+        inputs[name] = torch.cat(values).to(device())
     completions = [s.completion_ids for s in samples]
     width = inputs["input_ids"].shape[1]
     places = [[i * width + len(s.prompt_ids) + k - 1 for k in range(len(s.completion_ids))]

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data import as_png, open_image
+from pictures import as_png, open_image
 from evaluate import REFLECTION_WORDS, SETTINGS, count_reflections, is_right, reflection_ratios
 from utils import UserError, print0
 

@@ -31,9 +31,11 @@ import torch
 from transformers import AutoConfig, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from data import banned_ids, load_samples, open_image, refuse_mixture, tokenise
+from data import banned_ids, load_data, refuse_mixture, tokenise
+from pictures import open_image
 from policy import (
-    collate, compute_dtype, load_model, load_pretrained, load_processor, twin, whole_weights)
+    collate, compute_dtype, load_model, load_pretrained, load_processor, pixel_bounds, twin,
+    whole_weights)
 from utils import RunError, UserError, device, first_line, print0, rank, world_size
 
 MOST_IMAGES = 8  # a prompt, in vLLM, which sets memory aside for them
@@ -42,14 +44,19 @@ MOST_IMAGES = 8  # a prompt, in vLLM, which sets memory aside for them
 @dataclass
 class Args:
     model: str = "toy_model"  # folder or hub id of a vision-language model
-    data: str = "toy_data/validation.jsonl"  # .jsonl or .parquet data set
+    data: str = "toy_data/validation.jsonl"  # JSON lines, parquet, or a hub id with :split
+    columns: str = ""  # OURS=THEIRS, joined by commas: columns of another name; empty: none
+    image_root: str = ""  # folder that image paths begin from; empty: the data file's
+    min_pixels: int = 0  # images with fewer are enlarged; 0: the model's own bound
+    max_pixels: int = 0  # images with more are reduced; 0: the model's own bound
+    instruction: str = "Think step by step and put the final answer in \\boxed{}."  # empty: none
     out: str = ""  # run folder; empty: a new one under runs/
     n: int = 8  # completions a prompt
     temperature: float = 1.0  # divides the logits, in [0.01, 100]; 0: greedy
     top_p: float = 1.0  # smallest set of tokens with this probability, in (0, 1], is sampled from
     max_new_tokens: int = 96  # completions are cut off here, with finish reason "length"
     max_prompt_tokens: int = 2048  # longer prompts, images included, are dropped
-    limit: int = 0  # use only the first this many prompts; 0: all
+    limit: int = 0  # use only the first this many rows; 0: all
     rewards: str = "accuracy:1.0"  # name:weight or file.py:function:weight, joined by commas
     engine: Literal["auto", "hf", "vllm"] = "auto"  # sampler; auto: vllm on CUDA, else embedded
     rollout_batch_size: int = 256  # completions sampled at one time on a rank
@@ -235,7 +242,7 @@ class HFEngine:
         lengths = batch["attention_mask"].sum(1)
         # rows come padded on the right; roll each one to the right end
         index = (torch.arange(width, device=lengths.device) + lengths[:, None]) % width  # (B, P)
-        for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
             if name in batch:
                 batch[name] = batch[name].gather(1, index)
         base = self.model.base_model
@@ -290,6 +297,8 @@ class VLLMEngine:
             "limit_mm_per_prompt": {"image": MOST_IMAGES, "video": 0},
             "mm_processor_kwargs": {"truncation": False},  # which a tokenizer.json may ask for
             "logprobs_mode": "processed_logprobs"}  # after temperature, top-p and bans
+        if args.min_pixels or args.max_pixels:  # vLLM has a processor of its own
+            options["mm_processor_kwargs"] |= pixel_bounds(processor)
         if world_size() > 1:  # the ranks exist already, vLLM must not start its own
             options["distributed_executor_backend"] = "external_launcher"
         if self.sleeps:
@@ -489,8 +498,8 @@ def main(args):
     check_engine(args)
     out, _ = utils.choose_run(args)
     rewards = load_rewards(args.rewards, args.max_new_tokens)
-    processor = load_processor(args.model)
-    samples = load_samples(args.data, processor, args.max_prompt_tokens)[: args.limit or None]
+    processor = load_processor(args.model, args.min_pixels, args.max_pixels)
+    samples = load_data(args.data, args, processor, args.limit)
     engine = make_engine(args.engine, None, processor, args)
     rehearse(engine, samples, args)
     utils.begin_run(out, args)

@@ -102,9 +102,10 @@ def share_prefixes(model):
     """
     text = model.config.get_text_config()
     kinds = {*(getattr(text, "layer_types", None) or ["full_attention"])}
-    bounds = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    bounds = [getattr(text, name, None) for name in (
+        "sliding_window", "attention_chunk_size", "use_bidirectional_attention")]
     # a recurrent layer would carry its state from one branch into the next, one with a window or
-    # chunks would see beyond them
+    # chunks would see beyond them, and one that looks at images both ways would not
     full = kinds == {"full_attention"} and not any(bounds)
     if not full or not hasattr(model.base_model, "get_rope_index"):
         print0("This family cannot branch a prompt (full attention with known positions can): "
@@ -295,7 +296,7 @@ class VisionCache:
     """
 
     def __init__(self, processor, megabytes):
-        self.image_processor = processor.image_processor
+        self.processor = processor
         self.limit, self.held = megabytes * 2**20, 0  # bytes
         self.kept = OrderedDict()  # image source to (grid, [features, those of deeper layers ...])
         self.joined = False  # whether base.forward wants those of deeper layers for all images
@@ -303,7 +304,7 @@ class VisionCache:
     def inputs(self, image):
         """What `image_inputs` gives, without pixels: `features` looks for them where it must."""
         known = self.kept.get(image)
-        grid = known[0] if known else image_inputs(self.image_processor, image)["image_grid_thw"]
+        grid = known[0] if known else image_inputs(self.processor, image)["image_grid_thw"]
         return {"pixel_values": torch.empty(0), "image_grid_thw": grid}
 
     def features(self, base, images):
@@ -319,7 +320,7 @@ class VisionCache:
     def look(self, base, image):
         """(grid, features) of an image, computed if it is not known."""
         if image not in self.kept:
-            pixels = image_inputs(self.image_processor, image)
+            pixels = image_inputs(self.processor, image)
             grid = pixels["image_grid_thw"]
             out = type(base).get_image_features(
                 base, pixels["pixel_values"].to(device()), grid.to(device()), return_dict=True)

@@ -37,7 +37,8 @@ from tqdm import tqdm
 from transformers import (AutoConfig, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration,
                           Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor)
 
-from data import IMAGE_MARK, INSTRUCTION, as_png, load_samples, make_sample
+from data import IMAGE_MARK, INSTRUCTION, load_samples, make_sample
+from pictures import as_png
 from policy import Policy, collate, load_model, load_processor
 
 COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (40, 90, 220),

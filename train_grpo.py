@@ -41,9 +41,14 @@ class Args:
     out: str = ""  # run folder; empty: a new one under runs/; an unfinished run there goes on
     seed: int = 0  # of the data order and of sampling
     # Data
-    train_data: str = "toy_data/train.jsonl"  # .jsonl or .parquet data set
+    train_data: str = "toy_data/train.jsonl"  # JSON lines, parquet, or a hub id with :split
     validation_data: str = "toy_data/validation.jsonl"  # measured before and after; empty: none
     test_data: str = "toy_data/test.jsonl"  # out of distribution; empty: none
+    columns: str = ""  # OURS=THEIRS, joined by commas: columns of another name; empty: none
+    image_root: str = ""  # folder that image paths begin from; empty: the data file's
+    min_pixels: int = 0  # images with fewer are enlarged; 0: the model's own bound
+    max_pixels: int = 0  # images with more are reduced; 0: the model's own bound
+    instruction: str = "Think step by step and put the final answer in \\boxed{}."  # empty: none
     max_prompt_tokens: int = 2048  # longer prompts, images included, are dropped
     # Rollout
     engine: Literal["auto", "hf", "vllm"] = "auto"  # sampler; auto: vllm on CUDA, else embedded
@@ -531,7 +536,7 @@ def main(args):
     settings = chosen_settings(args.eval_settings, args)
     started = time.time()
     out, continues = utils.choose_run(args, longer=True)  # no step depends on how many follow
-    processor = load_processor(args.model)
+    processor = load_processor(args.model, args.min_pixels, args.max_pixels)
 
     # Step I: data flow. Prompts with their images become samples, all checked before step 1
     data = load_splits(args, processor)

@@ -40,9 +40,14 @@ class Args:
     out: str = ""  # run folder; empty: a new one under runs/; an unfinished run there goes on
     seed: int = 0  # of the data order
     # Data
-    train_data: str = "toy_data/train.jsonl"  # .jsonl data set with golden responses in "solution"
+    train_data: str = "toy_data/train.jsonl"  # JSON lines, parquet or hub, with "solution"
     validation_data: str = "toy_data/validation.jsonl"  # measured before and after; empty: none
     test_data: str = "toy_data/test.jsonl"  # out of distribution; empty: none
+    columns: str = ""  # OURS=THEIRS, joined by commas: columns of another name; empty: none
+    image_root: str = ""  # folder that image paths begin from; empty: the data file's
+    min_pixels: int = 0  # images with fewer are enlarged; 0: the model's own bound
+    max_pixels: int = 0  # images with more are reduced; 0: the model's own bound
+    instruction: str = "Think step by step and put the final answer in \\boxed{}."  # empty: none
     max_prompt_tokens: int = 2048  # longer prompts, images included, are dropped
     # Rollout, for the evaluation alone
     engine: Literal["auto", "hf", "vllm"] = "auto"  # sampler; auto: vllm on CUDA, else embedded
@@ -95,9 +100,9 @@ def with_golden_responses(samples, processor, max_new_tokens, eos):
     for s in samples:
         ids = tokenise(processor.tokenizer, s.solution) if s.solution.strip() else []
         if not ids:
-            raise UserError(f'prompt {s.id}: the field "solution" is empty; add a golden response.')
+            raise UserError(f'{s.place}: the field "solution" is empty; add a golden response.')
         if len(ids) >= max_new_tokens:
-            raise UserError(f"prompt {s.id}: its golden response has {len(ids)} tokens; raise "
+            raise UserError(f"{s.place}: the golden response has {len(ids)} tokens; raise "
                             f"--max_new_tokens above that, it is {max_new_tokens}.")
         done.append(replace(s, completion_ids=[*ids, eos], completion_text=s.solution,
                             finish_reason="stop"))
@@ -171,7 +176,7 @@ def main(args):
     settings = chosen_settings(args.eval_settings, args)
     started = time.time()
     out, continues = utils.choose_run(args)
-    processor = load_processor(args.model)
+    processor = load_processor(args.model, args.min_pixels, args.max_pixels)
 
     # Step I: data flow. Prompts with their images become samples, all checked before step 1
     data = load_splits(args, processor)

@@ -85,7 +85,8 @@ def parse_args(Args, argv=None):
     docs = dict(re.findall(r"^    (\w+):.*?  # (.+)$", inspect.getsource(Args), re.M))
     for f in fields(Args):
         if f.type is list:  # what stands without a flag
-            parser.add_argument(f.name, nargs="+", help=docs[f.name], type=at_home)
+            many = "*" if "empty:" in docs[f.name] else "+"
+            parser.add_argument(f.name, nargs=many, help=docs[f.name], type=at_home)
             continue
         kind = {"type": at_home if f.type is str else f.type}
         if f.type is bool:
@@ -117,14 +118,14 @@ def misspelt(words, kinds):
     """
     flags = {name: f"--{name}" for name in ("help", *kinds)}
     flags |= {f"no_{name}": f"--no-{name}" for name, kind in kinds.items() if kind is bool}
-    for word, after in zip(words, [*words[1:], ""]):
+    for word, after in zip(words, [*words[1:], "--"]):
         if word == "--":
             return None
         flag, given, value = word.partition("=")
         name = re.sub(r"\W+", "_", flag.lower()).strip("_")
         if flag == flags.get(name):
             switch = name if name in kinds else name.removeprefix("no_")
-            truth = after.lower() in ("true", "false", "yes", "no", "1", "0")
+            truth = after.strip().lower() in ("", "true", "false", "yes", "no", "1", "0")
             if kinds.get(switch) is bool and (given or truth):
                 return f"--{switch} takes no value: write --{switch} or --no-{switch}"
             if value == "--":  # HAZARD: which argparse makes an empty list
@@ -367,6 +368,8 @@ def sum_over_ranks(values):
 
 def gather(items):
     """The ranks' lists joined, in rank order, on every rank. COLLECTIVE."""
+    if world_size() == 1:
+        return items
     lists = [None] * world_size()
     dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]

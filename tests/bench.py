@@ -9,6 +9,7 @@
     python tests/bench.py rollout        # the embedded engine and transformers' generate
     python tests/bench.py ranks          # samples/s of the quick start on one rank and on two
     python tests/bench.py report         # seconds that a report on 102,400 completions takes
+    python tests/bench.py data           # seconds and memory to read 10,000 rows with pictures of 1000 x 700
     python tests/bench.py memory         # bytes a rank at each moment, for 3B and 7B: what fits on which GPU, simulated
     python tests/bench.py work           # operations and bytes of an update, plain and with shared prompts, counted
 
@@ -406,7 +407,8 @@ def trl_steps(path, batches, group, length, between):
     from transformers import AutoProcessor, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from data import banned_ids, conversation, open_image
+    from data import banned_ids, conversation
+    from pictures import open_image
     from policy import freeze, load_model
     from rollout import end_ids
 
@@ -601,6 +603,73 @@ def report(rounds):
     return result
 
 
+def photographs(folder, rows):
+    """A data set twice, as JSON lines beside JPEG files and as a parquet file that holds them, no two alike."""
+    import pyarrow
+    import pyarrow.parquet
+    from PIL import Image
+
+    import utils
+
+    made, files = [], []
+    for i in range(50):
+        path = folder / f"{i}.jpg"
+        Image.effect_noise((200, 140), 90).resize((1000, 700)).convert("RGB").save(path, quality=90)
+        files.append(path.read_bytes())
+    schema = pyarrow.schema([("question", "string"), ("answer", "string"), ("image", "binary")])
+    with pyarrow.parquet.ParquetWriter(folder / "data.parquet", schema) as writer:
+        for start in range(0, rows, 100):  # in groups as large as those of the hub's
+            group = []
+            for i in range(start, min(rows, start + 100)):
+                text = f"<image>In triangle ABC, AB = {i} and the angle at B is right. Find AC."
+                os.link(folder / f"{i % 50}.jpg", folder / f"row{i}.jpg")
+                made.append({"question": text, "answer": str(i), "image": f"row{i}.jpg"})
+                # what stands behind a JPEG file's end makes it another one, and is not decoded
+                group.append(made[-1] | {"image": files[i % 50] + str(i).encode()})
+            writer.write_table(pyarrow.Table.from_pylist(group, schema))
+    utils.write_jsonl(folder / "data.jsonl", made)
+    return sum(len(files[i % 50]) for i in range(rows))
+
+
+def data(rows=10_000):
+    """Seconds of `python data.py`, its start included, and memory a row, on one core and on two ranks of one each.
+
+    Beside it, of 100 rows, what asking the processor of each picture takes.
+    """
+    import subprocess
+
+    import torch
+
+    from pictures import open_image
+    from policy import load_processor
+
+    result, cores = {"rows": rows}, sorted(os.sched_getaffinity(0))[:2]
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        processor = load_processor(ROOT / "toy_model", 4 * 28**2, 16384 * 28**2)  # Qwen2.5-VL's bounds
+        processor.save_pretrained(folder / "model")
+        result["megabytes_of_pictures"] = round(photographs(folder, rows) / 1e6)
+        for name, ranks in (("data.jsonl", 1), ("data.jsonl", 2), ("data.parquet", 1)):
+            words = [sys.executable, *["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] * (ranks - 1),
+                     str(ROOT / "data.py"), str(folder / name), "--model", str(folder / "model")]
+            started, busy = time.perf_counter(), sum(os.times()[2:4])
+            done = subprocess.run(words, capture_output=True, text=True, check=True,
+                                  preexec_fn=lambda: os.sched_setaffinity(0, cores[:ranks]))
+            found = {"seconds": round(time.perf_counter() - started, 1),
+                     "cpu_seconds": round(sum(os.times()[2:4]) - busy, 1)}
+            (look,) = json.loads(done.stdout.splitlines()[-1]).values()
+            assert look["rows"] == look["images"] == rows
+            found["kB_in_memory_a_row"] = look["kB in memory a row"]
+            result[f"{name}, {ranks} rank(s)"] = found
+            print(name, ranks, "rank(s):", found, file=sys.stderr)
+        torch.set_num_threads(1)
+        started = time.perf_counter()
+        for i in range(100):
+            processor(text=["<|image_pad|>?"], images=[open_image(folder / f"row{i}.jpg")])
+        result["seconds_by_the_processor"] = round((time.perf_counter() - started) * rows / 100)
+    return result
+
+
 def simulated(what):
     """Of simulate.py, which is imported late: it makes a device known to this process."""
     import simulate
@@ -611,7 +680,7 @@ def simulated(what):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["step", "profile", "growth", "grader", "rollout", "ranks",
-                                                       "report", "memory", "work"])
+                                                       "report", "data", "memory", "work"])
     parser.add_argument("--peer", choices=["trl", "math_verify"], help="measure this library beside ours")
     parser.add_argument("--cases", help="JSON lines of prediction and reference; default: built-in pairs")
     parser.add_argument("--rounds", type=int, default=7, help="repetitions of each measurement")
@@ -632,7 +701,7 @@ def main():
     found = {"step": lambda: step(args.peer, args.rounds), "growth": lambda: growth(args.rounds),
              "grader": lambda: grader(args.peer, args.cases, args.rounds), "rollout": lambda: rollout(args.rounds),
              "ranks": lambda: ranks(args.rounds), "memory": lambda: simulated("memory"),
-             "work": lambda: simulated("work"), "report": lambda: report(args.rounds), "profile": where_time_goes}[what]()
+             "work": lambda: simulated("work"), "report": lambda: report(args.rounds), "data": data, "profile": where_time_goes}[what]()
     if args.plot:
         draw_growth(found, args.plot)
     print(json.dumps({what: found}))

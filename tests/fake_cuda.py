@@ -168,7 +168,7 @@ def prompts(engine, core, samples):
             if feature.data is None:  # an image that was sent before
                 continue
             pixels.append(same_bits(feature.data.get_data()["pixel_values"], policy.image_inputs(
-                engine.processor.image_processor, image)["pixel_values"].bfloat16()))
+                engine.processor, image)["pixel_values"].bfloat16()))
         seed = rollout.seed_number("0 1", s.id)
         rows.append({"id": s.id, "tokens": list(request.prompt_token_ids) == s.prompt_ids,
                      "pixels": pixels, "answers": [d.completion_ids == answer(seed + k) and d.id == s.id

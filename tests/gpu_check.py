@@ -115,7 +115,7 @@ def big_prompts(shape, processor, folder):
     for i in range(shape["prompts"]):
         Image.effect_noise((shape["side"],) * 2, 80).convert("RGB").save(folder / f"{i}.png")
         row = {"id": str(i), "question": "<image>" + "How many? " * 10, "answer": "1", "images": [f"{i}.png"]}
-        prompts.append(make_sample(row, folder / "data.jsonl", "here", processor))
+        prompts.append(make_sample(row, folder, "here", processor))
     return prompts
 
 

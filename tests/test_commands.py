@@ -337,7 +337,8 @@ RANGES = {  # by hand: what a float may be, and what it may not
     "vllm_memory": ("0.4", "0 1"), "clip_low": ("0 0.2 1", "1.5"), "clip_high": ("0 5", ""),
     "tis_cap": ("0 1 2", "0.5"), "kl_coef": ("0 0.04", ""), "lr": ("1e-9 1", "0 1.01"),
     "weight_decay": ("0 0.1 1", "2"), "lora_alpha": ("0.5 1e9", "0"), "max_grad_norm": ("0.1 1e9", "0")}
-NOUGHT = set("seed refills max_steps vision_cache warmup_steps eval_every save_every keep limit groups lora_rank"
+NOUGHT = set("seed refills max_steps vision_cache warmup_steps eval_every save_every keep limit groups lora_rank "
+             "min_pixels max_pixels"
              .split())
 
 
@@ -429,7 +430,7 @@ def test_an_own_model_is_not_measured_on_the_toy_unasked(stage, script, tmp_path
 @pytest.mark.parametrize("stage, words, sentence", [
     (train_grpo, ["--batch_size", 32], "--batch_size 32 is more than the 8 prompts"),
     (train_grpo, ["--batch_size", 8, "--mini_batch_size", 8, "--no-train_language"], "nothing is left to train"),
-    (train_sft, ["--max_new_tokens", 9], "its golden response has"),
+    (train_sft, ["--max_new_tokens", 9], "the golden response has"),
     (evaluate, ["--max_prompt_tokens", 5], "every prompt is longer than"),
     (rollout, ["--data", "toy_data/trian.jsonl"], "toy_data/trian.jsonl: no such file"),
     (doctor, ["--max_new_tokens", 4, "--engine", "hf"], None)])

@@ -1,15 +1,26 @@
 """Tier 3: data sets, good and bad. Every mistake is one sentence that names file, line and remedy."""
 
+import base64
+import functools
+import gzip
+import importlib
+import io
 import json
+from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 import data as data_flow
+import pictures
 import utils
 from conftest import png, ROOT
-from data import IMAGE_MARK, INSTRUCTION, load_samples, make_sample, open_image
+from data import IMAGE_MARK, INSTRUCTION, load_samples, make_sample
+from pictures import open_image, size_or_problem
 from policy import collate, load_model, load_processor
+from runs import fork
 
 GOOD = {"question": "<image>How many?", "answer": "3", "id": "a", "image": "images/a.png"}
 
@@ -35,10 +46,10 @@ def processor():
     return load_processor("toy_model")
 
 
-def load(folder, lines, processor, longest=512):
+def load(folder, lines, processor, longest=512, *reading):
     path = folder / "data.jsonl"
     path.write_text("".join(x if isinstance(x, str) else json.dumps(x) + "\n" for x in lines))
-    return load_samples(path, processor, longest)
+    return load_samples(path, processor, longest, *reading)
 
 
 MISTAKES = [  # (rows, what the sentence must hold)
@@ -51,8 +62,8 @@ MISTAKES = [  # (rows, what the sentence must hold)
     ([GOOD | {"image": "../a.png"}], "line 1: image ../a.png lies outside"),
     ([GOOD | {"image": "/etc/hostname"}], "line 1: image /etc/hostname lies outside"),
     ([GOOD | {"image": "images"}], "line 1: image images does not exist"),
-    ([GOOD | {"image": "images/text.png"}], "line 1: image images/text.png cannot be read"),
-    ([GOOD | {"image": "images/cut.png"}], "line 1: image images/cut.png cannot be read"),
+    ([GOOD | {"image": "images/text.png"}], "images/text.png cannot be read"),
+    ([GOOD | {"image": "images/cut.png"}], "images/cut.png cannot be read"),
     ([GOOD | {"image": 3}], "line 1: an image is given as 3; give its path"),
     ([GOOD | {"image": "a\0b"}], "line 1: an image is given as 'a\\x00b'"),
     ([GOOD | {"images": "images/a.png"}], "line 1: images must be a list of paths"),
@@ -79,6 +90,9 @@ MISTAKES = [  # (rows, what the sentence must hold)
     ([GOOD | {"image": "a" * 5000}], "a does not exist in"),
     ([GOOD | {"image": {"bytes": None, "path": "images/b.png"}}], "line 1: image images/b.png does not exist"),
     ([GOOD | {"image": {"url": "a"}}], "line 1: an image is given as {'url': 'a'}; give its path"),
+    ([GOOD | {"image": "https://x.org/a.png"}], "line 1: image https://x.org/a.png is an address; download it"),
+    ([GOOD | {"image": "data:image/png;base64,iVBO!"}], "line 1: an image in base 64 cannot be read"),
+    ([GOOD | {"image": "data:image/png;base64,iVBO"}], "image bytes cannot be read"),
     ([TWO | {"images": ["images/a.png", None]}], "line 1: an image is given as None"),
     # pictures that nobody would look at
     ([TEXT | {"picture": "images/a.png"}], 'line 1: the field "picture" holds a picture'),
@@ -108,15 +122,31 @@ def test_mistakes_in_the_data(folder, processor, lines, sentence):
 
 
 def test_missing_file(folder, processor):
-    with pytest.raises(utils.UserError, match="none.jsonl: no such file; give the path"):
+    with pytest.raises(utils.UserError, match="none.jsonl: no such file or folder; give the path"):
         load_samples(folder / "none.jsonl", processor, 512)
 
 
-def test_a_link_out_of_the_folder_is_refused(folder, processor):
-    """A path that looks inside but leads outside is outside."""
-    (folder / "images" / "link.png").symlink_to("/etc/hostname")
-    with pytest.raises(utils.UserError, match="lies outside"):
-        load(folder, [GOOD | {"image": "images/link.png"}], processor)
+def test_inside_is_what_is_written_so(folder, processor, tmp_path):
+    """The hub's cache has nothing but links, whose files lie elsewhere; absolute paths and those that begin
+    from another folder need its name, and still do not leave it."""
+    snapshot, blobs = tmp_path / "snapshots" / "1a2b", tmp_path / "blobs"
+    (snapshot / "images").mkdir(parents=True)
+    blobs.mkdir()
+    (folder / "images" / "a.png").rename(blobs / "3c4d")
+    (snapshot / "images" / "a.png").symlink_to("../../../blobs/3c4d")
+    assert load(snapshot, [GOOD], processor)[0].images == [str(snapshot / "images" / "a.png")]
+    other = tmp_path / "other"
+    other.mkdir()
+    for image, root in ((str(snapshot / "images" / "a.png"), snapshot), ("1a2b/images/a.png", tmp_path / "snapshots"),
+                        ("images/../images/./a.png", str(snapshot)), (str(blobs / "3c4d"), "/")):
+        rows = [GOOD | {"image": image}]
+        assert load(other, rows, processor, 512, "", INSTRUCTION, root)[0].prompt_ids == load(
+            snapshot, [GOOD], processor)[0].prompt_ids
+        with pytest.raises(utils.UserError, match="(lies outside|does not exist in) .* as --image_root"):
+            load(other, rows, processor)
+    for image in (str(blobs / "3c4d"), "../../blobs/3c4d", "images/../../../blobs/3c4d"):
+        with pytest.raises(utils.UserError, match="lies outside"):
+            load(snapshot, [GOOD | {"image": image}], processor)
 
 
 def test_long_prompts_are_dropped_and_said(folder, processor, capsys):
@@ -207,7 +237,7 @@ def test_layouts_of_the_wild(folder, processor, number):
     """What judges columns sees a row alone: nothing here needs pyarrow."""
     row, wanted = layouts((folder / "images" / "a.png").read_bytes(), png("blue"))[number]
     path = folder / "x.parquet"
-    check_layout(folder, lambda: make_sample(row, path, f"{path}, row 1", processor), wanted)
+    check_layout(folder, lambda: make_sample(row, folder, f"{path}, row 1", processor), wanted)
 
 
 def test_layouts_of_the_wild_in_files(folder, processor):
@@ -226,7 +256,7 @@ def test_layouts_of_the_wild_in_files(folder, processor):
     batch = collate(load_samples(path, processor, 512), processor)
     assert batch["inputs"]["pixel_values"].shape[0] == 16
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(utils.UserError, match="data.parquet: cannot be read as parquet"):
+    with pytest.raises(utils.UserError, match="data.parquet: cannot be read .*; replace it"):
         load_samples(path, processor, 512)
 
 
@@ -336,6 +366,7 @@ def test_a_look_at_a_data_set(folder, one_rank, capsys):
     args = utils.parse_args(data_flow.Args, [str(path), "--model", str(ROOT / "toy_model"), "--max_prompt_tokens",
                                              str(lengths[-1] - 1)])
     found, = data_flow.main(args).values()
+    assert 0 <= found.pop("kB in memory a row") < 1e5
     short, middle, long = lengths
     shares = "0%", "25%", "50%", "75%", "95%", "100%"
     assert found == {
@@ -346,3 +377,255 @@ def test_a_look_at_a_data_set(folder, one_rank, capsys):
     assert f"dropped, since longer than --max_prompt_tokens {lengths[-1] - 1}: b\n" in said
     assert "<|vision_start|><|image_pad|> x 9<|vision_end|>" in said and "final answer in \\boxed{}" in said
     assert said.count("<|image_pad|>") == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Sources: what a user has, in the form in which she has it
+
+
+def as_text(content):
+    return base64.b64encode(content).decode()
+
+
+@pytest.mark.parametrize("form", ["data:image/png;base64,{}", "{}", "data:image/x;name=a;base64,{}"])
+def test_a_picture_may_stand_in_the_row_as_text(folder, processor, form):
+    """A data URI, and bare base 64 as VLMEvalKit's tables have it."""
+    content = png("blue")
+    row = {"question": "How many?", "answer": "3", "image": form.format(as_text(content))}
+    text = row["image"]
+    one, two = load(folder, [row, row | {"image": None, "images": [text] * 2}], processor)
+    assert (one.images, two.images) == ([content], [content] * 2)
+
+
+@pytest.mark.parametrize("name, content, sentence", [
+    ("a.json", b' [{"question": "?", "answer": "1"}]', "a.json: it is one JSON array: write an object a line"),
+    ("a.jsonl", '{"question": "?"}'.encode("utf-16"), "a.jsonl: it is UTF-16: save it as UTF-8"),
+    ("a.jsonl", gzip.compress(b"{}"), "a.jsonl: it is packed: unpack it"),
+    ("a.xlsx", b"PK\3\4", "a.xlsx: it is packed: unpack it"),
+    ("a.csv", b"question,answer\n1,2\n", "a.csv: .csv is not read; write it as JSON lines, as pandas'"),
+    ("a.TSV", b"question\tanswer\n", "a.TSV: .TSV is not read; write it"),
+    ("a.jsonl", b"{\n", "a.jsonl, line 1: not valid JSON (Expecting property name enclosed in double quotes"),
+    ("a.jsonl", b'{"question": "\xff"}\n', "a.jsonl, line 1: not valid JSON ('utf-8' codec"),
+    ("a.bin", b"PAR1 torn", "a.bin: cannot be read (")])
+def test_other_formats_are_told_apart(tmp_path, processor, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(utils.UserError) as error:
+        load_samples(tmp_path / name, processor, 512)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("source, sentence", [
+    ("nowhere/at/all.jsonl", "no such file or folder"), ("nowhere/at:train:x:y", "no such file or folder"),
+    ("hiyouga/geometry3k", "as hiyouga/geometry3k:train"), ("toy_data/x:train", "no such file or folder"),
+    ("toy_data", "toy_data: a folder; give one of its files, as toy_data/test.jsonl"),
+    ("tests/exercises", "tests/exercises: cannot be read")])
+def test_a_source_that_is_none(processor, source, sentence):
+    with pytest.raises(utils.UserError, match=sentence):
+        load_samples(source, processor, 512)
+
+
+def shards(folder, **counts):
+    """A folder as the hub's have it: data/SPLIT-00000-of-00002.parquet, pictures by `datasets`' own feature."""
+    import datasets
+
+    (folder / "data").mkdir(parents=True)
+    features = datasets.Features({"problem": datasets.Value("string"), "answer": datasets.Value("string"),
+                                  "images": datasets.Sequence(datasets.Image())})
+    for split, count in counts.items():
+        for i in range(count):
+            rows = [{"problem": f"<image>{split} {i} {k}?", "answer": "1",
+                     "images": [{"bytes": png("red"), "path": None}]} for k in range(2)]
+            table = datasets.Dataset.from_list(rows, features=features)
+            table.to_parquet(folder / "data" / f"{split}-{i:05d}-of-{count:05d}.parquet")
+    return folder
+
+
+def test_a_folder_of_shards(tmp_path, processor):
+    """All shards of a split, in order; several splits are asked for by name, and nothing is copied."""
+    folder = shards(tmp_path / "set", train=2, test=1, validation=1)
+    asked = [s.question for s in load_samples(f"{folder}:train", processor, 512)]
+    assert asked == [f"<image>train {i} {k}?" for i in range(2) for k in range(2)]
+    (sample, _) = load_samples(folder / "data" / "test-00000-of-00001.parquet", processor, 512)
+    assert sample.images == [png("red")] and sample.place == f"{folder}/data/test-00000-of-00001.parquet, row 1"
+    for source in (folder, f"{folder}:trian"):
+        with pytest.raises(utils.UserError, match="give one of its splits, as .*set:train; it has train, validation, test"):
+            load_samples(source, processor, 512)
+    for path in (folder / "data").glob("*[an]-0000*"):
+        path.unlink()
+    assert len(load_samples(folder, processor, 512)) == 2
+
+
+def test_limit_reads_no_further(folder, processor):
+    """What stands after the rows that are asked for is not looked at; long ones among them count."""
+    rows = [GOOD | {"id": i, "question": "<image>How? " + "many " * i} for i in range(4)]
+    kept = load(folder, [*rows, "{broken\n"], processor, 512, "", INSTRUCTION, "", 4)
+    assert [s.id for s in kept] == ["0", "1", "2", "3"]
+    with pytest.raises(utils.UserError, match="line 5"):
+        load(folder, [*rows, "{broken\n"], processor, 512, "", INSTRUCTION, "", 5)
+
+
+def test_columns_of_another_name(folder, processor):
+    """Their columns under our names; what ours replaced is not lost without a word, nor is a typing mistake."""
+    row = {"prompt": "How many?", "question": "no", "gold": 3, "picture": "images/a.png", "uid": "x"}
+    columns = "question=prompt, answer=gold,image=picture,id=uid"
+    (sample,) = load(folder, [row], processor, 512, columns)
+    assert (sample.question, sample.answer, sample.id) == ("<image>How many?", "3", "x")
+    assert sample.images == [str(folder / "images" / "a.png")]
+    swapped = {"question": "3", "answer": "How many?", "image": "images/a.png"}
+    (sample,) = load(folder, [swapped], processor, 512, "question=answer,answer=question")
+    assert (sample.question, sample.answer) == ("<image>How many?", "3")
+    mixed = [row, {n: row[n] for n in ("prompt", "gold")} | {"uid": "y"}]  # a row without a picture
+    assert [len(s.images) for s in load(folder, mixed, processor, 512, columns)] == [1, 0]
+    for text, sentence in (
+            ("question=promt", "data.jsonl, line 1: no promt, which --columns names; it has prompt, question, gold, picture, uid."),
+            (columns.replace("uid", "name"), "data.jsonl: no row has name, which --columns names; they have gold, "),
+            ("question=prompt", 'line 1: field "answer" is missing, empty or no text; correct it, or name the right'),
+            ("question=prompt,answer=gold", 'the field "picture" holds a picture .* by --columns image=picture'),
+            ("image=gold," + columns, "each of ours once"), ("asked=prompt", "ours are question, answer, solution"),
+            ("question", "give OURS=THEIRS"), ("question=", "give OURS=THEIRS")):
+        with pytest.raises(utils.UserError, match=sentence):
+            load(folder, [row], processor, 512, text)
+    both = {"question": "?", "answer": "1", "image": "images/a.png", "shown": "images/line.png"}
+    with pytest.raises(utils.UserError, match='the field "image, not in --columns" holds a picture'):
+        load(folder, [both], processor, 512, "image=shown")
+
+
+def test_the_instruction_ends_every_prompt(folder, processor):
+    own, none = (load(folder, [GOOD], processor, 512, "", text)[0] for text in ("Be {short}.", " "))
+    assert "How many?\nBe {short}.<|im_end|>" in own.prompt_text
+    assert "How many?<|im_end|>" in none.prompt_text
+    stages = [importlib.import_module(n) for n in ("rollout", "doctor", "train_grpo", "train_sft", "evaluate", "data")]
+    assert {stage.Args().instruction for stage in stages} == {INSTRUCTION}
+
+
+# ---------------------------------------------------------------------------------------------
+# Pixels: bounds that hold for the trainer and both samplers
+
+
+def test_bounds_on_an_images_pixels(folder, tmp_path):
+    """84 x 84 pixels are 9 tokens of 28 x 28; 2,000 pixels hold two of them and no third."""
+    tokens = {}
+    for least, most in ((0, 0), (0, 2000), (20_000, 0), (0, 84**2), (100, 0), (60_000, 0)):
+        processor = load_processor("toy_model", least, most)
+        ids = load(folder, [GOOD], processor)[0].prompt_ids
+        tokens[least, most] = ids.count(processor.image_token_id)
+        batch = collate(load(folder, [GOOD], processor), processor)["inputs"]  # the trainer sees what was counted
+        assert batch["image_grid_thw"].prod().item() == 4 * tokens[least, most]
+        processor.save_pretrained(tmp_path / "saved")  # and so does whoever loads the checkpoint
+        again = load_processor(tmp_path / "saved")
+        assert load(folder, [GOOD], again)[0].prompt_ids == ids
+    assert tokens == {(0, 0): 9, (0, 2000): 1, (20_000, 0): 36, (0, 84**2): 9, (100, 0): 9, (60_000, 0): 81}
+    for least, most in ((0, 700), (3000, 2000)):
+        with pytest.raises(utils.UserError, match=f"--max_pixels {most} must be at least --min_pixels {least}, and 784"):
+            load_processor("toy_model", least, most)
+
+
+# ---------------------------------------------------------------------------------------------
+# Checking: nothing that cannot be decoded gets past it, and ranks speak with one voice
+
+
+@functools.cache
+def photo(mode="RGB", **how):
+    """A JPEG file with something in it."""
+    file = io.BytesIO()
+    Image.effect_noise((70, 50), 60).resize((210, 150)).convert(mode).save(file, "jpeg", **how)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("how", [{}, {"progressive": True}, {"subsampling": 0, "optimize": True}, {"mode": "L"},
+                                 {"mode": "CMYK"}, {"restart_marker_rows": 1}])
+@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.given(data=st.data())
+def test_a_jpeg_is_checked_as_if_it_were_decoded(how, data):
+    """Cut off anywhere or with bytes changed anywhere: refused where decoding it would fail, and nowhere else."""
+    whole = bytearray(photo(**how))
+    if data.draw(st.booleans()):
+        whole = whole[: data.draw(st.integers(0, len(whole) - 1))]
+    for place, byte in data.draw(st.dictionaries(st.integers(0, len(whole)), st.integers(0, 255), max_size=9)).items():
+        whole[place : place + 1] = bytes([byte])
+    found = size_or_problem(bytes(whole))
+    try:
+        decoded = open_image(bytes(whole)).size
+    except Exception:  # Pillow's plug-ins raise what they like
+        assert isinstance(found, str) and "image bytes cannot be read" in found
+    else:
+        assert found == decoded
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_sizes_are_those_of_the_decoded_picture(tmp_path, turn):
+    """Cameras write the turn beside the pixels: 5 to 8 change width and height."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = turn
+    for kind in ("jpeg", "png", "webp", "tiff"):
+        path = tmp_path / f"a.{kind}"
+        Image.new("RGB", (30, 20), "red").save(path, exif=exif)
+        assert size_or_problem(str(path)) == open_image(path).size == ((20, 30) if turn > 4 else (30, 20))
+
+
+def sizes_on_two_ranks(folder):
+    opened = []
+    honest = pictures.size_or_problem
+    pictures.size_or_problem = lambda image: opened.append(image) or honest(image)
+    utils.start_ranks()
+    found = pictures.picture_sizes([str(p) for p in sorted(Path(folder[0]).glob("*.png"))] * 2)
+    print(json.dumps([len(opened), sorted([Path(p).name, size] for p, size in found.items())]), flush=True)
+
+
+def test_ranks_share_the_checking(tmp_path):
+    """Five pictures, each opened once, and by each rank all sizes known."""
+    for i in range(5):
+        Image.new("RGB", (30 + i, 20)).save(tmp_path / f"{i}.png")
+    codes, out, err = fork(tmp_path, act=sizes_on_two_ranks, ranks=2)
+    assert codes == [0, 0], err
+    (few, one), (many, other) = sorted(map(json.loads, out.splitlines()))
+    assert (few, many) == (2, 3) and one == other == [[f"{i}.png", [30 + i, 20]] for i in range(5)]
+
+
+def blind_rank_1():
+    """The second machine has no copy of the pictures."""
+    if utils.rank() == 1:
+        honest = pictures.located
+        pictures.located = lambda image, folder: honest(image, "/nowhere/at/all")
+
+
+def test_a_mistake_that_one_rank_alone_sees_is_told(data, tmp_path):
+    codes, _, err = fork("rollout.py", "--data", data / "train.jsonl", "--out", tmp_path / "run", "--limit", 4,
+                         "--model", ROOT / "toy_model", ranks=2, fault=blind_rank_1)
+    assert codes == [2, 2] and "does not exist in" in err and err.count("rollout.py: ") == 1
+    assert not (tmp_path / "run").exists()
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=30) | st.binary(max_size=9)
+    | st.sampled_from(["images/a.png", "images/none.png", "../a.png", "<image>", "<image 2>", "a.mp4", "\ud800",
+                       "<|im_end|>", "data:image/png;base64,", "/9j/" * 40, "\0", "http://a/b.png"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    | st.fixed_dictionaries({"bytes": inner, "path": inner}), max_leaves=5)
+NAMES = st.sampled_from(["question", "problem", "answer", "solution", "id", "image", "images", "decoded_image", "video",
+                         "options"]) | st.text("ab_1 ", max_size=5)
+
+
+@hypothesis.settings(max_examples=300, deadline=None,
+                     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(row=st.dictionaries(NAMES, JUNK, max_size=5), sane=st.booleans())
+def test_no_row_ends_in_a_traceback(folder, processor, row, sane):
+    """A row becomes a sample with as many pictures as marks, or one sentence that names its place."""
+    row = (GOOD if sane else {}) | row
+    try:
+        sample = make_sample(row, folder, "x.jsonl, line 7", processor)
+    except utils.UserError as error:
+        assert str(error).startswith("x.jsonl, line 7: ") and len(str(error).splitlines()) == 1, row
+    else:
+        assert sample.question.count(IMAGE_MARK) == len(sample.images) and sample.prompt_ids
+
+
+@hypothesis.settings(max_examples=100, deadline=None,
+                     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(content=st.binary(max_size=200) | st.text(alphabet='{}[]":,\\ na1\n\r\t', max_size=60).map(str.encode),
+                  name=st.sampled_from(["a.jsonl", "a.json", "a.parquet", "a", "a.csv"]))
+def test_no_file_ends_in_a_traceback(folder, processor, content, name):
+    (folder / name).write_bytes(content)
+    with pytest.raises(utils.UserError) as error:
+        load_samples(folder / name, processor, 512)
+    assert name in str(error.value) and len(str(error.value).splitlines()) == 1

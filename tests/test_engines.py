@@ -22,7 +22,8 @@ import train_grpo
 import train_sft
 import utils
 from conftest import FAMILIES, build_model, build_processor, examined, sampler
-from data import load_samples, open_image
+from data import load_samples
+from pictures import open_image
 from policy import Policy, load_model, load_processor, shard
 from runs import ROOT, fork
 from utils import RunError, UserError

@@ -27,7 +27,8 @@ import train_grpo
 import train_sft
 import utils
 from conftest import branching, IMAGES
-from data import open_image, Sample
+from data import Sample
+from pictures import open_image
 from policy import collate, split_rows
 from siblings import split_groups
 from utils import UserError

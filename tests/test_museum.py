@@ -42,7 +42,8 @@ import train_sft
 import utils
 from conftest import answered, branching, load_tiny, png, sampler
 from data import (
-    as_png, banned_ids, conversation, INSTRUCTION, load_samples, make_sample, open_image, refuse_mixture, tokenise)
+    banned_ids, conversation, INSTRUCTION, load_samples, make_sample, refuse_mixture, tokenise)
+from pictures import as_png, open_image
 from policy import collate, drop_nothing, freeze, image_inputs, load_model, load_processor, Policy, shard, split_rows
 from siblings import pack, Sharing
 from test_parity import ARGS, assert_same_gradients, by_id, gradients, mixed, plain_inputs, plain_logprobs, Probe
@@ -140,7 +141,7 @@ def test_one_small_image_resizes_all_later_ones(qwen):
     for order in ((large,), (small, large)):
         image_inputs.cache_clear()
         for s in order:
-            grid = image_inputs(qwen.processor.image_processor, s.images[0])["image_grid_thw"]
+            grid = image_inputs(qwen.processor, s.images[0])["image_grid_thw"]
         grids.append(grid.tolist())
     assert grids[0] == grids[1] == [[1, 8, 8]]  # 100 pixels round to 112 = 8 patches of 14
 
@@ -151,8 +152,8 @@ def test_a_sampler_with_other_pixel_limits(qwen):
     sample = by_id(qwen.samples, "grey")[0]
     grids = []
     for limit in (16 * 28**2, 4 * 28**2):
-        other = copy.deepcopy(qwen.processor.image_processor)
-        other.size = type(other.size)(shortest_edge=28**2, longest_edge=limit)
+        other = copy.deepcopy(qwen.processor)
+        other.image_processor.size = type(other.image_processor.size)(shortest_edge=28**2, longest_edge=limit)
         grids.append(int(image_inputs(other, sample.images[0])["image_grid_thw"].prod()) // 4)
     placeholders = sample.prompt_ids.count(qwen.processor.image_token_id)
     assert placeholders == grids[0] != grids[1]

@@ -17,7 +17,8 @@ import conftest
 import train_grpo
 import utils
 from conftest import answered, png, sampler
-from data import make_sample, open_image
+from data import make_sample
+from pictures import open_image
 from policy import collate, freeze, load_model, Policy, shard
 from runs import fork
 from siblings import Sharing

@@ -11,7 +11,8 @@ from PIL import Image
 import evaluate
 import utils
 from conftest import IMAGES, png
-from data import as_png, make_sample, open_image, Sample
+from data import make_sample, Sample
+from pictures import as_png, open_image
 from policy import image_inputs
 from runs import run
 from siblings import VisionCache
@@ -170,7 +171,7 @@ def test_grids_and_prompts_still_fit(tiny, tmp_path, how):
     for old, new in zip(samples, evaluate.perturbed(samples, how, 0), strict=True):
         for before, after in zip(old.images, new.images, strict=True):
             assert open_image(before).size == open_image(after).size
-            before, after = (image_inputs(tiny.processor.image_processor, x)["image_grid_thw"]
+            before, after = (image_inputs(tiny.processor, x)["image_grid_thw"]
                              for x in (before, after))
             assert torch.equal(before, after)
             grids.add(tuple(after[0].tolist()))

@@ -36,7 +36,7 @@ def random_groups(tiny, folder, seed):
             Image.effect_noise(size, 90).convert("RGB").save(folder / images[-1])
         row = {"id": str(i), "question": "<image>" * len(images) + "Why? " * rng.randint(1, 9), "answer": "1",
                "images": images}
-        prompt = make_sample(row, folder / "data.jsonl", "here", tiny.processor)
+        prompt = make_sample(row, folder, "here", tiny.processor)
         for _ in range(rng.randint(1, 5)):
             ids = [rng.randrange(10, len(tiny.processor.tokenizer)) for _ in range(rng.randint(1, 12))]
             samples.append(replace(prompt, completion_ids=ids, sampler_logprobs=[-1.0] * len(ids),

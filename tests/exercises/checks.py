@@ -6,12 +6,12 @@ Plain pytest does not collect this file. The patches beside it are solutions: te
 applies each to a copy of the tree, and shows that its check fails before and passes after.
 """
 
-import copy
 import inspect
 import math
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,10 +21,9 @@ import evaluate
 import toy
 import train_grpo
 import utils
-from conftest import load_tiny, sampler
-from data import Sample
+from conftest import load_tiny
+from data import Sample, tokenise
 from policy import Policy
-from test_families import gemma3, reference, save
 
 ROOT = Path(__file__).parents[2]
 NAN = math.nan
@@ -163,19 +162,34 @@ def test_first_row(tmp_path, monkeypatch):
     assert "in the picture?" in utils.read_jsonl(tmp_path / "usual" / "train.jsonl")[0]["question"]
 
 
-@torch.no_grad()
-def test_family(tmp_path, data_path):
-    """Trainer and sampler, all prompts at once, against Gemma 3's own forward on its own processor's output."""
-    tiny = load_tiny(save(gemma3, tmp_path), data_path)
-    tiny.model.eval()
-    placeholder = tiny.model.config.image_token_id
-    tiny.model.get_output_embeddings().weight[placeholder] *= 8  # it wishes to say placeholders
-    drawn = sampler(copy.deepcopy(tiny.model), tiny.processor, 256).generate(tiny.samples, 2, 1.0, 1.0, 8, 0)
-    assert not any(placeholder in s.completion_ids for s in drawn), "a placeholder was sampled"
-    policy = Policy(tiny.model, tiny.processor)
-    trained, _ = policy(policy.batch(drawn), 1.0)
-    for s, ours in zip(drawn, trained):
-        theirs = reference(tiny, s)
-        off = [(theirs - x).abs().max().item() for x in (ours[: len(theirs)], torch.tensor(s.sampler_logprobs))]
-        assert off[0] < 1e-4, f"the trainer is off by {off[0]:.2} nats"
-        assert off[1] < 1e-4, f"the sampler is off by {off[1]:.2} nats"
+def test_looks(data_path):
+    """By each answer's own forwards, with and without its picture; then on the toy, golden reasoning and glances."""
+    from looks import looks
+
+    toys = load_tiny(ROOT / "toy_model", ROOT / "toy_data" / "validation.jsonl")
+    processor, tokens = toys.processor, toys.processor.tokenizer
+    policy = Policy(toys.model, processor)
+
+    def told(sample, text):
+        return replace(sample, completion_ids=[*tokenise(tokens, text), tokens.eos_token_id])
+
+    nasty = [told(s, f"I see {s.answer}.") for s in load_tiny(ROOT / "toy_model", data_path).samples]
+    for s, found in zip(nasty, looks(policy, nasty), strict=True):  # one has two pictures, one has none
+        pair = [s, *evaluate.perturbed([s], "blank", 0)]
+        (seen, blind), _ = policy(policy.batch(pair), 1.0)
+        assert close(torch.tensor(found), (seen - blind).tolist(), 1e-4), f"{s.id}: {found}"
+
+    rows = toys.samples[1:24]
+    golden = [told(s, s.solution) for s in rows]
+    colours = [next(c for c in toy.COLOURS if f"many {c} " in s.question) for s in rows]
+    glances = [told(s, f"At a glance I see {s.answer} {c}. \\boxed{{{s.answer}}}") for s, c in zip(rows, colours)]
+    by_word = {}
+    for s, found in zip(golden, looks(policy, golden)):
+        for i, gap in zip(s.completion_ids, found):
+            by_word.setdefault(tokens.decode([i]).strip(), []).append(gap)
+    table = {word: sum(gaps) / len(gaps) for word, gaps in by_word.items()}
+    print(*(f"{word:12}{table[word]:8.3f} nats" for word in sorted(table, key=table.get, reverse=True)), sep="\n")
+    assert all((gap > 2) == (word in toy.COLOURS) for word, gap in table.items()), table
+    totals = [sum(map(sum, looks(policy, done))) / len(done) for done in (golden, glances)]
+    print(f"an answer  {totals[0]:.1f} nats by golden reasoning, {totals[1]:.1f} by a glance")
+    assert totals[0] > 10 and abs(totals[1]) < 1
