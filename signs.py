@@ -129,9 +129,9 @@ def slump(rewards, evals):
 
 def no_gain(evals):
     (change, noise), start, last = gain(evals[0], evals[-1]), evals[0], evals[-1]
-    due = last["generation_step"] >= STILL and start[pass_name(start)] < 0.9
-    return ("validation has not risen", f"{last['setting']} {start[pass_name(start)]:.1%} at first, "
-            f"{last[pass_name(last)]:.1%} now", due and change <= 1.96 * noise)
+    was, now = start[pass_name(start)], last[pass_name(last)]
+    return ("validation has not risen", f"{last['setting']} {was:.1%} at first, {now:.1%} now",
+            last["generation_step"] >= STILL and was < 0.9 and change <= 1.96 * noise)
 
 
 def reward_signs(first, best, last, flags):
