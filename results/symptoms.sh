@@ -6,32 +6,27 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 R=runs/symptoms
 mkdir -p $R
+cp -r toy_data/images $R
 python - $R <<'EOF'
 import json
-import os
 import sys
 from pathlib import Path
 
-folder, toy = Path(sys.argv[1]), os.path.abspath("toy_data")
+folder = Path(sys.argv[1])
+train = [json.loads(line) for line in open("toy_data/train.jsonl")]
 
 
-def rows(split):
-    return [r | {"image": f"{toy}/{r['image']}"} for r in map(json.loads, open(f"{toy}/{split}.jsonl"))]
+def write(name, change, rows=train):
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(r | change(i, r)) + "\n" for i, r in enumerate(rows)))
 
 
-def write(name, change, split="train"):
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(r | change(i, r)) + "\n" for i, r in enumerate(rows(split))))
-
-
-train = rows("train")
 write("hard", lambda i, r: {} if i % 16 == 0 else {"answer": "99"})  # one row in sixteen can be answered
 write("impossible", lambda i, r: {"answer": "99"})  # none can
 write("mute", lambda i, r: {} if i % 4 else {"answer": "?"})  # one row in four has an answer that says nothing
 write("three", lambda i, r: {"answer": "3"})  # the label of another data set, so to speak
 write("shifted", lambda i, r: {} if i % 4 else {"solution": train[i - 1]["solution"]})  # one in four is a neighbour's
 write("russian", lambda i, r: {"solution": f"Я вижу {r['answer']}. \\boxed{{{r['answer']}}}"} if i % 2 else {})
-write("measured", lambda i, r: {}, "validation")
-(folder / "measured.jsonl").write_text("".join((folder / "measured.jsonl").read_text().splitlines(True)[:128]))
+write("measured", lambda i, r: {}, [json.loads(line) for line in open("toy_data/validation.jsonl")][:128])
 (folder / "mine.py").write_text('''"""Rewards of one's own that can be had without a right answer."""
 
 
@@ -56,9 +51,12 @@ make() {  # NAME SEEDS SCRIPT FLAG...: one training a seed, unless it is finishe
         rm -rf "$R/$name/seed_$seed"
         mkdir -p "$R/$name"
         echo "$*" > "$R/$name/command"
-        python "$@" --seed "$seed" --out "$R/$name/seed_$seed" 2> "$R/$name/seed_$seed.log" > /dev/null ||
-            { echo "ended with code $?" >> "$R/$name/seed_$seed.log"; mkdir -p "$R/$name/seed_$seed"
-              echo {} > "$R/$name/seed_$seed/result.json"; }
+        python "$@" --seed "$seed" --out "$R/$name/seed_$seed" 2> "$R/$name/seed_$seed.log" > /dev/null || {
+            code=$?  # 1 is a run that its own guards ended; anything else is a mistake here
+            [ $code = 1 ] || exit $code
+            echo "ended with code 1" >> "$R/$name/seed_$seed.log"
+            echo {} > "$R/$name/seed_$seed/result.json"
+        }
     done
 }
 none="--validation_data= --test_data="
