@@ -8,7 +8,6 @@ advantages cancel within a group, so that its value is near 0; its gradient is n
 
 import math
 from dataclasses import dataclass, field
-from statistics import mean, pvariance, variance
 
 import utils
 
@@ -63,7 +62,17 @@ def known(rows, name):
 
 
 def average(rows, name):
-    return mean(known(rows, name) or [math.nan])
+    return mean(known(rows, name))
+
+
+def mean(numbers):
+    return math.fsum(numbers) / len(numbers) if numbers else math.nan
+
+
+def squared_error(numbers):
+    """The square of the standard error of their mean."""
+    centre = mean(numbers)
+    return math.fsum((x - centre) ** 2 for x in numbers) / (len(numbers) - 1) / len(numbers)
 
 
 def rise(before, after, name):
@@ -73,7 +82,7 @@ def rise(before, after, name):
         return math.nan
     difference = mean(new) - mean(old)
     # how far steps of one window lie apart is what noise can do
-    noise = math.sqrt(variance(old) / len(old) + variance(new) / len(new))
+    noise = math.sqrt(squared_error(old) + squared_error(new))
     return difference if abs(difference) > 3 * noise + 1e-9 else 0.0
 
 
@@ -88,9 +97,9 @@ def gain(before, after):
     Over the same prompts one by one where both rows say how many of their answers were `right`.
     """
     old, new = ([r > 0 for r in row.get("right") or []] for row in (before, after))
-    if len(old) == len(new) > 0:
+    if len(old) == len(new) > 1:
         changes = [y - x for x, y in zip(old, new)]
-        return mean(changes), math.sqrt(pvariance(changes) / len(changes))
+        return mean(changes), math.sqrt(squared_error(changes))
     p, q = (row[pass_name(row)] for row in (before, after))
     return q - p, math.sqrt(p * (1 - p) / before["n"] + q * (1 - q) / after["n"])
 
@@ -134,11 +143,11 @@ def no_gain(evals):
             last["generation_step"] >= STILL and was < 0.9 and change <= 1.96 * noise)
 
 
-def reward_signs(first, best, last, flags):
+def reward_signs(first, best, last):
     """What rewards, lengths and the policy say, from the first, the best and the last steps."""
     right, name = average(last, "reward/accuracy"), "reward/accuracy"
     name = name if right == right else "reward"
-    earned = sorted({k for row in last for k in row if k.startswith("reward/")} - {name})
+    earned = [k for k in last[-1] if k.startswith("reward/") and k != name and known(last, k)]
     others = ", ".join(f"{k[7:]} {average(last, k):.2f}" for k in earned)
     yield "never right", f"no answer of {WINDOW} steps; {others}", max(
         known(last, "reward/accuracy"), default=math.nan) == 0
@@ -221,7 +230,7 @@ def notice(watch, row):
     whose = f"the last {WINDOW} steps'"
     return fresh(watch, [
         dead_groups(watch.last, whose), cut_off(watch.last, whose), stray_sampler(watch.last),
-        *(reward_signs(watch.first, watch.best, watch.last, watch.flags)
+        *(reward_signs(watch.first, watch.best, watch.last)
           if known(watch.last, "reward") else []),
         *update_signs(watch.first, watch.last, watch.flags),
         nothing_moves(watch.first, watch.last, watch.steps)])

@@ -4,6 +4,7 @@
 # appear stands in results/symptoms.json as one that did not. Reads nothing but the repository.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=1  # a thread a run: the same figures on a machine that has other work
 R=runs/symptoms
 mkdir -p $R
 cp -r toy_data/images $R
