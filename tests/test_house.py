@@ -23,7 +23,7 @@ FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 # rollout (480: every hang and every wrong answer of vLLM is a sentence), doctor (230: the rehearsal, which every stage
 # calls, and the guard of each step), train_grpo (600: flags for memory; metrics of how far the sampler is), report (650:
 # a page on folders that may be broken).
-BUDGETS = {"utils": 592, "signs": 270, "data": 485, "policy": 420, "siblings": 420, "reward": 520, "rollout": 500, "doctor": 270,
+BUDGETS = {"utils": 592, "signs": 280, "data": 485, "policy": 420, "siblings": 420, "reward": 520, "rollout": 500, "doctor": 270,
            "train_sft": 270, "train_grpo": 665, "evaluate": 300, "report": 675, "toy": 400}
 PURE = ["utils", "signs", "reward", "evaluate", "train_grpo"]  # their functions work where they and utils.py lie alone
 
