@@ -148,8 +148,8 @@ def reward_signs(first, best, last):
     right, name = average(last, "reward/accuracy"), "reward/accuracy"
     name = name if right == right else "reward"
     earned = [k for k in last[-1] if k.startswith("reward/") and k != name and known(last, k)]
-    others = ", ".join(f"{k[7:]} {average(last, k):.2f}" for k in earned)
-    yield "never right", f"no answer of {WINDOW} steps; {others}", max(
+    others = "".join(f", {k[7:]} {average(last, k):.2f}" for k in earned)
+    yield "never right", f"accuracy 0 in {WINDOW} steps{others}", max(
         known(last, "reward/accuracy"), default=math.nan) == 0
     for k in earned:
         found = known(last, k)

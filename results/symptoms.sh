@@ -87,6 +87,11 @@ make golden 0 train_sft.py --train_data $R/shifted.jsonl $none --max_steps 1
 make russian_base 0 train_sft.py --train_data $R/russian.jsonl --lr 1e-3 $none --max_steps 48
 make russian 0 train_grpo.py --model $R/russian_base/seed_0/checkpoints/step_000048 \
     --rewards accuracy:1.0,language:0 $none --max_steps 6
+# added when the first run of this file had not shown three signs: at 5e-3 accuracy falls before there are five steps to
+# fall from, no gradient was large, and rounding alone does not reach the sampler's bound
+make steep 0 train_grpo.py --lr 1e-3 $none --max_steps 16
+make tight 0 train_grpo.py --max_grad_norm 0.05 $none --max_steps 6
+make torn_bfloat16 0 train_grpo.py --dtype bfloat16 --lr 5e-3 $none --max_steps 6
 }
 
 python - $R > results/symptoms.json <<'EOF'

@@ -16,7 +16,7 @@ from test_pages import LESSON, section
 SECTION = section("Copying a stage", LESSON)
 NEEDS = {stage: re.findall(r"`(\w+)\.py`", files)
          for stage, files in re.findall(r"^\| `(\w+)\.py` \| (.+?) \|", SECTION, re.M)}
-PURE = "reward", "evaluate", "train_grpo"  # their pure functions work beside utils.py alone
+PURE = "reward", "evaluate", "signs", "train_grpo"  # their pure functions work beside utils.py alone
 LITTLE = "--engine hf --max_new_tokens 48".split()
 
 
@@ -71,7 +71,7 @@ def test_with_what_it_needs_it_can_be_imported_and_asked_for_help(tmp_path):
     """The pure ones beside utils.py alone, each in a folder of its own."""
     folders = [copy(tmp_path / stage, stage, *(["utils"] if stage in PURE else NEEDS[stage])) for stage in NEEDS]
     said = "".join(python(folder, f"{folder.name}.py", "--help") for folder in folders)
-    assert said.count("usage: ") == len(NEEDS) - 3  # policy.py, siblings.py: no commands; reward.py has its own way
+    assert said.count("usage: ") == len(NEEDS) - 4  # policy.py, siblings.py, signs.py: no commands; reward.py has its own way
 
 
 def test_the_snippet_runs_with_utils_alone(tmp_path):

@@ -13,6 +13,7 @@ import utils
 from runs import run
 from signs import ADVICE, STILL, WINDOW, Watch
 from test_house import ROOT, source
+from test_pages import LESSON, section, words
 
 HEALTHY = {"reward": 0.5, "reward/accuracy": 0.5, "length": 100.0, "truncated": 0.0, "unscored": 0.0,
            "groups_all_alike": 0.2, "loss": 0.0, "entropy": 0.3, "clipped_low": 0.0, "clipped_high": 0.0,
@@ -114,6 +115,13 @@ def test_a_window_is_a_mean():
         assert said(rows) == wanted
 
 
+def test_the_sampler_is_judged_at_its_worst():
+    """One step from another policy is no noise: it is a mean over all of its tokens."""
+    rows = steps(5)
+    rows[2]["sampler_gap"] = 0.06
+    assert said(rows) == ["sampler and trainer disagree"]
+
+
 def test_noise_is_no_fall():
     """The same means, but steps that lie far apart: three standard errors are not reached."""
     rows = steps(10, **{"reward/accuracy": (0.7, 0.5)})
@@ -152,7 +160,7 @@ def test_a_reward_that_is_constant(name, value, wanted):
 
 
 def test_nothing_moves_is_asked_every_twenty_steps():
-    still = steps(STILL)
+    still = steps(20)
     assert said(still[:-1]) == [] and said(still) == ["nothing moves"]
     for name in ("reward", "length", "entropy"):  # one that moves will do: by a tenth, or beyond noise
         for factor, wanted in ((1.099, ["nothing moves"]), (1.101, [])):
@@ -349,3 +357,75 @@ def test_every_flag_in_the_advice_is_one():
     known = source("train_grpo") + source("train_sft")
     # --instruction comes with the flags for data
     assert [flag for flag in flags - {"instruction"} if not re.search(rf"^    {flag}: ", known, re.M)] == []
+
+
+# ---------------------------------------------------------------------------------------------
+# The lesson's table, made again from results/symptoms.json and results/quickstart
+
+
+def quick():
+    """What the runs of results/symptoms.sh said, by name; and the quick start's three seeds, from its raw metrics."""
+    found = json.loads((ROOT / "results" / "symptoms.json").read_text())
+    seeds = {}
+    for seed in "012":
+        folder, watch, texts = ROOT / "results" / "quickstart" / f"seed_{seed}", Watch({}), []
+        for row in utils.read_jsonl(folder / "metrics.jsonl"):
+            texts += signs.notice(watch, row)
+        said = [re.match(r"SIGN, step (\d+): (.+?) \((.+?)\)\. Cause", text).groups() for text in texts]
+        seeds[seed] = {name: {"step": int(step), "measured": measured} for step, name, measured in said}
+    return found | {"quick start": {"command": "train_grpo.py", "seeds": seeds}}
+
+
+def made_by(name, words):
+    return words if name == "quick start" else f"{words} (`{name}`)"
+
+
+def it_said(sign, name):
+    """The first seed's words, and how many seeds said it."""
+    seeds = quick()[name]["seeds"].values()
+    shown = [seed[sign] for seed in seeds if sign in seed]
+    if not shown:
+        return f"did not appear, 0 of {len(seeds)}"
+    return f"step {shown[0]['step']}: {shown[0]['measured']}; {len(shown)} of {len(seeds)}"
+
+
+def healthy_rows():
+    """Mean of the first and the last window of each seed of the quick start, the lowest and the highest of three."""
+    rows = ["| metric | first | last |", "|---|---|---|"]
+    runs = [utils.read_jsonl(ROOT / "results" / "quickstart" / f"seed_{seed}" / "metrics.jsonl") for seed in (0, 1, 2)]
+    for name in ("reward/accuracy", "length", "truncated", "groups_all_alike", "entropy", "clipped_high", "sampler_gap",
+                 "grad_norm", "loss"):
+        cells = []
+        for part in (slice(WINDOW), slice(-WINDOW, None)):
+            low, *_, high = sorted(signs.average(rows_of[part], name) for rows_of in runs)
+            cells.append(f"{low:.2g} to {high:.2g}" if high else "0")
+        rows.append(f"| `{name}` | {' | '.join(cells)} |")
+    return rows
+
+
+def test_the_lesson_has_a_row_for_each_sign():
+    """Cause and remedy are signs.py's, the flags of a run stood on its command line, and it said what the page says."""
+    table = section("My reward does not rise", LESSON)
+    rows = [line.strip("| ").split(" | ") for line in table.split("\n| sign |")[1].split("\n\n")[0].splitlines()[2:]]
+    assert [row[0] for row in rows] == list(ADVICE)
+    meanings = section("Metrics", LESSON)
+    for sign, look, cause, turn, made, shown in rows:
+        assert (cause, turn) == ADVICE[sign]
+        for metric in re.findall(r"`([\w/]+)`", look):
+            assert f"`{metric}`" in meanings or metric in "language", metric
+        name = (re.findall(r" \(`(\w+)`\)$", made) or ["quick start"])[0]
+        assert shown == it_said(sign, name)
+        for flags in re.findall(r"`(--[^`]+)`", made):
+            assert flags in quick()[name]["command"]
+    assert "\n".join(healthy_rows()) in table
+    golden = quick()["golden"]["seeds"]["0"]["golden responses"].removesuffix(" golden responses")
+    assert f"({golden} in `golden`" in words(table)
+
+
+def test_the_lessons_loss_near_zero_stands_in_results():
+    runs = [utils.read_jsonl(path) for path in (ROOT / "results/experiment/ablation").glob("sequence_loss_*/metrics.jsonl")]
+    most = max(abs(row["loss"]) for rows in runs for row in rows)
+    first, last = (sum(signs.average(rows[part], "reward/accuracy") for rows in runs) / 3
+                   for part in (slice(WINDOW), slice(-WINDOW, None)))
+    said = f"never left 0 by more than {most:.0e} while accuracy rose from {100 * first:.0f} % to {100 * last:.0f} %"
+    assert len(runs) == 3 and said.replace("e-08", "e-8") in words(LESSON)
