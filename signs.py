@@ -181,7 +181,8 @@ def update_signs(first, last, flags):
     yield ("entropy collapses", f"{start:.3f} nats at first, {now:.4f} now",
            now < max(0.01, start / 5) and not solved and bool(known(last, "reward")))
     clipped = average(last, "clipped_low") + average(last, "clipped_high")
-    yield "clipped too often", f"{clipped:.0%} of the tokens", clipped > 0.2
+    most = 0.3 if flags.get("loss") == "gspo" else 0.1  # bounds on whole answers hold more of them
+    yield "clipped too often", f"{clipped:.0%} of the tokens", clipped > most
     norms, most = known(last, "grad_norm"), flags.get("max_grad_norm", 1.0)
     start, now = average(first, "grad_norm"), average(last, "grad_norm")
     yield ("gradients too large", f"norm {start:.2g} at first, {now:.2g} now, clipped to {most:g}",

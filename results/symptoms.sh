@@ -62,6 +62,7 @@ make() {  # NAME SEEDS SCRIPT FLAG...: one training a seed, unless it is finishe
 }
 none="--validation_data= --test_data="
 some="--validation_data $R/measured.jsonl --test_data="
+own="--train_data toy_data/train.jsonl"  # said, since own validation rows beside the toy's may be a mistake
 
 # 6 steps and three seeds each
 for pair in "hard --train_data $R/hard.jsonl" "pairs --group_size 2" \
@@ -79,8 +80,8 @@ make short 0 train_grpo.py --rewards "accuracy:1.0,$R/mine.py:short:8" --lr 2e-4
 make long 0 train_grpo.py --rewards "accuracy:1.0,$R/mine.py:long:8" --lr 2e-4 $none --max_steps 32
 make torn 0 train_grpo.py --lr 5e-3 $none --max_steps 16
 make stale 0 train_grpo.py --lr 1e-3 --ppo_epochs 4 --mini_batch_size 8 $none --max_steps 8
-make still 0 train_grpo.py --lr 1e-8 $some --max_steps 20
-make still_sft 0 train_sft.py --lr 1e-8 $some --max_steps 20
+make still 0 train_grpo.py $own --lr 1e-8 $some --max_steps 20
+make still_sft 0 train_sft.py $own --lr 1e-8 $some --max_steps 20
 make held 0 train_grpo.py --kl_coef 10 $none --max_steps 20
 make labels 0 train_grpo.py --train_data $R/three.jsonl --lr 1e-4 $some --max_steps 24
 make golden 0 train_sft.py --train_data $R/shifted.jsonl $none --max_steps 1

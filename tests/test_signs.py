@@ -76,7 +76,7 @@ EDGES = [
     ("accuracy falls", {"reward/accuracy": (0.4, 0.301)}, {"reward/accuracy": (0.4, 0.299)}),
     ("reward hacking", {"reward": (0.5, 0.9), "reward/accuracy": (0.5, 0.4501)},
      {"reward": (0.5, 0.9), "reward/accuracy": (0.5, 0.4499)}),
-    ("clipped too often", dict(clipped_low=0.1, clipped_high=0.1), dict(clipped_low=0.1, clipped_high=0.101)),
+    ("clipped too often", dict(clipped_low=0.05, clipped_high=0.05), dict(clipped_low=0.05, clipped_high=0.051)),
     ("gradients too large", dict(grad_norm=3.0), dict(grad_norm=3.01)),
     ("gradients too large", dict(grad_norm=(0.2, 1.99)), dict(grad_norm=(0.2, 2.01))),
     ("tokens masked", dict(tis_masked=0.5), dict(tis_masked=0.51)),
@@ -129,6 +129,23 @@ def test_noise_is_no_fall():
     for row, unrest in zip(rows, UNREST + UNREST):
         row["reward/accuracy"] += 10 * unrest
     assert said(rows) == []
+
+
+def test_a_rise_by_hand():
+    """Five values 1 apart: variance 2.5, so that three standard errors of the mean are 3 * sqrt(0.5) = 2.1213."""
+    before = [{"x": 0.0}] * 5
+    for d, wanted in ((2.121, 0.0), (2.122, 2.122), (-2.121, 0.0), (-2.122, -2.122)):
+        assert signs.rise(before, [{"x": d + i} for i in (-2, -1, 0, 1, 2)], "x") == pytest.approx(wanted)
+    assert math.isnan(signs.rise(before, [{"x": 1.0}], "x"))
+
+
+def test_a_norm_may_grow_below_the_clip():
+    assert said(steps(10, grad_norm=(0.02, 0.9))) == []
+
+
+def test_bounds_on_whole_answers_hold_more():
+    assert said(steps(5, clipped_low=0.3), loss="gspo") == []
+    assert said(steps(5, clipped_low=0.31), loss="gspo") == ["clipped too often"]
 
 
 def test_longer_and_better_is_no_sign():
@@ -188,8 +205,7 @@ def test_sft_has_the_same_hint():
 
 def test_steps_without_updates_are_left_out():
     """All groups alike: entropy, clipping and norm are then means over nothing, written as 0."""
-    rows = steps(5, groups_all_alike=1.0, entropy=0.0, grad_norm=0.0, **{"reward/accuracy": 0.95})
-    assert said(rows) == ["dead groups, all right"]
+    assert said(steps(5, groups_all_alike=1.0, entropy=0.0, grad_norm=0.0)) == ["dead groups"]
 
 
 @pytest.mark.parametrize("name", HEALTHY)
