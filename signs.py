@@ -37,7 +37,7 @@ ADVICE = {  # sign: (probable cause, what to turn); LESSON.md has each of them m
     "gradients too large": ("steps too large, or a batch too small",
                             "--lr, --warmup_steps, --batch_size, --max_grad_norm"),
     "nothing moves": ("steps too small, or held back", "--lr, --warmup_steps, --kl_coef"),
-    "the divergence weighs too much": ("the policy is held at the first one, or has left it",
+    "the divergence weighs too much": ("the policy has left the first one, and is pulled back",
                                        "--kl_coef, --lr"),
     "other languages": ("nothing asks for one language",
                         "--rewards ...,language:1.0, --instruction, --kl_coef"),

@@ -26,7 +26,7 @@ write("impossible", lambda i, r: {"answer": "99"})  # none can
 write("mute", lambda i, r: {} if i % 4 else {"answer": "?"})  # one row in four has an answer that says nothing
 write("three", lambda i, r: {"answer": "3"})  # the label of another data set, so to speak
 write("shifted", lambda i, r: {} if i % 4 else {"solution": train[i - 1]["solution"]})  # one in four is a neighbour's
-write("russian", lambda i, r: {"solution": f"Я вижу {r['answer']}. \\boxed{{{r['answer']}}}"} if i % 2 else {})
+write("russian", lambda i, r: {"solution": f"Я вижу {r['answer']}. \\boxed{{{r['answer']}}}"})  # half of them at first: RL unlearnt it
 write("measured", lambda i, r: {}, [json.loads(line) for line in open("toy_data/validation.jsonl")][:128])
 (folder / "mine.py").write_text('''"""Rewards of one's own that can be had without a right answer."""
 
@@ -88,8 +88,10 @@ make golden 0 train_sft.py --train_data $R/shifted.jsonl $none --max_steps 1
 make russian_base 0 train_sft.py --train_data $R/russian.jsonl --lr 1e-3 $none --max_steps 48
 make russian 0 train_grpo.py --model $R/russian_base/seed_0/checkpoints/step_000048 \
     --rewards accuracy:1.0,language:0 $none --max_steps 6
-# added when the first run of this file had not shown three signs: at 5e-3 accuracy falls before there are five steps to
-# fall from, no gradient was large, and rounding alone does not reach the sampler's bound
+# added when the first run of this file had not shown four signs: at 5e-3 accuracy falls before there are five steps to
+# fall from; no gradient was large; rounding alone does not reach the sampler's bound; a policy that is held by
+# --kl_coef 10 does not diverge at all
+make pulled 0 train_grpo.py --kl_coef 1 --lr 1e-3 $none --max_steps 8
 make steep 0 train_grpo.py --lr 1e-3 $none --max_steps 16
 make tight 0 train_grpo.py --max_grad_norm 0.05 $none --max_steps 6
 make torn_bfloat16 0 train_grpo.py --dtype bfloat16 --lr 5e-3 $none --max_steps 6
