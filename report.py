@@ -27,6 +27,7 @@ from PIL import Image
 
 from pictures import as_png, open_image
 from evaluate import REFLECTION_WORDS, SETTINGS, count_reflections, is_right, reflection_ratios
+from signs import cut_off, dead_groups, known, pass_name, slump, stray_sampler
 from utils import UserError, print0
 
 ROUNDS = 2000  # of the bootstrap
@@ -161,11 +162,6 @@ def interval(replicates):
     return [float(v) for v in np.quantile(replicates, (0.025, 0.975))]
 
 
-def pass_name(row):
-    """Which pass@n a row of eval.jsonl reports; pass@1 is the accuracy."""
-    return next((k for k in row if k.startswith("pass@") and "interval" not in k), "accuracy")
-
-
 def scores(run, split, setting):
     """`(epochs, values (epochs,), redrawn (epochs, ROUNDS))` of one run, by epoch; 0 is untrained.
 
@@ -182,14 +178,17 @@ def scores(run, split, setting):
     return epochs, values, redrawn
 
 
-def by_epoch(run, name):
-    """A metric's values by epoch, `{epoch: [one a step]}`; an epoch ends at its whole number."""
-    values = defaultdict(list)
+def in_epochs(run):
+    """Its rows of metrics.jsonl by epoch; an epoch ends at its whole number."""
+    rows = defaultdict(list)
     for m in run.metrics:
-        if m.get(name) is not None:
-            # 3 / 3 of an epoch may be stored as a little more than 1
-            values[math.ceil(m["epoch"] - 1e-9)].append(m[name])
-    return dict(values)
+        rows[math.ceil(m["epoch"] - 1e-9)].append(m)  # 3 / 3 may be stored as a little above 1
+    return rows
+
+
+def by_epoch(run, name):
+    """A metric's values by epoch, `{epoch: [one a step]}`."""
+    return {e: found for e, rows in in_epochs(run).items() if (found := known(rows, name))}
 
 
 def judge(low, high):
@@ -405,24 +404,21 @@ def findings(arms):
 
 def diagnose(run):
     """Failure signatures of one run, as `(what, measured, is it a sign of trouble)`."""
-    reward, dead, cut = ([np.mean(values) for values in by_epoch(run, name).values()]
-                         for name in ("reward", "groups_all_alike", "truncated"))
+    reward = [np.mean(found) for found in by_epoch(run, "reward").values()]
     for setting in SETTINGS:
-        epochs, values, redrawn = scores(run, "validation", setting)
+        rows = {r["epoch"]: r for r in run.evals
+                if (r["split"], r["setting"]) == ("validation", setting)}
         # the reward is of training prompts: memorising them shows as a slump elsewhere
-        if reward and len(epochs) > 1:
-            low = interval(redrawn[:-1].max(0) - redrawn[-1])[0]  # surely below an earlier one
-            yield ("reward up while validation is down",
-                   f"reward {reward[0]:.2f} to {reward[-1]:.2f}, {setting} {values[:-1].max():.1%} "
-                   f"at its best before, {values[-1]:.1%} at last",
-                   reward[-1] > reward[0] and low > 0)
-    if dead:  # all right: nothing left to learn; all wrong: nothing that can be learned
-        yield "dead groups", f"{dead[-1]:.0%} of the last epoch's groups all alike", dead[-1] > 0.5
-    if cut:
-        yield "answers cut off", f"{cut[-1]:.1%} of the last epoch's", cut[-1] > 0.1
-    if gaps := [m["sampler_gap"] for m in run.metrics if "sampler_gap" in m]:
-        yield ("sampler and trainer disagree", f"mean difference {max(gaps):.1e} nats at worst",
-               max(gaps) > 0.01)
+        if reward and len(rows) > 1:
+            yield slump((reward[0], reward[-1]), [rows[epoch] for epoch in sorted(rows)])
+    *_, last = [[], *in_epochs(run).values()]
+    if known(last, "groups_all_alike"):
+        what, *more = dead_groups(last, "the last epoch's")
+        yield what.partition(",")[0], *more  # one row in the table, of whatever kind
+    if known(last, "truncated"):
+        yield cut_off(last, "the last epoch's")
+    if known(run.metrics, "sampler_gap"):
+        yield stray_sampler(run.metrics)
     step, _, reflects, right, _ = run.answers[~np.isnan(run.answers[:, 3])].T
     if found := correlation(right, reflects, step, np.zeros(len(step)), step):
         r, (low, high), _ = found

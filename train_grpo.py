@@ -525,6 +525,7 @@ def main(args):
         Policy, add_lora, compute_dtype, freeze, load_model, load_processor, shard, twin)
     from reward import load_rewards, score
     from rollout import choose_engine, make_engine, share
+    from signs import begin, tell
 
     refuse_mixture(args)
     check_args(args)
@@ -567,7 +568,6 @@ def main(args):
     # N updates a batch, the paper's formula; a single one is exactly on-policy
     updates = args.batch_size // args.mini_batch_size * args.ppo_epochs
     k1 = reference and args.kl == "k1"  # a divergence that is part of what was earned
-    keep_old = updates > 1 or k1
     # a few prompts go through all four steps, so that what cannot work is a sentence before step 1
     engine.sync(policy.model)
     score(rehearse(engine, prompts, args, policy), rewards, args.reward_timeout)
@@ -587,6 +587,7 @@ def main(args):
         engine.sync(policy.model)
         print0(f"Continuing after step {start}.")
     utils.cut_logs(out, start)
+    watch = begin(out, args)
     if args.engine == "vllm" and args.doctor:
         consult(engine, policy, train, processor, args)
     if start == 0:
@@ -597,8 +598,7 @@ def main(args):
         epoch, k = divmod(step - 1, steps_per_epoch)
         seconds = defaultdict(float)
         utils.forget_peak_memory()
-        batch = epoch_batches(train, args.batch_size, args.seed, epoch)[k]
-        prompts = batch[rank() :: world_size()]
+        prompts = epoch_batches(train, args.batch_size, args.seed, epoch)[k][rank() :: world_size()]
 
         # Step II: response collection. Every rank answers its own prompts, G times each
         def answer(prompts, seed):
@@ -616,7 +616,7 @@ def main(args):
         # first update of this batch, None where nothing asks for them
         set_advantages(samples, args.group_size, args.advantage)
         with timed(seconds, "logprobs"):
-            old = logprob_pass(policy, samples, args, k1) if keep_old else None
+            old = logprob_pass(policy, samples, args, k1) if updates > 1 or k1 else None
             ref = logprob_pass(reference, samples, args, k1) if reference else None
         if k1:
             subtract_divergence(samples, old, ref, args.kl_coef)
@@ -651,12 +651,12 @@ def main(args):
             utils.write_jsonl(out / "samples" / f"step_{step:06d}.jsonl", records)
             utils.log_row(out / "metrics.jsonl", place | metrics)
         utils.show(bar, step, behind_the_bar(metrics, seconds))
-        last = step == total
         # COLLECTIVE, both. Saved last: what stands before a checkpoint in the logs is complete
-        if last or (args.eval_every and step % (args.eval_every * steps_per_epoch) == 0):
+        if step == total or (args.eval_every and step % (args.eval_every * steps_per_epoch) == 0):
             evaluate_splits(engine, data, settings, args, step, step / steps_per_epoch, out)
+        tell(watch, place | metrics, out)
         best, _ = utils.gather([best_step(out, args.keep_best)])[0]
-        if last or step == best or (args.save_every and step % args.save_every == 0):
+        if step in (total, best) or (args.save_every and step % args.save_every == 0):
             utils.save_checkpoint(out, step, policy, optimizer, dtype, args.keep, best)
 
     result = before_and_after(out, args.keep_best) | {

@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from data import tokenise
+from reward import accuracy_reward
 from utils import UserError, print0, rank, world_size
 
 
@@ -106,6 +107,9 @@ def with_golden_responses(samples, processor, max_new_tokens, eos):
                             f"--max_new_tokens above that, it is {max_new_tokens}.")
         done.append(replace(s, completion_ids=[*ids, eos], completion_text=s.solution,
                             finish_reason="stop"))
+    if wrong := [s.id for s in done if accuracy_reward(s.solution, s.answer) == 0]:
+        print0(f"{len(wrong)} of {len(done)} golden responses end in another answer than their row "
+               f"has, by our own grader: it would be taught. The first is prompt {wrong[0]}.")
     return done
 
 
@@ -166,6 +170,7 @@ def main(args):
     from policy import (
         Policy, add_lora, compute_dtype, freeze, load_model, load_processor, shard)
     from rollout import check_engine, end_ids, generation_config, make_engine, share
+    from signs import begin, tell
 
     refuse_mixture(args)
     if args.batch_size % world_size():
@@ -214,6 +219,7 @@ def main(args):
         start = utils.load_resume_state(newest, policy, optimizer)
         print0(f"Continuing after step {start}.")
     utils.cut_logs(out, start)
+    watch = begin(out, args)
     if start == 0:
         evaluate_splits(engine, data, settings, args, 0, 0.0, out)
     engine.sleep()
@@ -222,8 +228,7 @@ def main(args):
     for step in (bar := tqdm(steps, "SFT", total, initial=start, disable=rank() > 0 or None)):
         epoch, k = divmod(step - 1, steps_per_epoch)
         utils.forget_peak_memory()
-        batch = epoch_batches(train, args.batch_size, args.seed, epoch)[k]
-        samples = batch[rank() :: world_size()]
+        samples = epoch_batches(train, args.batch_size, args.seed, epoch)[k][rank() :: world_size()]
 
         # Step II: response collection. The golden responses are there already
         # Step III: trajectory. Every token of them counts the same
@@ -247,14 +252,14 @@ def main(args):
         if rank() == 0:
             utils.log_row(out / "metrics.jsonl", place | metrics)
         utils.show(bar, step, {"loss": f"{metrics['loss']:.3f}", "update": f"{seconds:.1f}s"})
-        last = step == total
         # COLLECTIVE, both. Saved last: what stands before a checkpoint in the logs is complete
-        if last or (args.eval_every and step % (args.eval_every * steps_per_epoch) == 0):
+        if step == total or (args.eval_every and step % (args.eval_every * steps_per_epoch) == 0):
             engine.sync(policy.model)
             evaluate_splits(engine, data, settings, args, step, step / steps_per_epoch, out)
             engine.sleep()
+        tell(watch, place | metrics, out)
         best, _ = utils.gather([best_step(out, args.keep_best)])[0]
-        if last or step == best or (args.save_every and step % args.save_every == 0):
+        if step in (total, best) or (args.save_every and step % args.save_every == 0):
             utils.save_checkpoint(out, step, policy, optimizer, dtype, args.keep, best)
 
     result = before_and_after(out, args.keep_best) | {

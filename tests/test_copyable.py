@@ -16,20 +16,20 @@ from test_pages import LESSON, section
 SECTION = section("Copying a stage", LESSON)
 NEEDS = {stage: re.findall(r"`(\w+)\.py`", files)
          for stage, files in re.findall(r"^\| `(\w+)\.py` \| (.+?) \|", SECTION, re.M)}
-PURE = "reward", "evaluate", "train_grpo"  # their pure functions work beside utils.py alone
+PURE = "reward", "evaluate", "signs", "train_grpo"  # their pure functions work beside utils.py alone
 LITTLE = "--engine hf --max_new_tokens 48".split()
 
 
 def imported(stage, main=True):
     """The files of ours that a stage imports, and those that these import outside their `main`.
 
-    siblings.py is not needed, and toy.py nobody imports.
+    siblings.py is not needed, benchmarks.py for benchmarks alone, and toy.py nobody imports.
     """
     tree = ast.parse(source(stage))
     tree.body = [node for node in tree.body if main or getattr(node, "name", "") != "main"]
     names = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     names |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    found = (names & set(STAGES)) - {"siblings"}
+    found = (names & set(STAGES)) - {"siblings", "benchmarks"}
     return found.union(*(imported(name, False) for name in found))
 
 
@@ -71,7 +71,8 @@ def test_with_what_it_needs_it_can_be_imported_and_asked_for_help(tmp_path):
     """The pure ones beside utils.py alone, each in a folder of its own."""
     folders = [copy(tmp_path / stage, stage, *(["utils"] if stage in PURE else NEEDS[stage])) for stage in NEEDS]
     said = "".join(python(folder, f"{folder.name}.py", "--help") for folder in folders)
-    assert said.count("usage: ") == len(NEEDS) - 4  # no commands: policy, siblings, benchmarks; reward.py has its own way
+    # no commands: pictures, signs, policy, siblings, benchmarks; reward.py has its own way
+    assert said.count("usage: ") == len(NEEDS) - 6
 
 
 def test_the_snippet_runs_with_utils_alone(tmp_path):

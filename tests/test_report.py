@@ -241,7 +241,7 @@ def test_findings_of_made_runs(tmp_path):
     ("reward up while validation is down", dict(rows=([1] * 40, [0] * 40), late={"reward": 0.9})),
     ("dead groups", dict(late={"groups_all_alike": 0.6})),
     ("answers cut off", dict(late={"truncated": 0.2})),
-    ("sampler and trainer disagree", dict(late={"sampler_gap": 0.02})),
+    ("sampler and trainer disagree", dict(late={"sampler_gap": 0.06})),
     ("reflection unrelated to success", dict(right=(1, 0, 1, 0)))])
 def test_each_failure_signature_is_named(tmp_path, sign, change):
     """A healthy run shows none; one that differs in one thing shows that one alone."""

@@ -205,6 +205,8 @@ def test_the_published_reports_are_made_of_the_raw_files(name, parts):
         rows = make(arms)
         if len(rows) > 1:
             assert [list(row.values()) for row in published(name, title)] == rows[1:], title
+    signs = report.diagnostics(arms, report.findings(arms))[1:]
+    assert signs == [list(r.values()) for r in published(name, "Failure signatures") if r["sign"][:10] != "reflection"]
     lengths = [row for row in report.findings(arms)[1:] if row[0][0] in "12"]
     assert [list(r.values()) for r in published(name, "The paper's findings") if r["finding"][0] in "12"] == lengths
 
