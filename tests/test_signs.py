@@ -427,8 +427,8 @@ def test_the_lesson_has_a_row_for_each_sign():
     meanings = section("Metrics", LESSON)
     for sign, look, cause, turn, made, shown in rows:
         assert (cause, turn) == ADVICE[sign]
-        for metric in re.findall(r"`([\w/]+)`", look):
-            assert f"`{metric}`" in meanings or metric in "language", metric
+        for metric in re.findall(r"`([\w/.]+)`", look):
+            assert f"`{metric}`" in meanings or metric in ("reward/accuracy", "language", "eval.jsonl"), metric
         name = (re.findall(r" \(`(\w+)`\)$", made) or ["quick start"])[0]
         assert shown == it_said(sign, name)
         for flags in re.findall(r"`(--[^`]+)`", made):
