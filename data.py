@@ -198,8 +198,8 @@ def ask_hub(name, kind, file):
     what = f"--model {name}" if kind == "model" else name
     if hub.try_to_load_from_cache(name, file, repo_type=kind) is None:
         raise UserError(f"{what}: no such folder, nothing of that name in the hub's cache, and "
-                        f"{problem}; give a folder or another name, or run `hf download --repo-type "
-                        f"{kind} {name}` where there is a network.")
+                        f"{problem}; give a folder or another name, or run `hf download "
+                        f"--repo-type {kind} {name}` where there is a network.")
     constants.HF_HUB_OFFLINE = True  # as that variable would have it
     print0(f"{what}: {problem}; taken from the hub's cache.")
 

@@ -114,7 +114,7 @@ def test_commands_parse():
     """Each script is in the tree; each of its flags exists and has a value of its type."""
     scripts = set()
     for found in commands():
-        assert found[0] in ("pip", "pytest", "python", "torchrun", "bash"), found
+        assert found[0] in ("pip", "pytest", "python", "torchrun", "bash", "hf"), found
         script = next((w for w in found if w.endswith((".py", ".sh"))), None)
         if script is None:
             continue
