@@ -301,23 +301,24 @@ def test_a_finished_run_of_the_same_length_is_finished(tmp_path, one_rank):
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_longer_run_is_the_one_that_was_long_from_the_start(data, whole, tmp_path, ranks):
     """A finished one, one that was stopped, and one that was killed while it was made longer: bit for bit."""
-    words = [*TINY, "--warmup_steps", 9, "--train_data", data / "train.jsonl", "--validation_data=", "--test_data=",
+    utils.write_jsonl(data / "twelve.jsonl", utils.read_jsonl(data / "train.jsonl")[:12])  # three steps an epoch
+    words = [*TINY, "--warmup_steps", 9, "--train_data", data / "twelve.jsonl", "--validation_data=", "--test_data=",
              "--keep", 1]
     done = [0] * ranks if ranks > 1 else 0
     long, out = tmp_path / "long", tmp_path / "run"
-    assert run(["train_grpo.py", *words, "--epochs", 2, "--max_steps", 6], long, ranks=ranks)[0] == done
-    assert run(["train_grpo.py", *words, "--max_steps", 3], out, ranks=ranks)[0] == done
-    codes, log = run(["train_grpo.py", *words, "--max_steps", 2], out, ranks=ranks)
-    assert codes in (2, [2, 2]) and log.count("\n") == 1 and "a run of 3 steps" in log, log
-    assert json.loads((out / "result.json").read_text())["steps"] == 3
-    longer = ["train_grpo.py", *words, "--epochs", 2, "--max_steps", 6]
+    assert run(["train_grpo.py", *words, "--epochs", 2, "--max_steps", 4], long, ranks=ranks)[0] == done
+    assert run(["train_grpo.py", *words, "--max_steps", 2], out, ranks=ranks)[0] == done
+    codes, log = run(["train_grpo.py", *words, "--max_steps", 1], out, ranks=ranks)
+    assert codes in (2, [2, 2]) and log.count("\n") == 1 and "a run of 2 steps" in log, log
+    assert json.loads((out / "result.json").read_text())["steps"] == 2
+    longer = ["train_grpo.py", *words, "--epochs", 2, "--max_steps", 4]
     codes, log = run(longer, out, partial(at_call, 2, "train_grpo.update", kill), ranks)
-    assert codes in (-9, [-9, -9]) and not (out / "result.json").exists() and steps(out) == [1, 2, 3, 4], log
+    assert codes in (-9, [-9, -9]) and not (out / "result.json").exists() and steps(out) == [1, 2, 3], log
     codes, log = run(longer, out, ranks=ranks)
-    assert codes == done and "Continuing after step 4." in log, log
-    assert json.loads((out / "result.json").read_text())["steps"] == 6
+    assert codes == done and "Continuing after step 3." in log, log
+    assert json.loads((out / "result.json").read_text())["steps"] == 4
     arguments = json.loads((out / "args.json").read_text())
-    assert (arguments["epochs"], arguments["max_steps"]) == (2, 6)
+    assert (arguments["epochs"], arguments["max_steps"]) == (2, 4)
     if ranks == 1:
         assert fingerprint(out) == fingerprint(long)
     assert timeless(out / "metrics.jsonl") == timeless(long / "metrics.jsonl")
