@@ -31,7 +31,7 @@ transformers.models.smolvlm.processing_smolvlm.num2words = str
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 CLIP = VISION | {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14}
 TEXT = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 32, "bos_token_id": None}
+        "num_key_value_heads": 1, "head_dim": 32, "bos_token_id": None, "max_position_embeddings": 4096}
 
 
 def tokenizer(**names):
