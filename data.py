@@ -426,7 +426,7 @@ def read_samples(source, processor, columns="", instruction=INSTRUCTION, image_r
     path, columns = utils.find(source), as_columns(columns)
     folder = Path(image_root) if image_root else path if path.is_dir() else path.parent
     samples, places, seen = [], {}, set()
-    bar = functools.partial(tqdm, leave=False, delay=2, disable=rank() > 0, mininterval=1)
+    bar = functools.partial(tqdm, leave=False, delay=2, disable=rank() > 0 or None, mininterval=1)
     with with_one_voice():
         rows = itertools.islice(read_rows(source), limit or None)
         for place, row in bar(rows, f"Reading {source}"):

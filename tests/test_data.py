@@ -3,9 +3,15 @@
 import base64
 import functools
 import gzip
+import http.server
 import importlib
 import io
 import json
+import os
+import re
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import hypothesis
@@ -629,3 +635,73 @@ def test_no_file_ends_in_a_traceback(folder, processor, content, name):
     with pytest.raises(utils.UserError) as error:
         load_samples(folder / name, processor, 512)
     assert name in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# The hub: a stand-in on this machine, as `datasets` asks for it
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """somebody/shapes, one commit: the files of `folder`; every other name is unknown."""
+
+    folder = None
+
+    def do_GET(self):
+        files = {p.relative_to(self.folder).as_posix(): p for p in self.folder.rglob("*.parquet")}
+        path, body, more = self.path.partition("?")[0], b"", {}
+        api = re.fullmatch(r"/api/datasets/somebody/shapes(/.*)?", path)
+        tree = re.fullmatch(r"/api/datasets/somebody/shapes/tree/\w+/?(.*)", path)
+        file = re.fullmatch(r"/datasets/somebody/shapes/resolve/\w+/(.*)", path)
+        if tree:
+            found = [{"type": "file", "path": name, "size": p.stat().st_size, "oid": "0" * 40}
+                     for name, p in files.items() if os.path.dirname(name) == tree[1]]
+            found += [] if tree[1] else [{"type": "directory", "path": "data", "oid": "0" * 40}]
+            body = json.dumps(found).encode()
+        elif api:
+            body = json.dumps({"id": "somebody/shapes", "sha": "1" * 40, "tags": [], "downloads": 0, "private": False,
+                               "siblings": [{"rfilename": name} for name in files]}).encode()
+        elif file and file[1] in files:
+            body, more = files[file[1]].read_bytes(), {"ETag": f'"{"2" * 64}"', "X-Repo-Commit": "1" * 40}
+        else:
+            more = {"X-Error-Code": "EntryNotFound" if file else "RepoNotFound", "X-Repo-Commit": "1" * 40}
+        self.send_response(200 if body else 404)
+        for name, value in (more | {"Content-Length": str(len(body)), "Content-Type": "application/json"}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        """Nothing is said."""
+
+
+def look(source, hub, home):
+    """`python data.py SOURCE`, as a user starts it: what it ends with, and what it says."""
+    environment = os.environ | {"HF_ENDPOINT": hub, "HF_HOME": str(home)}
+    environment.pop("HF_HUB_OFFLINE")
+    done = subprocess.run([sys.executable, "data.py", source], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_a_set_of_the_hub(tmp_path):
+    """Downloaded once, into the hub's cache; then, without a network, taken from there."""
+    Hub.folder = shards(tmp_path / "set", train=2, test=1)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub, home = f"http://127.0.0.1:{server.server_port}", tmp_path / "home"
+    code, out, err = look("somebody/shapes:train", hub, home)
+    assert code == 0, err
+    (found,) = json.loads(out.splitlines()[-1]).values()
+    assert (found["rows"], found["images"], found["without image"]) == (4, 4, 0)
+    code, _, err = look("somebody/shapes:trian", hub, home)
+    assert code == 2 and 'somebody/shapes:trian: cannot be read (ValueError: Unknown split "trian"' in err
+    server.shutdown()
+    server.server_close()
+    code, out, err = look("somebody/shapes:train", hub, home)
+    assert code == 0, err
+    (again,) = json.loads(out.splitlines()[-1]).values()
+    assert [found.pop("kB in memory a row"), again.pop("kB in memory a row")] and again == found
+    assert re.search(r"somebody/shapes: the hub cannot be reached \(.*\); taken from the hub's cache", err)
