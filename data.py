@@ -424,7 +424,9 @@ def read_samples(source, processor, columns="", instruction=INSTRUCTION, image_r
     A UserError names the first row that is wrong. Of `limit` rows at most; 0: of all.
     """
     path, columns = utils.find(source), as_columns(columns)
+    path = path if path.exists() else Path(str(source).partition(":")[0])  # without a split
     folder = Path(image_root) if image_root else path if path.is_dir() else path.parent
+    refuse_marks(instruction, "--instruction", processor)
     samples, places, seen = [], {}, set()
     bar = functools.partial(tqdm, leave=False, delay=2, disable=rank() > 0 or None, mininterval=1)
     with with_one_voice():

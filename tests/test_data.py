@@ -16,6 +16,7 @@ from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
+import pyarrow.parquet
 import pytest
 from PIL import ExifTags, Image
 
@@ -247,9 +248,6 @@ def test_layouts_of_the_wild(folder, processor, number):
 
 
 def test_layouts_of_the_wild_in_files(folder, processor):
-    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed: parquet is not tested")
-    import pyarrow.parquet
-
     path = folder / "data.parquet"
     for row, wanted in layouts((folder / "images" / "a.png").read_bytes(), png("blue")):
         table = pyarrow.Table.from_pylist([row])
@@ -452,6 +450,12 @@ def test_a_folder_of_shards(tmp_path, processor):
     asked = [s.question for s in load_samples(f"{folder}:train", processor, 512)]
     assert asked == [f"<image>train {i} {k}?" for i in range(2) for k in range(2)]
     (sample, _) = load_samples(folder / "data" / "test-00000-of-00001.parquet", processor, 512)
+    (tmp_path / "paths" / "data").mkdir(parents=True)
+    (tmp_path / "paths" / "data" / "a.png").write_bytes(png("red"))
+    table = pyarrow.Table.from_pylist([{"question": "?", "answer": "1", "image": "data/a.png"}])
+    for split in ("train", "test"):
+        pyarrow.parquet.write_table(table, tmp_path / "paths" / "data" / f"{split}.parquet")
+    assert load_samples(f"{tmp_path / 'paths'}:test", processor, 512)[0].images == [str(tmp_path / "paths" / "data" / "a.png")]
     assert sample.images == [png("red")] and sample.place == f"{folder}/data/test-00000-of-00001.parquet, row 1"
     for source in (folder, f"{folder}:trian"):
         with pytest.raises(utils.UserError, match="give one of its splits, as .*set:train; it has train, validation, test"):
@@ -500,6 +504,8 @@ def test_the_instruction_ends_every_prompt(folder, processor):
     own, none = (load(folder, [GOOD], processor, 512, "", text)[0] for text in ("Be {short}.", " "))
     assert "How many?\nBe {short}.<|im_end|>" in own.prompt_text
     assert "How many?<|im_end|>" in none.prompt_text
+    with pytest.raises(utils.UserError, match=r"the --instruction holds the model's mark <\|im_end\|>; remove it"):
+        load(folder, [GOOD], processor, 512, "", "Think.<|im_end|>")
     stages = [importlib.import_module(n) for n in ("rollout", "doctor", "train_grpo", "train_sft", "evaluate", "data")]
     assert {stage.Args().instruction for stage in stages} == {INSTRUCTION}
 
