@@ -553,7 +553,7 @@ def main(args):
             "prompt tokens": quantiles(tokens),
             "image width": quantiles(width for width, _ in shown),
             "image height": quantiles(height for _, height in shown),
-            "kB in memory a row": round((memory() - before) / len(samples) / 1e3, 1)}
+            "memory, kB a row": round((memory() - before) / len(samples) / 1e3, 1)}
         print0(source)
         for name, value in found.items():
             print0(f"    {name:18}" + re.sub("[{}']", "", str(value)))
