@@ -242,7 +242,7 @@ def convert(name, sources, out):
                         "it there, and give mm_math/MM_Math.jsonl as well.")
     folder = Path(source if Path(source).exists() else source.partition(":")[0])  # its split
     folder = str(folder if folder.is_dir() else folder.parent)
-    for place, row in tqdm(read_rows(source), name, disable=rank() > 0):
+    for place, row in tqdm(read_rows(source), name, disable=rank() > 0 or None):
         row_id = row.get(BENCHMARKS[name].id)
         row_id = f"{name}_{len(seen) + 1 if row_id is None else row_id}"
         if row_id in seen:

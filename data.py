@@ -44,7 +44,8 @@ class Args:
     image_root: str = ""  # folder that image paths begin from; empty: the data file's
     min_pixels: int = 0  # images with fewer are enlarged; 0: the model's own bound
     max_pixels: int = 0  # images with more are reduced; 0: the model's own bound
-    instruction: str = "Think step by step and put the final answer in \\boxed{}."  # empty: none
+    instruction: str = (  # the end of every prompt; empty: none
+        "Think step by step and put the final answer in \\boxed{}.")
     max_prompt_tokens: int = 2048  # longer prompts, images included, are dropped
     benchmark: str = ""  # public benchmark to write as JSON lines, as mathvista; empty: none
     out: str = ""  # folder that --benchmark writes; empty: named like it
@@ -424,9 +425,11 @@ def read_samples(source, processor, columns="", instruction=INSTRUCTION, image_r
     A UserError names the first row that is wrong. Of `limit` rows at most; 0: of all.
     """
     path, columns = utils.find(source), as_columns(columns)
+    path = path if path.exists() else Path(str(source).partition(":")[0])  # without a split
     folder = Path(image_root) if image_root else path if path.is_dir() else path.parent
+    refuse_marks(instruction, "--instruction", processor)
     samples, places, seen = [], {}, set()
-    bar = functools.partial(tqdm, leave=False, delay=2, disable=rank() > 0, mininterval=1)
+    bar = functools.partial(tqdm, leave=False, delay=2, disable=rank() > 0 or None, mininterval=1)
     with with_one_voice():
         rows = itertools.islice(read_rows(source), limit or None)
         for place, row in bar(rows, f"Reading {source}"):
@@ -551,7 +554,7 @@ def main(args):
             "prompt tokens": quantiles(tokens),
             "image width": quantiles(width for width, _ in shown),
             "image height": quantiles(height for _, height in shown),
-            "kB in memory a row": round((memory() - before) / len(samples) / 1e3, 1)}
+            "memory, kB a row": round((memory() - before) / len(samples) / 1e3, 1)}
         print0(source)
         for name, value in found.items():
             print0(f"    {name:18}" + re.sub("[{}']", "", str(value)))

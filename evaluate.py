@@ -43,7 +43,8 @@ class Args:
     image_root: str = ""  # folder that image paths begin from; empty: the data file's
     min_pixels: int = 0  # images with fewer are enlarged; 0: the model's own bound
     max_pixels: int = 0  # images with more are reduced; 0: the model's own bound
-    instruction: str = "Think step by step and put the final answer in \\boxed{}."  # empty: none
+    instruction: str = (  # the end of every prompt; empty: none
+        "Think step by step and put the final answer in \\boxed{}.")
     out: str = ""  # run folder; empty: a new one under runs/
     settings: str = ",".join(SETTINGS)  # which decoding settings to run, joined by commas
     max_new_tokens: int = 96  # completions are cut off here

@@ -155,7 +155,7 @@ def picture_sizes(images):
     mine = images[rank() :: world_size()]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         found = list(tqdm(pool.map(size_or_problem, mine), "Checking pictures", len(mine),
-                          leave=False, delay=2, mininterval=1, disable=rank() > 0))
+                          leave=False, delay=2, mininterval=1, disable=rank() > 0 or None))
     order = [image for r in range(world_size()) for image in images[r :: world_size()]]
     return dict(zip(order, utils.gather(found), strict=True))
 

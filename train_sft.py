@@ -48,7 +48,8 @@ class Args:
     image_root: str = ""  # folder that image paths begin from; empty: the data file's
     min_pixels: int = 0  # images with fewer are enlarged; 0: the model's own bound
     max_pixels: int = 0  # images with more are reduced; 0: the model's own bound
-    instruction: str = "Think step by step and put the final answer in \\boxed{}."  # empty: none
+    instruction: str = (  # the end of every prompt; empty: none
+        "Think step by step and put the final answer in \\boxed{}.")
     max_prompt_tokens: int = 2048  # longer prompts, images included, are dropped
     # Rollout, for the evaluation alone
     engine: Literal["auto", "hf", "vllm"] = "auto"  # sampler; auto: vllm on CUDA, else embedded

@@ -659,7 +659,7 @@ def data(rows=10_000):
                      "cpu_seconds": round(sum(os.times()[2:4]) - busy, 1)}
             (look,) = json.loads(done.stdout.splitlines()[-1]).values()
             assert look["rows"] == look["images"] == rows
-            found["kB_in_memory_a_row"] = look["kB in memory a row"]
+            found["kB_in_memory_a_row"] = look["memory, kB a row"]
             result[f"{name}, {ranks} rank(s)"] = found
             print(name, ranks, "rank(s):", found, file=sys.stderr)
         torch.set_num_threads(1)

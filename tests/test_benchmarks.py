@@ -405,7 +405,7 @@ def test_mistakes_are_sentences(tmp_path):
     refused("mathvista", source, out, "row 1", "mathvista has a column 'question_type'", "this row has images")
     refused("clevr", source, out, "copy.parquet, row 1", "clevr has a column 'solution'")
     refused("geometry3k", str(tmp_path / "none.parquet"), out, "none.parquet")
-    refused("geometry3k", [], out, "hiyouga/geometry3k: no such folder", "hf download")  # no network
+    refused("geometry3k", [], out, "hiyouga/geometry3k: no such folder", "HF_HUB_OFFLINE is set")
     convert("geometry3k", source, out)
     refused("geometry3k", source, out, "geometry3k.jsonl is there already")
 

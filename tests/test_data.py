@@ -3,13 +3,20 @@
 import base64
 import functools
 import gzip
+import http.server
 import importlib
 import io
 import json
+import os
+import re
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
+import pyarrow.parquet
 import pytest
 from PIL import ExifTags, Image
 
@@ -241,9 +248,6 @@ def test_layouts_of_the_wild(folder, processor, number):
 
 
 def test_layouts_of_the_wild_in_files(folder, processor):
-    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed: parquet is not tested")
-    import pyarrow.parquet
-
     path = folder / "data.parquet"
     for row, wanted in layouts((folder / "images" / "a.png").read_bytes(), png("blue")):
         table = pyarrow.Table.from_pylist([row])
@@ -366,7 +370,7 @@ def test_a_look_at_a_data_set(folder, one_rank, capsys):
     args = utils.parse_args(data_flow.Args, [str(path), "--model", str(ROOT / "toy_model"), "--max_prompt_tokens",
                                              str(lengths[-1] - 1)])
     found, = data_flow.main(args).values()
-    assert 0 <= found.pop("kB in memory a row") < 1e5
+    assert 0 <= found.pop("memory, kB a row") < 1e5
     short, middle, long = lengths
     shares = "0%", "25%", "50%", "75%", "95%", "100%"
     assert found == {
@@ -446,6 +450,12 @@ def test_a_folder_of_shards(tmp_path, processor):
     asked = [s.question for s in load_samples(f"{folder}:train", processor, 512)]
     assert asked == [f"<image>train {i} {k}?" for i in range(2) for k in range(2)]
     (sample, _) = load_samples(folder / "data" / "test-00000-of-00001.parquet", processor, 512)
+    (tmp_path / "paths" / "data").mkdir(parents=True)
+    (tmp_path / "paths" / "data" / "a.png").write_bytes(png("red"))
+    table = pyarrow.Table.from_pylist([{"question": "?", "answer": "1", "image": "data/a.png"}])
+    for split in ("train", "test"):
+        pyarrow.parquet.write_table(table, tmp_path / "paths" / "data" / f"{split}.parquet")
+    assert load_samples(f"{tmp_path / 'paths'}:test", processor, 512)[0].images == [str(tmp_path / "paths" / "data" / "a.png")]
     assert sample.images == [png("red")] and sample.place == f"{folder}/data/test-00000-of-00001.parquet, row 1"
     for source in (folder, f"{folder}:trian"):
         with pytest.raises(utils.UserError, match="give one of its splits, as .*set:train; it has train, validation, test"):
@@ -494,6 +504,8 @@ def test_the_instruction_ends_every_prompt(folder, processor):
     own, none = (load(folder, [GOOD], processor, 512, "", text)[0] for text in ("Be {short}.", " "))
     assert "How many?\nBe {short}.<|im_end|>" in own.prompt_text
     assert "How many?<|im_end|>" in none.prompt_text
+    with pytest.raises(utils.UserError, match=r"the --instruction holds the model's mark <\|im_end\|>; remove it"):
+        load(folder, [GOOD], processor, 512, "", "Think.<|im_end|>")
     stages = [importlib.import_module(n) for n in ("rollout", "doctor", "train_grpo", "train_sft", "evaluate", "data")]
     assert {stage.Args().instruction for stage in stages} == {INSTRUCTION}
 
@@ -632,3 +644,73 @@ def test_no_file_ends_in_a_traceback(folder, processor, content, name):
     with pytest.raises(utils.UserError) as error:
         load_samples(folder / name, processor, 512)
     assert name in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# The hub: a stand-in on this machine, as `datasets` asks for it
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """somebody/shapes, one commit: the files of `folder`; every other name is unknown."""
+
+    folder = None
+
+    def do_GET(self):
+        files = {p.relative_to(self.folder).as_posix(): p for p in self.folder.rglob("*.parquet")}
+        path, body, more = self.path.partition("?")[0], b"", {}
+        api = re.fullmatch(r"/api/datasets/somebody/shapes(/.*)?", path)
+        tree = re.fullmatch(r"/api/datasets/somebody/shapes/tree/\w+/?(.*)", path)
+        file = re.fullmatch(r"/datasets/somebody/shapes/resolve/\w+/(.*)", path)
+        if tree:
+            found = [{"type": "file", "path": name, "size": p.stat().st_size, "oid": "0" * 40}
+                     for name, p in files.items() if os.path.dirname(name) == tree[1]]
+            found += [] if tree[1] else [{"type": "directory", "path": "data", "oid": "0" * 40}]
+            body = json.dumps(found).encode()
+        elif api:
+            body = json.dumps({"id": "somebody/shapes", "sha": "1" * 40, "tags": [], "downloads": 0, "private": False,
+                               "siblings": [{"rfilename": name} for name in files]}).encode()
+        elif file and file[1] in files:
+            body, more = files[file[1]].read_bytes(), {"ETag": f'"{"2" * 64}"', "X-Repo-Commit": "1" * 40}
+        else:
+            more = {"X-Error-Code": "EntryNotFound" if file else "RepoNotFound", "X-Repo-Commit": "1" * 40}
+        self.send_response(200 if body else 404)
+        for name, value in (more | {"Content-Length": str(len(body)), "Content-Type": "application/json"}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        """Nothing is said."""
+
+
+def look(source, hub, home):
+    """`python data.py SOURCE`, as a user starts it: what it ends with, and what it says."""
+    environment = os.environ | {"HF_ENDPOINT": hub, "HF_HOME": str(home)}
+    environment.pop("HF_HUB_OFFLINE")
+    done = subprocess.run([sys.executable, "data.py", source], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_a_set_of_the_hub(tmp_path):
+    """Downloaded once, into the hub's cache; then, without a network, taken from there."""
+    Hub.folder = shards(tmp_path / "set", train=2, test=1)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub, home = f"http://127.0.0.1:{server.server_port}", tmp_path / "home"
+    code, out, err = look("somebody/shapes:train", hub, home)
+    assert code == 0, err
+    (found,) = json.loads(out.splitlines()[-1]).values()
+    assert (found["rows"], found["images"], found["without image"]) == (4, 4, 0)
+    code, _, err = look("somebody/shapes:trian", hub, home)
+    assert code == 2 and 'somebody/shapes:trian: cannot be read (ValueError: Unknown split "trian"' in err
+    server.shutdown()
+    server.server_close()
+    code, out, err = look("somebody/shapes:train", hub, home)
+    assert code == 0, err
+    (again,) = json.loads(out.splitlines()[-1]).values()
+    assert [found.pop("memory, kB a row"), again.pop("memory, kB a row")] and again == found
+    assert re.search(r"somebody/shapes: the hub cannot be reached \(.*\); taken from the hub's cache", err)

@@ -24,7 +24,7 @@ import utils
 from conftest import FAMILIES, build_model, build_processor, examined, sampler
 from data import load_samples
 from pictures import open_image
-from policy import Policy, load_model, load_processor, shard
+from policy import bound_pixels, Policy, load_model, load_processor, shard
 from runs import ROOT, fork
 from utils import RunError, UserError
 import test_parity as parity
@@ -292,6 +292,18 @@ def test_no_default_of_the_tokenizer_touches_a_prompt(served, setting):
     encoded = tokenizer.backend_tokenizer.encode(served.prompts[1].prompt_text).ids
     assert encoded != served.prompts[1].prompt_ids == wanted[1]
     assert [asked["prompt_token_ids"] for asked in ask(served, served.prompts)[2]] == wanted
+    assert served.vllm.LLM.call_args.kwargs["mm_processor_kwargs"] == {"truncation": False}
+
+
+@pytest.mark.parametrize("least, most", [(0, 9000), (20_000, 0), (3000, 50_000)])
+def test_vllm_bounds_an_images_pixels_too(served, least, most):
+    """Its processor is its own: what ours was told, it is told, and nothing where nobody said anything."""
+    bound_pixels(served.processor, served.path, least, most)
+    args = replace(ARGS, model=str(served.path), min_pixels=least, max_pixels=most)
+    rollout.make_engine("vllm", None, served.processor, args)
+    size = served.vllm.LLM.call_args.kwargs["mm_processor_kwargs"].pop("size")
+    assert size == dict(served.processor.image_processor.size)
+    assert (least or size["shortest_edge"], most or size["longest_edge"]) == (*size.values(),)
     assert served.vllm.LLM.call_args.kwargs["mm_processor_kwargs"] == {"truncation": False}
 
 

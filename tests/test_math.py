@@ -697,7 +697,7 @@ def test_golden_responses_that_cannot_be_trained_are_refused(qwen):
     with pytest.raises(UserError, match=f"has {count} tokens"):
         train_sft.with_golden_responses([sample], qwen.processor, count, 2)
     for nothing in ("", " \n"):
-        with pytest.raises(UserError, match="rgb.*is empty"):
+        with pytest.raises(UserError, match="data.jsonl, line 1: .*is empty"):
             train_sft.with_golden_responses([replace(sample, solution=nothing)], qwen.processor, 30, 2)
 
 

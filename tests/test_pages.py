@@ -130,6 +130,16 @@ def test_commands_parse():
     assert {p.name for p in ROOT.glob("*.py")} - {f"{n}.py" for n in "utils signs policy siblings pictures benchmarks".split()} <= scripts
 
 
+def test_the_papers_data_are_named_as_they_are_released():
+    """Each file that a command trains or measures on lies there in the release, whose files these are; and the
+    README says how it is fetched."""
+    release = {f"geometry3k/geometry3k_{split}_v0.jsonl" for split in ("rl", "validation", "test")}
+    release |= {"mm_math/mm_math_rl_v0.jsonl", "mm_math/mm_math_validation_v0.jsonl", "mm_math/math_verse_test_v0.jsonl"}
+    named = {word for found in commands() for word in found if word.endswith(".jsonl") and word.startswith(("geo", "mm_"))}
+    assert release == named
+    assert ["hf", "download", "ManTle/MAYE", "--repo-type", "dataset", "--local-dir", "."] in [*commands()]
+
+
 def test_the_readme_has_the_two_commands():
     assert "pip install -r requirements.txt && torchrun --standalone --nproc_per_node 2 train_grpo.py\n" in README
     assert "pip install -r requirements.txt && pytest\n" in README
