@@ -182,11 +182,12 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, capsys):
 
 def test_a_data_set_of_the_hub_is_asked_for_once_too(monkeypatch):
     """`datasets` would try for half a minute, and print each time."""
+    processor = policy.load_processor(ROOT / "toy_model")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "hf_hub_url", lambda *names, **kind: "http://127.0.0.1:9/x")
     with pytest.raises(utils.UserError, match="^no/such-set: no such folder, .* the hub cannot be reached .* run `hf "
                        "download --repo-type dataset no/such-set`"):
-        data_flow.load_samples("no/such-set:train", None, 99)
+        data_flow.load_samples("no/such-set:train", processor, 99)
 
 
 def test_a_hub_that_answers_is_not_in_the_way(monkeypatch):
