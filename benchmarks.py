@@ -24,8 +24,9 @@ from PIL import Image
 from tqdm import tqdm
 
 import pictures
-from data import IMAGE_MARK, INSTRUCTION, read_rows
+from data import IMAGE_MARK, INSTRUCTION
 from reward import BOX, is_equal
+from sources import read_rows
 from utils import UserError, first_line, print0, rank
 
 MARK = re.compile(r"<image[ _]?(\d*)>")  # <image>, <image1>, <image 1>
@@ -280,7 +281,7 @@ def record(name, row, folder, out):
     question, answer, given = BENCHMARKS[name].read(row)
     given = [pictures.source(part) or None for part in given or []]
     read = [n for n in row if any(pictures.source(x) in given for x in pictures.leaves(row[n]))]
-    pictures.refuse_lost_images(row, read, given, folder)
+    pictures.refuse_lost_images(row, read, (), given, folder)
     answer = (answer or "").strip()
     if not is_equal(answer, answer):  # it says nothing, and so equals nothing
         raise LeftOut("no answer is published")
