@@ -13,8 +13,11 @@ samples at a time, by `collate` in policy.py.
 import utils  # first: from here on Ctrl-C is no traceback
 
 import functools
+import hashlib
 import itertools
+import json
 import math
+import os
 import re
 import sys
 from contextlib import contextmanager
@@ -238,7 +241,8 @@ def unwritten_sample(row, folder, place, processor):
     if marks != len(images):
         raise UserError(f"{marks} {IMAGE_MARK} marks in the question for {len(images)} images; "
                         "give one mark an image.")
-    return Sample(name or place, question, answer, solution, images, place=place)
+    name = name or place.replace("/,", ",").rpartition("/")[2]  # it seeds sampling: files may move
+    return Sample(name, question, answer, solution, images, place=place)
 
 
 def write_prompt(sample, sizes, processor, instruction):
@@ -264,7 +268,7 @@ def write_prompt(sample, sizes, processor, instruction):
 def make_sample(row, folder, place, processor, instruction=INSTRUCTION):
     """One row, checked, as a sample; its image paths begin from `folder`. COLLECTIVE.
 
-    `place` is what a UserError names, and an id for want of one.
+    `place` is what a UserError names and, without its folder, an id for want of one.
     """
     with at(place):
         sample = unwritten_sample(row, folder, place, processor)
@@ -340,6 +344,45 @@ def load_splits(args, processor):
     """A trainer's data sets by split, "train" first; without those whose flag is empty."""
     paths = {"train": args.train_data, "validation": args.validation_data, "test": args.test_data}
     return {split: load_data(path, args, processor) for split, path in paths.items() if path}
+
+
+def data_record(out, splits, args):
+    """`{split: {"rows": n, "sha256": hash}}` of a trainer's samples, for data.json in its folder.
+
+    UserError where the run in `out` began with others; it may know nothing of them. COLLECTIVE.
+    """
+    record = {}
+    for split, samples in splits.items():
+        root = args.image_root or folder_of(getattr(args, f"{split}_data"))
+        record[split] = {"rows": len(samples), "sha256": hash_of(samples, root)}
+    path = out / "data.json"
+    with with_one_voice():
+        try:
+            before = json.loads(path.read_text()) if path.exists() else record
+            for split in before | record:
+                had, has = (rows.get(split, {"rows": 0}) for rows in (before, record))
+                if had != has:
+                    others = " others" * (had["rows"] == has["rows"])
+                    raise UserError(f"--out {out} holds a run over other data: {split} had "
+                                    f"{had['rows']} rows, and has {has['rows']}{others} now; give "
+                                    "the data that it began with, or a new folder.")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise UserError(f"{path} is not as it was written; give a new folder as --out.")
+    return record
+
+
+def hash_of(samples, root):
+    """What samples hold, in their order, wherever the folder `root` lies that has their pictures.
+
+    A picture's file counts by its path there and its size, since to read all again would be dear.
+    """
+    digest = hashlib.sha256()
+    for s in samples:
+        images = [hashlib.sha256(image).hexdigest() if isinstance(image, bytes)
+                  else [os.path.relpath(image, root), os.path.getsize(image)] for image in s.images]
+        row = [s.id, s.question, s.answer, s.solution, s.prompt_ids, images]
+        digest.update(json.dumps(row).encode())
+    return digest.hexdigest()
 
 
 def count_steps(train, args):

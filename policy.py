@@ -55,6 +55,10 @@ def load_pretrained(loader, path, **kwargs):
             raise UserError(f"--model {name}: no such folder; give one, or a hub id like "
                             "Qwen/NAME.")
         ask_hub(name, "model", "config.json")
+    if not (path / "config.json").exists() and (path / "args.json").exists():
+        newest = utils.latest_checkpoint(path)
+        raise UserError(f"--model {name} is a run folder; give "
+                        f"{newest or 'another, it has no checkpoint yet'}.")
     check_files(path)
     try:
         return loader.from_pretrained(path, **kwargs)

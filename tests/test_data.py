@@ -279,7 +279,7 @@ def test_rows_of_every_kind_become_samples(folder, processor):
     assert one.prompt_text.startswith(f"<|im_start|>user\n{mark}How many?\n{INSTRUCTION}")
     assert one.prompt_text.endswith("<|im_end|>\n<|im_start|>assistant\n")
     assert pair.prompt_text.count(mark) == 2 and f"{mark}and{mark}" in pair.prompt_text
-    assert (pair.answer, pair.id) == ("0", f"{folder / 'data.jsonl'}, line 3")
+    assert (pair.answer, pair.id, pair.place) == ("0", "data.jsonl, line 3", f"{folder / 'data.jsonl'}, line 3")
     assert (plain.images, plain.id, plain.solution) == ([], "7", "\\boxed{2}")
     pads = [s.prompt_ids.count(processor.image_token_id) for s in (one, pair, plain)]
     assert pads == [9, 18, 0]  # 84 x 84 pixels: 3 x 3 merged patches
