@@ -6,8 +6,8 @@
 
 Each is a function, from a row as it is published to a question as its own prompt has it, an answer
 that reward.py can judge, and pictures; and a line of the table at the end. Add yours there. Left
-out: models that extract or judge an answer. A row that no rule can judge is left out, counted and
-named; a picture never is. The paper's own release (MAYE) is JSON lines of this kind already.
+out: models that extract or judge an answer. A row that cannot be asked or judged is left out,
+counted and named; a picture of another row never is. MAYE's release is JSON lines of this kind.
 """
 
 import utils  # first: from here on Ctrl-C is no traceback
@@ -17,18 +17,20 @@ import functools
 import hashlib
 import io
 import re
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
 import pictures
-from data import IMAGE_MARK, INSTRUCTION, read_rows
+from data import IMAGE_MARK, text_of
 from reward import BOX, is_equal
+from sources import folder_of, read_rows
 from utils import UserError, first_line, print0, rank
 
-MARK = re.compile(r"<image[ _]?(\d*)>")  # <image>, <image1>, <image 1>
+MARK = re.compile(r"<image[ _-]?(\d*)>", re.I)  # <image>, <image1>, <image 1>
+LETTERED = re.compile(r"\(?([A-Z])(?:[).]|:\s)\s*(.+)", re.S)  # (A) 4, A. 4; a ratio A:B is not
 WORDY = re.compile(r"<image|^[a-z]$|[a-z]{2}\s+[a-z]{2}", re.I)  # a mark, mere letter, or prose
 LETTER = "Answer with the option's letter from the given choices."  # "directly" is ours to drop:
 PHRASE = "Answer the question using a single word or phrase."  # our instruction asks for steps
@@ -37,16 +39,42 @@ MATHVISION = ('Please solve the problem step by step and put your answer in one 
 
 
 class LeftOut(Exception):
-    """A row that no rule can judge; the text says why."""
+    """A row that cannot be asked, or that no rule can judge; the text says why."""
 
 
 # ---------------------------------------------------------------------------------------------
-# Options, answers and marks
+# Options, answers, pictures and marks
+
+
+def bare(options):
+    """Options as texts, without the letters that they may have already."""
+    if not isinstance(options, (list, tuple)):  # a text is one of characters
+        raise TypeError("its options are no list")
+    if None in options:
+        raise LeftOut("an option is missing")
+    options = [str(option).strip() for option in options]
+    own = [LETTERED.fullmatch(option) for option in options]
+    if not options or not all(own):
+        return options
+    if any(ord(match[1]) != 65 + i for i, match in enumerate(own)):
+        raise LeftOut("the options have letters of their own, in another order")
+    return [match[2] for match in own]
 
 
 def listed(options, form="({}) {}"):
     """Options, one a line, with their letters."""
-    return "\n".join(form.format(chr(65 + i), option) for i, option in enumerate(options))
+    return "\n".join(form.format(chr(65 + i), option) for i, option in enumerate(bare(options)))
+
+
+def as_text(answer):
+    return text_of({"answer": answer}, "answer").strip()
+
+
+def picture(part):
+    """A picture's bytes or path, or None; of a struct the bytes, where it has them."""
+    if isinstance(part, dict):
+        return picture(part.get("bytes")) or picture(part.get("path"))
+    return pictures.source(part) or None
 
 
 def choice(options, letter):
@@ -55,10 +83,10 @@ def choice(options, letter):
     The letter; or B. 45, which B, (B) 45 and 45 equal, where all of these do, and nothing that says
     another option does: with numbers and single words.
     """
+    letter, options = letter.strip(" ().:").upper(), bare(options)
     right = ord(letter) - 65 if len(letter) == 1 else -1
     if not 0 <= right < len(options):  # such as "?", where a test set keeps its answers
         raise LeftOut("no option is given as the right one")
-    options = [str(option).strip() for option in options]
     text = options[right]
     if options.count(text) > 1:
         raise LeftOut("two options are the right one")
@@ -84,20 +112,22 @@ def placed(question, images):
     """The question with a mark of ours for each of its own, and the pictures in that order.
 
     A mark with a number names a picture, perhaps twice; one without, the next. Pictures that are
-    there (not None) and that no mark names stand first.
+    there (not None) and that no mark names stand first, where the marks have numbers or are none.
     """
     order = []
 
     def ours(mark):
         number = int(mark[1] or len(order) + 1) - 1
-        if not 0 <= number < len(images) or images[number] is None:
+        if images[number : number + 1] in ([], [None]) or not mark[1] and number in order:
             raise LeftOut("a mark has no picture")
         order.append(number)
         return IMAGE_MARK
 
-    question = MARK.sub(ours, question)
+    text = MARK.sub(ours, question)
     first = [i for i, p in enumerate(images) if p is not None and i not in order]
-    return IMAGE_MARK * len(first) + question, [images[i] for i in first + order]
+    if first and "" in MARK.findall(question):  # which of them is meant?
+        raise LeftOut("a picture has no mark")
+    return IMAGE_MARK * len(first) + text, [images[i] for i in first + order]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -105,47 +135,49 @@ def placed(question, images):
 
 
 def geometry3k(row):
-    return row["problem"], row["answer"], row["images"]
+    return row["problem"], row["answer"], row["images"] or [None]
 
 
 def mathvista(row):
     """`query` is the hint on the form of the answer, the question, its unit, and the choices."""
-    answer = row["answer"]
-    if row["question_type"] == "multi_choice":
-        options = row["choices"]
-        answer = choice(options, chr(65 + options.index(answer)) if answer in options else "")
-    return row["query"], answer, [row["decoded_image"] or row["image"]]
+    answer = as_text(row["answer"])
+    if row["question_type"] == "multi_choice" or row.get("choices"):
+        options = [as_text(option) for option in row["choices"]]
+        right = chr(65 + options.index(answer)) if answer in options else ""
+        answer = choice(row["choices"], right)
+    return row["query"], answer, [{"bytes": row["decoded_image"], "path": row.get("image")}]
 
 
 def mathverse(row):
     """`query_cot` asks for reasoning first; the choices are in it, or in the picture alone."""
-    answer = (row["answer"] or "").strip()
+    answer = as_text(row["answer"])
     options = dict(re.findall(r"^([A-H]):(.+)", row["question_for_eval"] or "", re.M))
-    if answer in options and "".join(options) == "ABCDEFGH"[:len(options)]:
+    if answer.upper() in options and "".join(options) == "ABCDEFGH"[:len(options)]:
         answer = choice(list(options.values()), answer)
     return row["query_cot"], answer, [row["image"]]
 
 
 def mathvision(row):
     question, answer, options = row["question"], row["answer"], row["options"]
-    # one picture holds all that the marks name
-    question = re.sub(r"<image([2-9]|\d\d)>", r"[image \1]", question)
     if options:
-        if "".join(options) != "ABCDE":  # which are in the picture
+        if "".join(bare(options)) != "ABCDEFGH"[:len(options)]:  # else they are in the picture
             question = f"{question}\n{listed(options)}"
         answer = choice(options, answer)
-    return f"{MATHVISION}\n{question}", answer, [row["decoded_image"] or row["image"]]
+    # one picture holds all that the marks name
+    question = re.sub(r"<image([2-9]|\d\d)>", r"[image \1]", question)
+    image = {"bytes": row["decoded_image"], "path": row.get("image")}
+    return f"{MATHVISION}\n{question}", answer, [image]
 
 
 def mmmu(row):
     """Options are the text of a list, and may be marks; the answers of its test set are "?"."""
-    if row["question_type"] == "multiple-choice":
-        options = ast.literal_eval(row["options"])
+    options = ast.literal_eval(row["options"] or "[]")
+    if row["question_type"] == "multiple-choice" or options:
         question, answer = f"{listed(options)}\n\n{LETTER}", choice(options, row["answer"])
     else:
         question, answer = PHRASE, agreed(row["answer"])
     images = [row["image_1"], *(row.get(f"image_{n}") for n in range(2, 8))]
-    return f"{row['question']}\n\n{question}", answer, images
+    return row["question"] + f"\n\n{question}", answer, images
 
 
 def mm_math(row):
@@ -163,14 +195,19 @@ def tagged(row):
     return row["problem"], found[-1], [row["image"]]
 
 
+def open_r1(row):
+    question, answer, (image,) = tagged(row)
+    return question, answer, [image] if picture(image) else []  # it may ask by text alone
+
+
 def ai2d(row):
     options = row["options"]
-    question = f"{row['question']}\n{listed(options, '{}. {}')}\n{LETTER}"
+    question = row["question"] + f"\n{listed(options, '{}. {}')}\n{LETTER}"
     return question, choice(options, chr(65 + int(row["answer"]))), [row["image"]]
 
 
 def mmstar(row):
-    return f"{row['question']}\n{LETTER}", row["answer"], [row["image"]]
+    return row["question"] + f"\n{LETTER}", row["answer"], [row["image"]]
 
 
 # where it is published ("": where no loader finds it), its function, the column of its ids, those
@@ -205,7 +242,7 @@ BENCHMARKS = {
     "clevr": Benchmark("leonardPKU/clevr_cogen_a_train:train", tagged, "", "", R1),
     "geoqa": Benchmark("leonardPKU/GEOQA_R1V_Train_8K:train", tagged, "", "", R1),
     "open_r1": Benchmark(
-        "lmms-lab/multimodal-open-r1-8k-verified:train", tagged, "", "solution", R1),
+        "lmms-lab/multimodal-open-r1-8k-verified:train", open_r1, "", "solution", R1),
     "ai2d": Benchmark(
         "lmms-lab/ai2d:test", ai2d, "", "", "by rule: the response is the letter (lmms-eval)"),
     "mmstar": Benchmark(
@@ -240,8 +277,7 @@ def convert(name, sources, out):
         raise UserError(f"--benchmark {name} is published as a zip file beside JSON lines; run `hf "
                         "download THU-KEG/MM_Math --repo-type dataset --local-dir mm_math`, unzip "
                         "it there, and give mm_math/MM_Math.jsonl as well.")
-    folder = Path(source if Path(source).exists() else source.partition(":")[0])  # its split
-    folder = str(folder if folder.is_dir() else folder.parent)
+    folder = str(folder_of(source))
     for place, row in tqdm(read_rows(source), name, disable=rank() > 0 or None):
         row_id = row.get(BENCHMARKS[name].id)
         row_id = f"{name}_{len(seen) + 1 if row_id is None else row_id}"
@@ -269,7 +305,7 @@ def convert(name, sources, out):
     utils.write_jsonl(path, rows)  # from here on it is there, and whole
     images = {image for row in rows for image in (row.get("images") or [row.get("image")]) if image}
     scores = (f"{name} itself: {BENCHMARKS[name].scores.rstrip('.')}. Here: by rule alone "
-              f"(reward.py), with the instruction {INSTRUCTION!r} after the question.")
+              "(reward.py), with the instruction (--instruction) after the question.")
     print0(f"{path}: {len(rows)} rows, {len(images)} pictures. {scores}")
     return {"path": str(path), "rows": len(rows), "images": len(images),
             "left_out": {reason: len(ids) for reason, ids in left.items()}, "scores": scores}
@@ -277,11 +313,21 @@ def convert(name, sources, out):
 
 def record(name, row, folder, out):
     """A row of ours, its pictures written; LeftOut, or what a row of another kind raises."""
-    question, answer, given = BENCHMARKS[name].read(row)
-    given = [pictures.source(part) or None for part in given or []]
-    read = [n for n in row if any(pictures.source(x) in given for x in pictures.leaves(row[n]))]
-    pictures.refuse_lost_images(row, read, given, folder)
-    answer = (answer or "").strip()
+    question, answer, found = BENCHMARKS[name].read(row)
+    given = [picture(part) for part in found or []]
+    known = Counter(given)  # each as often as it is read, and what else stands beside its bytes
+    for part, image in zip(found or [], given):
+        beside = map(pictures.source, pictures.leaves(part) if isinstance(image, bytes) else [])
+        known.update(leaf for leaf in beside if not isinstance(leaf, bytes))
+    rest = {n: [*(Counter(map(pictures.source, pictures.leaves(row[n]))) - known).elements()]
+            for n in row}
+    pictures.refuse_lost_images(rest, (), (), given, folder)
+    if lost := [n for n in pictures.PICTURES if rest.get(n)]:  # there, names pass for metadata
+        raise UserError(f'the field "{lost[0]}" holds {rest[lost[0]][0]!a:.40}, which is not read; '
+                        "remove it.")
+    if given and not any(given):
+        raise LeftOut("no picture is published")
+    answer = as_text(answer)
     if not is_equal(answer, answer):  # it says nothing, and so equals nothing
         raise LeftOut("no answer is published")
     question, given = placed(question or "", given)

@@ -182,11 +182,12 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, capsys):
 
 def test_a_data_set_of_the_hub_is_asked_for_once_too(monkeypatch):
     """`datasets` would try for half a minute, and print each time."""
+    processor = policy.load_processor(ROOT / "toy_model")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "hf_hub_url", lambda *names, **kind: "http://127.0.0.1:9/x")
     with pytest.raises(utils.UserError, match="^no/such-set: no such folder, .* the hub cannot be reached .* run `hf "
                        "download --repo-type dataset no/such-set`"):
-        data_flow.load_samples("no/such-set:train", None, 99)
+        data_flow.load_samples("no/such-set:train", processor, 99)
 
 
 def test_a_hub_that_answers_is_not_in_the_way(monkeypatch):
@@ -301,23 +302,24 @@ def test_a_finished_run_of_the_same_length_is_finished(tmp_path, one_rank):
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_longer_run_is_the_one_that_was_long_from_the_start(data, whole, tmp_path, ranks):
     """A finished one, one that was stopped, and one that was killed while it was made longer: bit for bit."""
-    words = [*TINY, "--warmup_steps", 9, "--train_data", data / "train.jsonl", "--validation_data=", "--test_data=",
+    utils.write_jsonl(data / "twelve.jsonl", utils.read_jsonl(data / "train.jsonl")[:12])  # three steps an epoch
+    words = [*TINY, "--warmup_steps", 9, "--train_data", data / "twelve.jsonl", "--validation_data=", "--test_data=",
              "--keep", 1]
     done = [0] * ranks if ranks > 1 else 0
     long, out = tmp_path / "long", tmp_path / "run"
-    assert run(["train_grpo.py", *words, "--epochs", 2, "--max_steps", 6], long, ranks=ranks)[0] == done
-    assert run(["train_grpo.py", *words, "--max_steps", 3], out, ranks=ranks)[0] == done
-    codes, log = run(["train_grpo.py", *words, "--max_steps", 2], out, ranks=ranks)
-    assert codes in (2, [2, 2]) and log.count("\n") == 1 and "a run of 3 steps" in log, log
-    assert json.loads((out / "result.json").read_text())["steps"] == 3
-    longer = ["train_grpo.py", *words, "--epochs", 2, "--max_steps", 6]
+    assert run(["train_grpo.py", *words, "--epochs", 2, "--max_steps", 4], long, ranks=ranks)[0] == done
+    assert run(["train_grpo.py", *words, "--max_steps", 2], out, ranks=ranks)[0] == done
+    codes, log = run(["train_grpo.py", *words, "--max_steps", 1], out, ranks=ranks)
+    assert codes in (2, [2, 2]) and log.count("\n") == 1 and "a run of 2 steps" in log, log
+    assert json.loads((out / "result.json").read_text())["steps"] == 2
+    longer = ["train_grpo.py", *words, "--epochs", 2, "--max_steps", 4]
     codes, log = run(longer, out, partial(at_call, 2, "train_grpo.update", kill), ranks)
-    assert codes in (-9, [-9, -9]) and not (out / "result.json").exists() and steps(out) == [1, 2, 3, 4], log
+    assert codes in (-9, [-9, -9]) and not (out / "result.json").exists() and steps(out) == [1, 2, 3], log
     codes, log = run(longer, out, ranks=ranks)
-    assert codes == done and "Continuing after step 4." in log, log
-    assert json.loads((out / "result.json").read_text())["steps"] == 6
+    assert codes == done and "Continuing after step 3." in log, log
+    assert json.loads((out / "result.json").read_text())["steps"] == 4
     arguments = json.loads((out / "args.json").read_text())
-    assert (arguments["epochs"], arguments["max_steps"]) == (2, 6)
+    assert (arguments["epochs"], arguments["max_steps"]) == (2, 4)
     if ranks == 1:
         assert fingerprint(out) == fingerprint(long)
     assert timeless(out / "metrics.jsonl") == timeless(long / "metrics.jsonl")
