@@ -75,7 +75,8 @@ def source(part):
         part = part.get("path") if part.get("bytes") is None else part["bytes"]
     if isinstance(part, str) and ENCODED.match(part) and (len(part) > 99 or part[:5] == "data:"):
         try:
-            return base64.b64decode(part.partition(";base64,")[2] or part, validate=True)
+            text = part.partition(";base64,")[2] or part
+            return base64.b64decode("".join(text.split()), validate=True)  # may come in lines
         except binascii.Error as error:
             raise UserError(f"an image in base 64 cannot be read ({error}; {part:.40}...); encode "
                             "it again.")

@@ -502,8 +502,9 @@ def test_a_picture_may_stand_in_the_row_as_text(folder, processor, form):
     content = png("blue")
     row = {"question": "How many?", "answer": "3", "image": form.format(as_text(content))}
     text = row["image"]
-    one, two = load(folder, [row, row | {"image": None, "images": [text] * 2}], processor)
-    assert (one.images, two.images) == ([content], [content] * 2)
+    lines = form.format("\n".join(as_text(content)[i : i + 76] for i in range(0, 999, 76)))
+    rows = [row, row | {"image": None, "images": [text] * 2}, row | {"image": lines}]
+    assert [s.images for s in load(folder, rows, processor)] == [[content], [content] * 2, [content]]
 
 
 @pytest.mark.parametrize("name, content, sentence", [
