@@ -24,8 +24,9 @@ from PIL import Image
 from tqdm import tqdm
 
 import pictures
-from data import IMAGE_MARK, read_rows, text_of
+from data import IMAGE_MARK, text_of
 from reward import BOX, is_equal
+from sources import folder_of, read_rows
 from utils import UserError, first_line, print0, rank
 
 MARK = re.compile(r"<image[ _-]?(\d*)>", re.I)  # <image>, <image1>, <image 1>
@@ -276,8 +277,7 @@ def convert(name, sources, out):
         raise UserError(f"--benchmark {name} is published as a zip file beside JSON lines; run `hf "
                         "download THU-KEG/MM_Math --repo-type dataset --local-dir mm_math`, unzip "
                         "it there, and give mm_math/MM_Math.jsonl as well.")
-    folder = Path(source if Path(source).exists() else source.partition(":")[0])  # its split
-    folder = str(folder if folder.is_dir() else folder.parent)
+    folder = str(folder_of(source))
     for place, row in tqdm(read_rows(source), name, disable=rank() > 0 or None):
         row_id = row.get(BENCHMARKS[name].id)
         row_id = f"{name}_{len(seen) + 1 if row_id is None else row_id}"
@@ -321,7 +321,7 @@ def record(name, row, folder, out):
         known.update(leaf for leaf in beside if not isinstance(leaf, bytes))
     rest = {n: [*(Counter(map(pictures.source, pictures.leaves(row[n]))) - known).elements()]
             for n in row}
-    pictures.refuse_lost_images(rest, (), given, folder)
+    pictures.refuse_lost_images(rest, (), (), given, folder)
     if lost := [n for n in pictures.PICTURES if rest.get(n)]:  # there, names pass for metadata
         raise UserError(f'the field "{lost[0]}" holds {rest[lost[0]][0]!a:.40}, which is not read; '
                         "remove it.")

@@ -13,24 +13,31 @@ samples at a time, by `collate` in policy.py.
 import utils  # first: from here on Ctrl-C is no traceback
 
 import functools
+import hashlib
 import itertools
 import json
 import math
+import os
 import re
-import resource
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from decimal import Decimal
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
-from pictures import PICTURES, open_image, picture_sizes, refuse_lost_images, row_images
+from pictures import (
+    PICTURES, WRITTEN, open_image, picture_sizes, refuse_lost_images, row_images)
+from sources import as_columns, folder_of, read_rows, renamed
 from utils import UserError, first_line, print0, rank
 
 # the one prompt template: training, evaluation and every engine use it
 INSTRUCTION = "Think step by step and put the final answer in \\boxed{}."
 IMAGE_MARK = "<image>"
+OTHER_MARK = re.compile(r"<\W*(?:image|img|video|audio)[ _-]?(?:here|placeholder|pad|token|\d*)"
+                        r"(?:[ _-]?\d+)?\W*>", re.I)  # other programs' marks, and ours
 # what a call of a tokenizer says for itself, since a checkpoint's files may say otherwise
 BARE = {"add_special_tokens": False, "padding": False, "truncation": False, "max_length": None}
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -81,170 +88,6 @@ class Sample:
         kept = {n: getattr(self, n) for n in names} | {"length": len(self.completion_ids)}
         # the pixels of a parquet row would be repeated by each of its completions
         return kept | {"images": [image for image in self.images if isinstance(image, str)]}
-
-
-# ---------------------------------------------------------------------------------------------
-# Rows: a source to dictionaries
-
-
-def read_rows(source):
-    """Yield `(place, row)` for every row of a data set; `place` is for messages.
-
-    A source is a file of JSON lines or, read by `datasets`, a parquet file, a folder of shards, or
-    an id of the hub; SPLIT or CONFIG:SPLIT follows a colon where there are several.
-    """
-    path = utils.find(source)
-    if not path.is_file():
-        return read_tables(str(source))
-    with open(path, "rb") as file:
-        start = file.read(512).lstrip()
-    if path.suffix == ".parquet" or start.startswith(b"PAR1"):
-        return read_tables(str(path))
-    remedies = {(b"[",): "it is one JSON array: write an object a line, as `jq -c .[]` does",
-                (b"\xff\xfe", b"\xfe\xff"): "it is UTF-16: save it as UTF-8",
-                (b"PK", b"\x1f\x8b"): "it is packed: unpack it"}
-    for marks, remedy in remedies.items():
-        if start.startswith(marks):
-            raise UserError(f"{path}: {remedy}.")
-    if path.suffix.lower() in (".csv", ".tsv", ".txt", ".arrow"):
-        raise UserError(f"{path}: {path.suffix} is not read; write it as JSON lines, as pandas' "
-                        "to_json(orient='records', lines=True) does, or as parquet.")
-    return read_json_lines(path)
-
-
-def read_json_lines(path):
-    with open(path, "rb") as file:
-        for n, line in enumerate(file, 1):
-            place = f"{path}, line {n}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line, object_pairs_hook=unlike_fields)
-            except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, brackets for ever
-                raise UserError(f"{place}: not valid JSON ({error}); one object a line is wanted: "
-                                "correct or remove the line.")
-            if not isinstance(row, dict):
-                raise UserError(f"{place}: not a JSON object with question and answer; correct it.")
-            yield place, row
-
-
-def read_tables(source):
-    """The rows of what `datasets` loads: pictures are as they lie there, bytes or paths."""
-    name, *words = [source] if Path(source).exists() else source.split(":")
-    path = Path(name)
-    hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(path.parts[0]).exists()
-    if not path.exists() and not (hub_id and 1 <= len(words) <= 2):
-        raise UserError(f"{source}: no such file or folder; give the path of JSON lines or of "
-                        "parquet, or a hub id with its split, as hiyouga/geometry3k:train.")
-    if near := sorted(path.glob("*.jsonl")):
-        raise UserError(f"{source}: a folder; give one of its files, as {near[0]}.")
-    try:
-        if path.is_file():
-            from pyarrow.parquet import ParquetFile
-
-            # HAZARD: what it buffers ahead it keeps, which would be the whole file once more
-            tables = ParquetFile(path, pre_buffer=False).iter_batches(100)
-        else:
-            tables = tables_of(name, words, source).with_format("arrow").iter(100)
-        n = 0
-        for table in tables:
-            for row in table.to_pylist():
-                yield f"{source}, row {(n := n + 1)}", row
-    except UserError:
-        raise
-    except ImportError:
-        raise UserError(f"{source}: the package datasets reads it; run `pip install datasets`.")
-    except Exception as error:  # whatever a file of somebody else's makes of it
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{source}: cannot be read ({said:.300}); replace it, or give another path "
-                        "or split.")
-
-
-def tables_of(name, words, source):
-    """What `datasets` loads of a folder or, into the hub's cache, of a hub id."""
-    if not Path(name).exists():
-        ask_hub(name, "dataset", "README.md")
-    import datasets  # which goes by whether there is a hub
-
-    if not Path(name).exists():  # one rank of a machine downloads, the others wait for it
-        return datasets.load_dataset(name, *words[:-1], split=words[-1])
-    found = datasets.load_dataset(name, *words[:-1], streaming=True)  # no second copy on the disk
-    split = words[-1] if words else [*found][0]
-    if split not in found or len(found) > 1 and not words:
-        raise UserError(f"{source}: give one of its splits, as {name}:{[*found][0]}; it has "
-                        f"{', '.join(found)}.")
-    return found[split]
-
-
-@functools.cache
-def ask_hub(name, kind, file):
-    """Ask once whether the hub has a model or dataset; if it is silent, its cache alone is used.
-
-    UserError where that has no such `file`. The libraries would ask for each file, for minutes.
-    """
-    import huggingface_hub as hub
-    from huggingface_hub import constants, errors
-
-    problem = "HF_HUB_OFFLINE is set"
-    if not constants.HF_HUB_OFFLINE:
-        try:
-            hub.get_hf_file_metadata(hub.hf_hub_url(name, file, repo_type=kind), timeout=10)
-            return
-        except errors.RemoteEntryNotFoundError:  # it is there without this file
-            return
-        except errors.HfHubHTTPError as error:
-            problem = f"the hub refuses it ({first_line(error)})"
-        except Exception as error:  # whatever a network, a proxy or a name server has to say
-            problem = f"the hub cannot be reached ({first_line(error)})"
-    what = f"--model {name}" if kind == "model" else name
-    if hub.try_to_load_from_cache(name, file, repo_type=kind) is None:
-        raise UserError(f"{what}: no such folder, nothing of that name in the hub's cache, and "
-                        f"{problem}; give a folder or another name, or run `hf download "
-                        f"--repo-type {kind} {name}` where there is a network.")
-    constants.HF_HUB_OFFLINE = True  # as that variable would have it
-    print0(f"{what}: {problem}; taken from the hub's cache.")
-
-
-def renamed(row, columns):
-    """The row under our names, of `columns` {ours: theirs}; what they replace keeps another one."""
-    for ours in ("question", "answer"):
-        if ours in columns and columns[ours] not in row:
-            raise UserError(f"no {columns[ours]}, which --columns names; it has {', '.join(row)}.")
-    kept = {name: value for name, value in row.items() if name not in columns.values()}
-    aside = {f"{name}, not in --columns": kept.pop(name) for name in columns if name in kept}
-    return kept | aside | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
-
-
-def as_columns(text):
-    """--columns as {ours: theirs}."""
-    pairs = [part.partition("=")[::2] for part in text.split(",") if part.strip()]
-    columns = {ours.strip(): theirs.strip() for ours, theirs in pairs}
-    known = ("question", "answer", "solution", "id", *PICTURES)
-    if len(columns) < len(pairs) or not all(c in known and columns[c] for c in columns):
-        raise UserError(f"--columns {text}: give OURS=THEIRS, joined by commas, each of ours once; "
-                        f"ours are {', '.join(known)}.")
-    return columns
-
-
-def unlike_fields(pairs):
-    """A JSON object, of whose fields Python would keep the last one of a name."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        raise ValueError("two fields have one name")
-    return row
-
-
-def text_of(row, name):
-    """A field as text, "" where there is none; UserError where it is no text or number."""
-    value = row.get(name)
-    if value is None:
-        return ""
-    number = type(value) is int or type(value) is float and math.isfinite(value)
-    if not number and not isinstance(value, str):
-        raise UserError(f'field "{name}" is missing, empty or no text; correct it.')
-    if re.search("[\ud800-\udfff]", str(value)):
-        raise UserError(f'field "{name}" holds half a character ({value!a:.40}); correct it.')
-    return str(value)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -341,6 +184,19 @@ def with_placeholders(ids, sizes, processor):
 # Samples
 
 
+def text_of(row, name):
+    """A field as text, "" where there is none; UserError where it is no text or number."""
+    value = row.get(name)
+    if value is None:
+        return ""
+    number = type(value) is int or type(value) in (float, Decimal) and math.isfinite(value)
+    if not number and not isinstance(value, str):
+        raise UserError(f'field "{name}" is missing, empty or no text; correct it.')
+    if re.search("[\ud800-\udfff]", str(value)):
+        raise UserError(f'field "{name}" holds half a character ({value!a:.40}); correct it.')
+    return str(value)
+
+
 @contextmanager
 def at(place):
     """A UserError of what is inside names the place."""
@@ -373,19 +229,20 @@ def unwritten_sample(row, folder, place, processor):
                             f"the right one of {', '.join(row)} by --columns.")
     refuse_marks(question.replace(IMAGE_MARK, ""), "question", processor)
     refuse_marks(solution, "solution", processor)
-    for mark in re.findall(r"<(?:image|video|audio)[ _-]?\d*>", question, re.I):
+    for mark in (*OTHER_MARK.findall(question), *WRITTEN.findall(question)):
         if mark != IMAGE_MARK:
-            raise UserError(f"the question holds {mark}; images alone are read, each at a mark "
+            raise UserError(f"the question holds {mark:.40}; images alone are read, each at a mark "
                             f"{IMAGE_MARK}: write these, or remove the row.")
     images = row_images(row, folder)
-    refuse_lost_images(row, (*read, *PICTURES), images, folder)
+    refuse_lost_images(row, PICTURES, read, images, folder)
     if IMAGE_MARK not in question:  # then they stand first
         question = IMAGE_MARK * len(images) + question
     marks = question.count(IMAGE_MARK)
     if marks != len(images):
         raise UserError(f"{marks} {IMAGE_MARK} marks in the question for {len(images)} images; "
                         "give one mark an image.")
-    return Sample(name or place, question, answer, solution, images, place=place)
+    name = name or place.replace("/,", ",").rpartition("/")[2]  # it seeds sampling: files may move
+    return Sample(name, question, answer, solution, images, place=place)
 
 
 def write_prompt(sample, sizes, processor, instruction):
@@ -411,7 +268,7 @@ def write_prompt(sample, sizes, processor, instruction):
 def make_sample(row, folder, place, processor, instruction=INSTRUCTION):
     """One row, checked, as a sample; its image paths begin from `folder`. COLLECTIVE.
 
-    `place` is what a UserError names, and an id for want of one.
+    `place` is what a UserError names and, without its folder, an id for want of one.
     """
     with at(place):
         sample = unwritten_sample(row, folder, place, processor)
@@ -424,10 +281,10 @@ def read_samples(source, processor, columns="", instruction=INSTRUCTION, image_r
 
     A UserError names the first row that is wrong. Of `limit` rows at most; 0: of all.
     """
-    path, columns = utils.find(source), as_columns(columns)
-    path = path if path.exists() else Path(str(source).partition(":")[0])  # without a split
-    folder = Path(image_root) if image_root else path if path.is_dir() else path.parent
+    folder, columns = Path(image_root or folder_of(source)), as_columns(columns)
     refuse_marks(instruction, "--instruction", processor)
+    if marks := OTHER_MARK.findall(instruction):
+        raise UserError(f"the --instruction holds {marks[0]}; it is for every prompt, remove it.")
     samples, places, seen = [], {}, set()
     bar = functools.partial(tqdm, leave=False, delay=2, disable=rank() > 0 or None, mininterval=1)
     with with_one_voice():
@@ -441,12 +298,15 @@ def read_samples(source, processor, columns="", instruction=INSTRUCTION, image_r
                                 "make every id unique.")
             places[s.id] = place
             samples.append(s)
-        for theirs in columns.values():
-            if samples and theirs not in seen:
-                raise UserError(f"{source}: no row has {theirs}, which --columns names; they have "
-                                f"{', '.join(sorted(seen))}.")
+        wanted = {name for theirs in columns.values() for name in theirs.split("+")}
+        if samples and not wanted <= seen:
+            raise UserError(f"{source}: no row has {min(wanted - seen)}, which --columns names; "
+                            f"they have {', '.join(sorted(seen))}.")
         if not samples:
             raise UserError(f"{source}: it holds no rows; give a data set with at least one.")
+    unread = seen - {*PICTURES, "question", "problem", "answer", "solution", "id"} - wanted
+    if unread:
+        print0(f"{source}: not read: {', '.join(sorted(unread))}")
     # what is dear, shared over the ranks; the rest is a third of a millisecond a row
     sizes = picture_sizes(image for s in samples for image in s.images)
     for s in bar(samples, f"Writing prompts of {source}"):
@@ -484,6 +344,45 @@ def load_splits(args, processor):
     """A trainer's data sets by split, "train" first; without those whose flag is empty."""
     paths = {"train": args.train_data, "validation": args.validation_data, "test": args.test_data}
     return {split: load_data(path, args, processor) for split, path in paths.items() if path}
+
+
+def data_record(out, splits, args):
+    """`{split: {"rows": n, "sha256": hash}}` of a trainer's samples, for data.json in its folder.
+
+    UserError where the run in `out` began with others; it may know nothing of them. COLLECTIVE.
+    """
+    record = {}
+    for split, samples in splits.items():
+        root = args.image_root or folder_of(getattr(args, f"{split}_data"))
+        record[split] = {"rows": len(samples), "sha256": hash_of(samples, root)}
+    path = out / "data.json"
+    with with_one_voice():
+        try:
+            before = json.loads(path.read_text()) if path.exists() else record
+            for split in before | record:
+                had, has = (rows.get(split, {"rows": 0}) for rows in (before, record))
+                if had != has:
+                    others = " others" * (had["rows"] == has["rows"])
+                    raise UserError(f"--out {out} holds a run over other data: {split} had "
+                                    f"{had['rows']} rows, and has {has['rows']}{others} now; give "
+                                    "the data that it began with, or a new folder.")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise UserError(f"{path} is not as it was written; give a new folder as --out.")
+    return record
+
+
+def hash_of(samples, root):
+    """What samples hold, in their order, wherever the folder `root` lies that has their pictures.
+
+    A picture's file counts by its path there and its size, since to read all again would be dear.
+    """
+    digest = hashlib.sha256()
+    for s in samples:
+        images = [hashlib.sha256(image).hexdigest() if isinstance(image, bytes)
+                  else [os.path.relpath(image, root), os.path.getsize(image)] for image in s.images]
+        row = [s.id, s.question, s.answer, s.solution, s.prompt_ids, images]
+        digest.update(json.dumps(row).encode())
+    return digest.hexdigest()
 
 
 def count_steps(train, args):
@@ -525,23 +424,29 @@ def quantiles(values):
     return {f"{q:.0%}": values[int(q * (len(values) - 1))] for q in QUANTILES if values}
 
 
-def memory():
-    """Bytes that this process has had in memory at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts kilobytes
+def kilobytes(sample):
+    """What a sample takes in memory, with the bytes of its pictures if it holds them."""
+    parts = [sample, vars(sample), *vars(sample).values(), *sample.images]
+    parts += {id(token): token for token in sample.prompt_ids}.values()  # a placeholder is one
+    return sum(map(sys.getsizeof, parts)) / 1e3
 
 
 def main(args):
     from policy import load_processor
 
+    idle = args.given - {"benchmark", "out"} if args.benchmark else args.given & {"out"}
+    if idle or not (args.data or args.benchmark):
+        raise UserError(f"--{min(idle)} is not for {'' if args.benchmark else 'anything but '}"
+                        "--benchmark; leave it out." if idle else
+                        "give a data set to look at, or --benchmark.")
     if args.benchmark:
         from benchmarks import convert
 
-        return convert(args.benchmark, args.data, args.out)
-    if not args.data:
-        raise UserError("give a data set to look at, or --benchmark.")
+        with with_one_voice():  # of rank 0, which alone writes
+            result = convert(args.benchmark, args.data, args.out) if rank() == 0 else {}
+        return result
     processor, result = load_processor(args.model, args.min_pixels, args.max_pixels), {}
     for source in args.data:
-        before = memory()
         samples, sizes = read_samples(source, processor, args.columns, args.instruction,
                                       args.image_root)
         tokens = [len(s.prompt_ids) for s in samples]
@@ -554,7 +459,7 @@ def main(args):
             "prompt tokens": quantiles(tokens),
             "image width": quantiles(width for width, _ in shown),
             "image height": quantiles(height for _, height in shown),
-            "memory, kB a row": round((memory() - before) / len(samples) / 1e3, 1)}
+            "memory, kB a row": round(sum(map(kilobytes, samples)) / len(samples), 1)}
         print0(source)
         for name, value in found.items():
             print0(f"    {name:18}" + re.sub("[{}']", "", str(value)))

@@ -13,6 +13,7 @@ import io
 import math
 import os
 import re
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -22,13 +23,21 @@ from tqdm import tqdm
 
 from utils import UserError, first_line, rank, world_size
 
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # far larger ones are refused
 PICTURES = ("images", "image", "decoded_image")  # the fields whose pictures a row is about
-ENCODED = re.compile(r"data:image/|iVBORw0KGgo|/9j/|R0lGOD|UklGR")  # how one begins as text
-# a text that is a picture (group 1) or the name of one; a video or a sound
-PICTURE = re.compile(rf"^({ENCODED.pattern})|\.(png|jpe?g|gif|bmp|tiff?|webp"
-                     r"|avif|heic|jp2|p[gp]m|svg)(\?\S*)?$", re.I)
-VIDEO = re.compile(r"^data:(video|audio)/|\.(mp4|m4v|avi|mov|mkv|webm|mpe?g|wmv|flv|wav|mp3|flac"
-                   r"|ogg|m4a)(\?\S*)?$", re.I)
+# how a picture begins as text: an address that holds it, or base 64 of PNG, JPEG, GIF, WebP, TIFF
+ENCODED = re.compile(r"data:image/|data:[^,]{0,80};base64,"
+                     "|iVBORw0KGgo|/9j/|R0lGOD|UklGR|SUkqA|TU0AK")
+# a text that is a picture (group 1) or ends in the name of one, perhaps as the text of a list
+PICTURE = re.compile(rf"^\W*({ENCODED.pattern}|<svg\b)|\w\.(png|jpe?g|gif|bmp|tiff?|webp"
+                     r"|avif|heic|jp2|p[gp]m|svg)(\?[^\s?]*)?[\s\"'\])>;,|]*$", re.I)
+VIDEO = re.compile(r"^data:(video|audio)/|\w\.(mp4|m4v|avi|mov|mkv|webm|mpe?g|wmv|flv|wav|mp3|flac"
+                   r"|ogg|m4a)(\?[^\s?]*)?$", re.I)
+# a picture within a text: in Markdown, HTML, LaTeX, or as an address that holds it
+WRITTEN = re.compile(r"!\[[^\]]*\]\(|<img\b[^>]*\bsrc|\\includegraphics|data:image/", re.I)
+# a field of such a name holds pictures; with the ending, something of theirs
+FIELD = r"(image|img|picture|pic|photo|figure|screenshot)s?_?\d*"
+ABOUT = FIELD + r"(_?(url|uri|path|id|file|name|file_?name|bytes|b64|base64)s?)?"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -83,7 +92,8 @@ def located(image, folder):
     Inside as it is written: where a link leads is its owner's affair, and the hub's cache has
     nothing but links.
     """
-    if not isinstance(image, str) or re.search("[\0\ud800-\udfff]", image):
+    odd = "[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"  # would break the sentence, or its encoding
+    if not isinstance(image, str) or re.search(odd, image):
         raise UserError(f"an image is given as {image!a:.60}; give its path as text.")
     if re.match(r"\w+://", image):
         raise UserError(f"image {image:.100} is an address; download it, and give its path.")
@@ -98,42 +108,78 @@ def located(image, folder):
     return path
 
 
-def refuse_lost_images(row, read, images, folder):
-    """UserError where a field that nobody reads holds a picture, a video or a sound.
+def refuse_lost_images(row, shown, read, images, folder):
+    """UserError where a field holds a picture, a video or a sound that nobody would see.
 
-    The name of a file that is not there is metadata where the row has its pictures and the field
-    has no picture's name.
+    `shown` names the fields whose pictures, found before, are `images`; `read` those that are read
+    as text. The name of a file that is not there is metadata where the row has its pictures and the
+    field has no picture's name.
     """
-    known = [text for name in PICTURES for text in leaves(row.get(name)) if isinstance(text, str)]
-    known = {*known, *map(os.path.basename, known)}
-    for name, leaf in ((n, leaf) for n in row if n not in read for leaf in leaves(row[n])):
+    known = {text for name in shown for text in leaves(row.get(name)) if isinstance(text, str)}
+    known |= {name for name in map(os.path.basename, known)
+              if not os.path.isfile(os.path.join(folder, name))}  # else it is another picture
+    lost = {}  # field: its first picture
+    for name, leaf in ((n, leaf) for n in row if n not in shown for leaf in leaves(row[n])):
         text = leaf if isinstance(leaf, str) else ""
-        what = f'the field "{name}" holds'
-        if VIDEO.search(text) or re.fullmatch("(video|audio)s?", name, re.I) and leaf:
-            raise UserError(f"{what} a video or sound ({leaf!a:.40}); only text and images are "
-                            "read, remove the row.")
-        looks, file = PICTURE.search(text), os.path.join(folder, text)
-        named = re.fullmatch(r"(image|img|picture|pic|photo|figure)s?_?\d*", name, re.I)
-        lost = looks and (not images or looks[1] or named or os.path.isfile(file))
-        if leaf not in known and (isinstance(leaf, bytes) or lost or is_image(file)):
-            raise UserError(f"{what} a picture ({leaf!a:.40}) that would be lost; name the field "
-                            f"by --columns image={name}, or remove it.")
+        if name in read:  # what an id or an answer names is a picture where the row has no other
+            found = text and not images and (is_image(os.path.join(folder, text)) or is_held(text))
+        elif VIDEO.search(text) or re.fullmatch("(video|audio)s?", name, re.I):
+            raise UserError(f'the field "{name}" holds a video or sound ({leaf!a:.40}); only text '
+                            "and images are read, remove the row.")
+        else:  # without images, what such a field holds is an address, a number or pixels of one
+            found = (isinstance(leaf, bytes) or text and is_picture(text, name, images, folder)
+                     or not images and re.fullmatch(ABOUT, name, re.I))
+        if found and leaf not in known:
+            lost.setdefault(name, leaf)
+    if lost:
+        name, leaf = next(iter(lost.items()))
+        every = [n for n in shown if any(True for _ in leaves(row.get(n)))] + [*lost]
+        way = f"name it by --columns image{'s' * (len(every) > 1)}={'+'.join(every)}, or remove it"
+        nested = any(isinstance(row[n], dict) and not row[n].keys() & {"bytes", "path"}
+                     for n in lost)
+        raise UserError(f'the field "{name}" holds a picture ({leaf!a:.40}) that would be lost; '
+                        f"{'remove it' if nested or {*lost} & {*read} else way}.")
+
+
+def is_picture(text, name, images, folder):
+    """Whether a text, of the field `name` beside `images`, is a picture or the name of one."""
+    file = os.path.join(folder, text)
+    another = name not in PICTURES and re.fullmatch(FIELD, name, re.I)  # as image_2 is
+    return (PICTURE.search(text) and (not images or another or os.path.isfile(file))
+            or is_image(file) or is_held(text))
+
+
+def is_held(text):
+    """Whether a text is a picture itself: an address that holds it, or base 64 of any kind."""
+    if (looks := PICTURE.search(text)) and looks[1]:
+        return True
+    if len(text) < 100 or " " in text.strip() or not re.fullmatch(r"[A-Za-z0-9+/=\s]+", text):
+        return False
+    try:
+        return is_image(io.BytesIO(base64.b64decode(text)))
+    except binascii.Error:
+        return False
 
 
 def leaves(value):
-    """What a field holds in its lists, maps and structs, however deep; not None, not ""."""
+    """What a field holds in its lists, maps and structs, however deep; not None, not "".
+
+    A map's key is held too where it is a picture's name.
+    """
     stack = [value]
     while stack:
         value = stack.pop()
-        if isinstance(value, (dict, list, tuple)):
-            stack.extend(value.values() if isinstance(value, dict) else value)
+        if isinstance(value, dict):
+            stack.extend([*value.values(), *(k for k in value if PICTURE.search(str(k)))])
+        elif isinstance(value, (list, tuple)):
+            stack.extend(value)
         elif value is not None and value != "":
             yield value
 
 
 def is_image(file):
-    """Whether there is a file that begins as a picture does."""
-    if not os.path.isfile(file):
+    """Whether there is a file, of this path or open, that begins as a picture does."""
+    if isinstance(file, str) and not os.path.isfile(file):
         return False
     try:
         Image.open(file).close()
@@ -162,17 +208,20 @@ def picture_sizes(images):
 
 def size_or_problem(image):
     """A picture's (width, height) as `open_image` has them, or a sentence on why it cannot be."""
+    name = "image bytes" if isinstance(image, bytes) else f"image {image}"
     try:
-        picture = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-        size = picture.size
-        if picture.format != "JPEG" or picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            return open_image(image).size
-        # at an eighth of its size all of a JPEG file is read, and most of the decoding saved
-        picture.draft("L", (1, 1))
-        picture.load()
-        return size
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as picture:
+            size, turn = picture.size, picture.getexif().get(ExifTags.Base.Orientation, 1)
+            count = getattr(picture, "n_frames", 1)
+            if count > 1 and picture.format != "MPO":  # a camera's, whose others are previews
+                return f"{name} holds {count} pictures, one after the other; save the one meant."
+            if picture.format != "JPEG" or turn != 1:
+                return open_image(image).size
+            # at an eighth of its size all of a JPEG file is read, and most of the decoding saved
+            picture.draft("L", (1, 1))
+            picture.load()
+            return size
     except Exception as error:  # Pillow's plug-ins raise what they like
-        name = "image bytes" if isinstance(image, bytes) else f"image {image}"
         return f"{name} cannot be read ({first_line(error)}); replace it."
 
 
@@ -182,9 +231,9 @@ def size_or_problem(image):
 
 def open_image(source):
     """Decode a path or bytes to RGB: EXIF rotation applied, transparency laid on white."""
-    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-    deep = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
-    image = ImageOps.exif_transpose(image)
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        deep = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
+        image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
         return grey_of_8_bits(image, [65535] if deep else [1, 255, 65535]).convert("RGB")
     if image.has_transparency_data:

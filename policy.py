@@ -13,7 +13,6 @@ import os
 import re
 from contextlib import nullcontext
 from math import isfinite
-from pathlib import Path
 
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -28,8 +27,9 @@ from transformers.processing_utils import TextKwargs
 from transformers.utils import logging as transformers_logging
 
 import utils
-from data import BARE, INSTRUCTION, Sample, ask_hub, banned_ids, tokenise
+from data import BARE, INSTRUCTION, Sample, banned_ids, tokenise
 from pictures import open_image
+from sources import ask_hub
 from utils import UserError, device, first_line, rank, world_size
 
 HEAD_NUMBERS = 2**27  # of [completion tokens, vocabulary], that exist at one time
@@ -55,6 +55,10 @@ def load_pretrained(loader, path, **kwargs):
             raise UserError(f"--model {name}: no such folder; give one, or a hub id like "
                             "Qwen/NAME.")
         ask_hub(name, "model", "config.json")
+    if not (path / "config.json").exists() and (path / "args.json").exists():
+        newest = utils.latest_checkpoint(path)
+        raise UserError(f"--model {name} is a run folder; give "
+                        f"{newest or 'another, it has no checkpoint yet'}.")
     check_files(path)
     try:
         return loader.from_pretrained(path, **kwargs)

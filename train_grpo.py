@@ -518,7 +518,7 @@ def check_args(args):
 
 
 def main(args):
-    from data import count_steps, load_splits, refuse_mixture
+    from data import count_steps, data_record, load_splits, refuse_mixture
     from doctor import consult, rehearse, stop_if_sampler_strays
     from evaluate import (
         before_and_after, best_step, chosen_settings, evaluate_splits, is_right, reflection_metrics)
@@ -542,6 +542,7 @@ def main(args):
 
     # Step I: data flow. Prompts with their images become samples, all checked before step 1
     data = load_splits(args, processor)
+    record = data_record(out, data, args)
     prompts = [s for split in data.values() for s in split]
     train = data.pop("train")
     steps_per_epoch, total = count_steps(train, args)
@@ -576,7 +577,7 @@ def main(args):
            f"{args.batch_size} prompts x {args.group_size} answers, on {world_size()} x "
            f"{utils.device().type}. {out}")
     utils.try_saving(out, policy, dtype, total, args)
-    utils.begin_run(out, args)
+    utils.begin_run(out, args, record)
     utils.start_mirror(out, args)
 
     # A run that was stopped goes on after its last whole checkpoint: data order and sampling depend

@@ -165,7 +165,7 @@ def update(policy, optimizer, samples, args):
 
 
 def main(args):
-    from data import count_steps, load_splits, refuse_mixture
+    from data import count_steps, data_record, load_splits, refuse_mixture
     from doctor import rehearse
     from evaluate import before_and_after, best_step, chosen_settings, evaluate_splits
     from policy import (
@@ -186,6 +186,7 @@ def main(args):
 
     # Step I: data flow. Prompts with their images become samples, all checked before step 1
     data = load_splits(args, processor)
+    record = data_record(out, data, args)
     prompts = [s for split in data.values() for s in split]
     eos = end_ids(generation_config(args.model), processor)[0]  # where every sampler stops
     train = with_golden_responses(data.pop("train"), processor, args.max_new_tokens, eos)
@@ -211,7 +212,7 @@ def main(args):
     print0(f"Training {count:,} weights on {len(train)} prompts: {total} steps of "
            f"{args.batch_size} golden responses, on {world_size()} x {utils.device().type}. {out}")
     utils.try_saving(out, policy, dtype, total, args)
-    utils.begin_run(out, args)
+    utils.begin_run(out, args, record)
     utils.start_mirror(out, args)
 
     start = 0

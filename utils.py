@@ -43,6 +43,9 @@ from tqdm import tqdm
 
 run_folder = []  # of this process, once `begin_run` has written it: what an error message names
 mirror = []  # the Weights & Biases run of this process, once `start_mirror` has begun it
+# flags that no number of a run depends on: it goes on under any. Not those that cut work in other
+# parts, whose sums round otherwise, nor what is measured when
+FREE = ("out", "keep", "save_every", "engine_timeout", "reward_timeout", "wandb")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -376,7 +379,7 @@ def gather(items):
 
 
 # ---------------------------------------------------------------------------------------------
-# Run folder: args.json, metrics.jsonl, samples/, eval.jsonl, checkpoints/, result.json
+# Run folder: args.json, data.json, metrics.jsonl, samples/, eval.jsonl, checkpoints/, result.json
 
 
 def find(path):
@@ -476,7 +479,7 @@ def choose_run(args, longer=False):
     """
     out = args.out or f"runs/{Path(sys.argv[0]).stem}_{time.strftime('%Y%m%d_%H%M%S')}"
     out = Path(gather([out])[0])  # two ranks' clocks may differ
-    problem, goes_on = None, False
+    problem, goes_on, remedy = None, False, "give a new folder"
     try:
         goes_on = (out / "args.json").exists()
         base = next(p for p in (out, *out.parents) if p.exists())
@@ -490,25 +493,32 @@ def choose_run(args, longer=False):
             words = other if longer else other | lengths
             problem = f"holds a run with other arguments ({', '.join(words.values())})"
             if not other:  # of a schedule that ends with the run
-                problem += f", which set its learning rates; train on with --model {newest}"
+                problem += ", which set its learning rates"
+                remedy = f"train on with --model {newest} and another --out" if newest else remedy
         elif not lengths and (out / "result.json").exists():
             problem = f"holds a finished run{', which a larger --max_steps would extend' * longer}"
     except OSError as error:
         problem = f"cannot be read ({error})"
     if problem := next(filter(None, gather([problem])), None):  # before rank 0 writes
-        raise UserError(f"--out {out} {problem}; give a new folder.")
+        raise UserError(f"--out {out} {problem}; {remedy}.")
     return out, goes_on
 
 
 def other_arguments(out, args):
     """How the run in `out` was called otherwise, in words by flag; {} where `args` mean the same.
 
-    A path may be written in any way and the folder may have moved; a flag that the run did not know
-    yet had its default, and one that is gone since meant nothing.
+    A path may be written in any way, the folder may have moved, and data that data.json tells of; a
+    flag that the run did not know yet had its default, and one that is gone since meant nothing.
     """
-    def meant(value):  # paths made absolute and free of links; other words fare alike
-        words = re.split("[,:]", value) if isinstance(value, str) else None
-        return [os.path.realpath(word) for word in words] if words else value
+    paths = {f.name: "^[^:]+" for f in fields(args) if f.name.endswith("data")}  # without a split
+    paths["image_root"] = ".+"
+    free = (*FREE, *paths) if (out / "data.json").exists() else FREE
+    paths |= {"model": ".+", "rewards": r"[^,:]+\.py(?=:)"}
+
+    def meant(name, value):  # paths made absolute and free of links; other words as they are
+        if name not in paths or not isinstance(value, str):
+            return value
+        return re.sub(paths[name], lambda path: os.path.realpath(path[0]), value)
 
     try:
         before = json.loads((out / "args.json").read_text())
@@ -517,7 +527,7 @@ def other_arguments(out, args):
         return {"": "its args.json is no JSON object"}
     return {name: f"{name} was {before.get(name)!r}, is {value!r}"
             for name, value in run_arguments(args, out).items()
-            if name != "out" and meant(before.get(name)) != meant(value)}
+            if name not in free and meant(name, before.get(name)) != meant(name, value)}
 
 
 def refuse_shorter(out, steps_per_epoch, total):
@@ -536,11 +546,13 @@ def run_arguments(args, out):
     return {"script": Path(sys.argv[0]).stem} | asdict(args) | {"out": str(out)}
 
 
-def begin_run(out, args):
-    """Write args.json: from here on the folder is this run's, and what ends it names it."""
+def begin_run(out, args, record=None):
+    """Write args.json, and data.json: the folder is this run's now, and what ends it names it."""
     if rank() == 0:
         (out / "result.json").unlink(missing_ok=True)  # first: of a run that is made longer
         write_json(out / "args.json", run_arguments(args, out))
+        if record:
+            write_json(out / "data.json", record)
     run_folder.append(out)
 
 

@@ -116,12 +116,117 @@ MISTAKES = [  # (rows, what the sentence must hold)
     ([TEXT | {"question": "<image 1>?"}], "line 1: the question holds <image 1>; images alone are read"),
     ([GOOD | {"question": "<image>and<image_2>?"}], "line 1: the question holds <image_2>; images alone"),
     ([GOOD, "\n"] + ["\n"] * 2 + [TEXT | {"videos": [3]}], 'line 5: the field "videos" holds a video or sound'),
+    ([GOOD | {"second": "a.png"}, GOOD | {"more": "line.png"}], None),  # of the same names, and not there
+    ([TEXT | {"question": "Look: ![](img/1.png) What?"}], "line 1: the question holds ![](; images alone are read"),
+    ([TEXT | {"question": '<img src="images/a.png"> What?'}], "line 1: the question holds <img src"),
+    ([TEXT | {"question": "\\includegraphics{a.png} What?"}], "line 1: the question holds \\includegraphics"),
+    ([TEXT | {"question": "![a](data:image/png;base64,iVBO)"}], "line 1: the question holds ![a]("),
+    *[([GOOD | {"question": f"<image>and {mark}?"}], f"line 1: the question holds {mark}; images alone") for mark in (
+        "<ImageHere>", "<img>", "<|image_1|>", "<image_placeholder>", "< image >", "<|image_pad|>"[:7] + ">", "<Image>",
+        "<video>", "<image_token>", "<|img|>", "<IMG_01>") if mark != "<image>"],
+    ([GOOD | {"image": "a\nb.png"}], "line 1: an image is given as 'a\\nb.png'"),
     (["\n"], "holds no rows"),
 ]
+LOST = [  # beside a question and an answer: a picture that nobody would see
+    {"image_path": '["img/1.png"]'}, {"image_paths": "['img/1.png', 'img/2.png']"}, {"picture": "img/1.png "},
+    {"picture": "img/1.png;"}, {"figures": {"img/1.png": "left"}}, {"image_url": "https://picsum.photos/200"},
+    {"img": "s3://b/1234"}, {"img": "COCO_val_000001"}, {"image_id": 262148}, {"x": "<svg viewBox='0 0 1 1'>"},
+    {"x": "data:application/octet-stream;base64,iVBOR"}, {"x": " iVBORw0KGgoAAAANSUhEUg"}, {"img": [137, 80, 78, 71]},
+    {"figure": {"pixels": [[0, 1], [1, 0]]}}, {"id": "images/a.png"}, {"answer": "images/a.png"},
+    {"solution": "images/a.png"}, {"Photo_2": "b"}, {"x": {"y": [{"z": "q/1.webp?size=3"}]}}]
+
+
+@pytest.mark.parametrize("more", LOST, ids=str)
+def test_a_picture_in_another_form_is_refused_by_name(folder, processor, more):
+    (name,) = more
+    with pytest.raises(utils.UserError, match=f'line 1: the field "{name}" holds a picture .* that would be lost'):
+        load(folder, [TEXT | more], processor)
+
+
+@pytest.mark.parametrize("kind", ["bmp", "tiff", "ppm", "webp", "gif"])
+def test_a_picture_of_any_kind_in_base_64_is_found(folder, processor, kind):
+    file = io.BytesIO()
+    Image.effect_noise((60, 60), 9).save(file, kind)
+    with pytest.raises(utils.UserError, match='the field "x" holds a picture'):
+        load(folder, [TEXT | {"x": as_text(file.getvalue())}], processor)
+    assert load(folder, [TEXT | {"x": as_text(b"no picture " * 40)}], processor)
+
+
+def test_another_picture_of_the_same_name_is_another_picture(folder, processor):
+    """What the row's picture is called elsewhere is metadata; a file that is there is not."""
+    (folder / "a.png").write_bytes(png("blue"))
+    with pytest.raises(utils.UserError, match='the field "second" holds a picture .* --columns images=image.second'):
+        load(folder, [GOOD | {"second": "a.png"}], processor)
+
+
+def test_the_remedy_can_be_followed(folder, processor):
+    """Two fields become the row's pictures, in the order given; one that is nested, or read as text, can only go."""
+    row = TEXT | {"question": "Left <image> or right <image>?", "left": "images/a.png", "right": "images/bare"}
+    with pytest.raises(utils.UserError, match="name it by --columns images=left.right, or remove it"):
+        load(folder, [row], processor)
+    for columns in ("images=left+right", "images=right+left"):
+        (sample,) = load(folder, [row], processor, 512, columns)
+        asked = columns.partition("=")[2].split("+")
+        assert sample.images == [str(folder / row[name]) for name in asked]
+    one = {"question": "?", "answer": "1", "left": ["images/a.png"], "right": None}
+    (sample,) = load(folder, [one], processor, 512, "images=left+right")
+    assert sample.images == [str(folder / "images" / "a.png")]
+    for more in ({"meta": {"pic": "images/a.png"}}, {"id": "images/a.png"}):
+        with pytest.raises(utils.UserError, match="that would be lost; remove it"):
+            load(folder, [TEXT | more], processor)
+    for columns in ("images=left+left", "question=right,answer=right", "images=left+"):
+        with pytest.raises(utils.UserError, match="each once, or images=THEIRS"):
+            load(folder, [row], processor, 512, columns)
+
+
+@hypothesis.settings(max_examples=100, deadline=None,
+                     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(data=st.data())
+def test_a_picture_is_used_or_refused_wherever_it_stands(folder, processor, data):
+    """A real one, by its path, as bytes, in base 64; in a list, a list as text, a map; in a field of any name."""
+    content = png("red")
+    form = data.draw(st.sampled_from(["images/a.png", "images/bare", content, as_text(content),
+                                      "data:image/png;base64," + as_text(content), {"bytes": content, "path": None},
+                                      {"bytes": None, "path": "images/a.png"}]))
+    wrap = data.draw(st.sampled_from([lambda x: x, lambda x: [x], lambda x: {"x": x}, lambda x: [{"y": [x]}],
+                                      lambda x: (["images/a.png"] if isinstance(x, str) else x) and [None, x]]))
+    name = data.draw(st.sampled_from(["image", "images", "decoded_image", "image_1", "pic", "a", "options", "id",
+                                      "solution", "meta", "Image", "file_name", "url"]))
+    row = {"question": "What?", "answer": "3", name: wrap(form)}
+    try:
+        sample = make_sample(row, folder, "x.jsonl, line 7", processor)
+    except utils.UserError as error:
+        assert str(error).startswith("x.jsonl, line 7: ")
+    else:
+        assert len(sample.images) == 1, row
+
+
+def test_many_pictures_in_one_file_are_refused(folder, processor):
+    frames = [Image.new("RGB", (84, 84), colour) for colour in ("red", "blue", "green")]
+    for kind in ("gif", "webp", "tiff", "png"):
+        frames[0].save(folder / f"a.{kind}", save_all=True, append_images=frames[1:])
+        with pytest.raises(utils.UserError, match=rf"line 1: image .*a.{kind} holds 3 pictures, one after the other"):
+            load(folder, [GOOD | {"image": f"a.{kind}"}], processor)
+    frames[0].save(folder / "a.mpo", save_all=True, append_images=frames[1:])  # a camera's, with previews
+    assert load(folder, [GOOD | {"image": "a.mpo"}], processor)
+
+
+def test_rows_of_numbers_are_no_files(folder, processor, monkeypatch):
+    """Embeddings beside a row: no file is looked for where there is no text."""
+    looked = []
+    honest = os.path.isfile
+    monkeypatch.setattr(pictures.os.path, "isfile", lambda path: looked.append(path) or honest(path))
+    load(folder, [TEXT | {"embedding": [0.5] * 4096, "tokens": [7] * 99}], processor)
+    assert len(looked) < 20
 
 
 @pytest.mark.parametrize("lines, sentence", MISTAKES)
 def test_mistakes_in_the_data(folder, processor, lines, sentence):
+    if sentence is None:
+        lines = [line | {"id": i} for i, line in enumerate(lines)]
+        (folder / "images" / "line.png").unlink()
+        assert [len(s.images) for s in load(folder, lines, processor)] == [1, 1]
+        return
     with pytest.raises(utils.UserError) as error:
         load(folder, lines, processor)
     assert sentence in str(error.value)
@@ -174,7 +279,7 @@ def test_rows_of_every_kind_become_samples(folder, processor):
     assert one.prompt_text.startswith(f"<|im_start|>user\n{mark}How many?\n{INSTRUCTION}")
     assert one.prompt_text.endswith("<|im_end|>\n<|im_start|>assistant\n")
     assert pair.prompt_text.count(mark) == 2 and f"{mark}and{mark}" in pair.prompt_text
-    assert (pair.answer, pair.id) == ("0", f"{folder / 'data.jsonl'}, line 3")
+    assert (pair.answer, pair.id, pair.place) == ("0", "data.jsonl, line 3", f"{folder / 'data.jsonl'}, line 3")
     assert (plain.images, plain.id, plain.solution) == ([], "7", "\\boxed{2}")
     pads = [s.prompt_ids.count(processor.image_token_id) for s in (one, pair, plain)]
     assert pads == [9, 18, 0]  # 84 x 84 pixels: 3 x 3 merged patches
@@ -465,6 +570,30 @@ def test_a_folder_of_shards(tmp_path, processor):
     assert len(load_samples(folder, processor, 512)) == 2
 
 
+def test_what_a_source_names(tmp_path, processor):
+    """The longest path that is there, then a split, perhaps a configuration before; a file has none."""
+    folder = shards(tmp_path / "co:lon", train=1, test=1)
+    assert [s.question for s in load_samples(f"{folder}:test", processor, 512)] == [f"<image>test 0 {k}?" for k in range(2)]
+    path = folder / "data" / "test-00000-of-00001.parquet"
+    path.rename(folder / "data" / "a:b.parquet")
+    assert len(load_samples(folder / "data" / "a:b.parquet", processor, 512)) == 2
+    for source, sentence in ((f"{folder}/data/a:b.parquet:train", "a file has no splits; give .*a:b.parquet"),
+                             (f"{tmp_path}/co:train", "no such file or folder"), ("a/b:c:d:e", "no such file or folder")):
+        with pytest.raises(utils.UserError, match=sentence):
+            load_samples(source, processor, 512)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.csv", "question,answer\n?,007\n?,0.50\n"), ("x/a.jsonl", '{"question": "?", "answer": "3"}\n'),
+    ("a.json", '[{"question": "?", "answer": "3"}]'), ("a.txt", "question\n")])
+def test_a_folder_of_other_files_is_refused(tmp_path, processor, name, content):
+    """`datasets` would read 007 as 7.0, and "x" beside 3 with its quotes."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(utils.UserError, match="a folder; give one of its files, as .*json|a folder of (csv|text) files, of"):
+        load_samples(tmp_path, processor, 512)
+
+
 def test_limit_reads_no_further(folder, processor):
     """What stands after the rows that are asked for is not looked at; long ones among them count."""
     rows = [GOOD | {"id": i, "question": "<image>How? " + "many " * i} for i in range(4)]
@@ -491,7 +620,7 @@ def test_columns_of_another_name(folder, processor):
             (columns.replace("uid", "name"), "data.jsonl: no row has name, which --columns names; they have gold, "),
             ("question=prompt", 'line 1: field "answer" is missing, empty or no text; correct it, or name the right'),
             ("question=prompt,answer=gold", 'the field "picture" holds a picture .* by --columns image=picture'),
-            ("image=gold," + columns, "each of ours once"), ("asked=prompt", "ours are question, answer, solution"),
+            ("image=gold," + columns, "each once, or images=THEIRS"), ("asked=prompt", "ours are question, answer, solution"),
             ("question", "give OURS=THEIRS"), ("question=", "give OURS=THEIRS")):
         with pytest.raises(utils.UserError, match=sentence):
             load(folder, [row], processor, 512, text)
@@ -506,6 +635,8 @@ def test_the_instruction_ends_every_prompt(folder, processor):
     assert "How many?<|im_end|>" in none.prompt_text
     with pytest.raises(utils.UserError, match=r"the --instruction holds the model's mark <\|im_end\|>; remove it"):
         load(folder, [GOOD], processor, 512, "", "Think.<|im_end|>")
+    with pytest.raises(utils.UserError, match="the --instruction holds <image>; it is for every prompt"):
+        load(folder, [GOOD], processor, 512, "", "Look at <image>.")
     stages = [importlib.import_module(n) for n in ("rollout", "doctor", "train_grpo", "train_sft", "evaluate", "data")]
     assert {stage.Args().instruction for stage in stages} == {INSTRUCTION}
 
@@ -618,18 +749,21 @@ NAMES = st.sampled_from(["question", "problem", "answer", "solution", "id", "ima
                          "options"]) | st.text("ab_1 ", max_size=5)
 
 
-@hypothesis.settings(max_examples=300, deadline=None,
-                     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
-@hypothesis.given(row=st.dictionaries(NAMES, JUNK, max_size=5), sane=st.booleans())
-def test_no_row_ends_in_a_traceback(folder, processor, row, sane):
+@pytest.mark.parametrize("examples", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_no_row_ends_in_a_traceback(folder, processor, examples):
     """A row becomes a sample with as many pictures as marks, or one sentence that names its place."""
-    row = (GOOD if sane else {}) | row
-    try:
-        sample = make_sample(row, folder, "x.jsonl, line 7", processor)
-    except utils.UserError as error:
-        assert str(error).startswith("x.jsonl, line 7: ") and len(str(error).splitlines()) == 1, row
-    else:
-        assert sample.question.count(IMAGE_MARK) == len(sample.images) and sample.prompt_ids
+    @hypothesis.settings(max_examples=examples, deadline=None)
+    @hypothesis.given(row=st.dictionaries(NAMES, JUNK, max_size=5), sane=st.booleans())
+    def holds(row, sane):
+        row = (GOOD if sane else {}) | row
+        try:
+            sample = make_sample(row, folder, "x.jsonl, line 7", processor)
+        except utils.UserError as error:
+            assert str(error).startswith("x.jsonl, line 7: ") and len(str(error).splitlines()) == 1, row
+        else:
+            assert sample.question.count(IMAGE_MARK) == len(sample.images) and sample.prompt_ids
+
+    holds()
 
 
 @hypothesis.settings(max_examples=100, deadline=None,

@@ -895,8 +895,8 @@ def test_flags_that_came_or_went_make_no_other_run(tmp_path, one_rank):
     assert utils.choose_run(args)[1]
     with pytest.raises(utils.UserError, match="other arguments .clip_high was 0.2, is 0.3.; give"):
         utils.choose_run(train_grpo.Args(out=str(tmp_path), keep=2, clip_high=0.3))
-    with pytest.raises(utils.UserError, match="seed was 0, is 1, keep was 2, is 0"):
-        utils.choose_run(train_grpo.Args(out=str(tmp_path), seed=1))
+    with pytest.raises(utils.UserError, match=r"arguments \(seed was 0, is 1, lr was 5e-05, is 0.1\); give"):
+        utils.choose_run(train_grpo.Args(out=str(tmp_path), seed=1, lr=0.1, keep=3))
     with pytest.raises(utils.UserError, match="script was 'train_sft', is '"):
         utils.write_json(tmp_path / "args.json", before | {"script": "train_sft"})
         utils.choose_run(args)

@@ -182,11 +182,12 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, capsys):
 
 def test_a_data_set_of_the_hub_is_asked_for_once_too(monkeypatch):
     """`datasets` would try for half a minute, and print each time."""
+    processor = policy.load_processor(ROOT / "toy_model")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "hf_hub_url", lambda *names, **kind: "http://127.0.0.1:9/x")
     with pytest.raises(utils.UserError, match="^no/such-set: no such folder, .* the hub cannot be reached .* run `hf "
                        "download --repo-type dataset no/such-set`"):
-        data_flow.load_samples("no/such-set:train", None, 99)
+        data_flow.load_samples("no/such-set:train", processor, 99)
 
 
 def test_a_hub_that_answers_is_not_in_the_way(monkeypatch):
@@ -301,26 +302,177 @@ def test_a_finished_run_of_the_same_length_is_finished(tmp_path, one_rank):
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_longer_run_is_the_one_that_was_long_from_the_start(data, whole, tmp_path, ranks):
     """A finished one, one that was stopped, and one that was killed while it was made longer: bit for bit."""
-    words = [*TINY, "--warmup_steps", 9, "--train_data", data / "train.jsonl", "--validation_data=", "--test_data=",
+    utils.write_jsonl(data / "twelve.jsonl", utils.read_jsonl(data / "train.jsonl")[:12])  # three steps an epoch
+    words = [*TINY, "--warmup_steps", 9, "--train_data", data / "twelve.jsonl", "--validation_data=", "--test_data=",
              "--keep", 1]
     done = [0] * ranks if ranks > 1 else 0
     long, out = tmp_path / "long", tmp_path / "run"
-    assert run(["train_grpo.py", *words, "--epochs", 2, "--max_steps", 6], long, ranks=ranks)[0] == done
-    assert run(["train_grpo.py", *words, "--max_steps", 3], out, ranks=ranks)[0] == done
-    codes, log = run(["train_grpo.py", *words, "--max_steps", 2], out, ranks=ranks)
-    assert codes in (2, [2, 2]) and log.count("\n") == 1 and "a run of 3 steps" in log, log
-    assert json.loads((out / "result.json").read_text())["steps"] == 3
-    longer = ["train_grpo.py", *words, "--epochs", 2, "--max_steps", 6]
+    assert run(["train_grpo.py", *words, "--epochs", 2, "--max_steps", 4], long, ranks=ranks)[0] == done
+    assert run(["train_grpo.py", *words, "--max_steps", 2], out, ranks=ranks)[0] == done
+    codes, log = run(["train_grpo.py", *words, "--max_steps", 1], out, ranks=ranks)
+    assert codes in (2, [2, 2]) and log.count("\n") == 1 and "a run of 2 steps" in log, log
+    assert json.loads((out / "result.json").read_text())["steps"] == 2
+    longer = ["train_grpo.py", *words, "--epochs", 2, "--max_steps", 4]
     codes, log = run(longer, out, partial(at_call, 2, "train_grpo.update", kill), ranks)
-    assert codes in (-9, [-9, -9]) and not (out / "result.json").exists() and steps(out) == [1, 2, 3, 4], log
+    assert codes in (-9, [-9, -9]) and not (out / "result.json").exists() and steps(out) == [1, 2, 3], log
     codes, log = run(longer, out, ranks=ranks)
-    assert codes == done and "Continuing after step 4." in log, log
-    assert json.loads((out / "result.json").read_text())["steps"] == 6
+    assert codes == done and "Continuing after step 3." in log, log
+    assert json.loads((out / "result.json").read_text())["steps"] == 4
     arguments = json.loads((out / "args.json").read_text())
-    assert (arguments["epochs"], arguments["max_steps"]) == (2, 6)
+    assert (arguments["epochs"], arguments["max_steps"]) == (2, 4)
     if ranks == 1:
         assert fingerprint(out) == fingerprint(long)
     assert timeless(out / "metrics.jsonl") == timeless(long / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("newest", [None, "step_000002"])
+def test_sft_that_is_asked_to_be_longer_hears_one_remedy(tmp_path, one_rank, newest):
+    args = train_sft.Args(out=str(tmp_path), max_steps=2)
+    begun(tmp_path, args)
+    remedy = "give a new folder"
+    if newest:
+        (tmp_path / "checkpoints" / newest).mkdir(parents=True)
+        remedy = f"train on with --model {tmp_path}/checkpoints/{newest} and another --out"
+    sentence = rf"\(max_steps was 2, is 4\), which set its learning rates; {remedy}\.$"
+    with pytest.raises(utils.UserError, match=sentence):
+        utils.choose_run(replace(args, max_steps=4))
+
+
+OTHERS = {"keep": 3, "save_every": 7, "engine_timeout": 9, "reward_timeout": 9, "wandb": "mine",
+          "keep_best": "test/pass1_t0.6", "eval_every": 2, "micro_batch_tokens": 99, "rollout_batch_size": 9,
+          "vision_cache": 0, "vllm_memory": 0.5, "offload": True, "gradient_checkpointing": True, "doctor": False}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_flags_that_may_change_on_the_way(tmp_path, one_rank, name):
+    args = train_grpo.Args(out=str(tmp_path), max_steps=2)
+    begun(tmp_path, args)
+    changed = replace(args, max_steps=4, **{name: OTHERS[name]})
+    if name in utils.FREE:
+        assert utils.choose_run(changed, longer=True) == (tmp_path, True)
+    else:
+        with pytest.raises(utils.UserError, match=fr"other arguments \({name} was "):
+            utils.choose_run(changed, longer=True)
+    assert (name in utils.FREE) == (name in [*OTHERS][:5])
+
+
+@pytest.mark.parametrize("name, before, now, same", [
+    ("instruction", "Be brief, exact.", "Be brief: exact.", False), ("wandb", "", "a", True),
+    ("instruction", "Be brief, exact.", "Be brief, exact./.", False), ("instruction", "a/b.py:", "./a/b.py:", False),
+    ("instruction", "a,b", "a,./b", False), ("columns", "question=q,answer=a", "question=q:answer=a", False),
+    ("columns", "question=q", "./question=q", False),
+    ("eval_settings", "pass1_t0.6,pass8_t1", "pass1_t0.6:pass8_t1", False),
+    ("rewards", "accuracy:1.0,judge.py:f:2", "accuracy:1.0,./judge.py:f:2", True),
+    ("rewards", "accuracy:1.0,judge.py:f:2", "accuracy:1.0:judge.py:f:2", False), ("rewards", "a:1", "./a:1", False),
+    ("rewards", "b/judge.py:f:2", "b/../judge.py:f:2", False), ("image_root", "", ".", False), ("image_root", "a", "./a/", True),
+    ("train_data", "a/b", "./a/b/", True), ("train_data", "a/b:train", "./a/b:train", True),
+    ("train_data", "a/b:train", "a/b:test", False), ("train_data", "a/b:train", "a/b,train", False),
+    ("train_data", "a/b:train", "a/b:./train", False), ("model", "a:b", "./a:b", True), ("model", "a:b", "a,b", False),
+    ("validation_data", "", ".", False)])
+def test_paths_alone_are_compared_as_paths(tmp_path, one_rank, name, before, now, same):
+    args = train_grpo.Args(out=str(tmp_path), **{name: before})
+    begun(tmp_path, args, finished=False)
+    for changed in (args, replace(args, **{name: now})):
+        if same or changed is args:
+            assert utils.choose_run(changed) == (tmp_path, True)
+        else:
+            with pytest.raises(utils.UserError, match=f"other arguments .{name} was"):
+                utils.choose_run(changed)
+
+
+def told(folder, split="train", root="", out=Path("nowhere")):
+    """What a run in `out` would note of its data."""
+    args = train_grpo.Args(**{f"{split}_data": str(folder)}, image_root=str(root))
+    processor = policy.load_processor("toy_model")
+    return data_flow.data_record(out, {split: data_flow.load_data(str(folder), args, processor)}, args)
+
+
+def test_what_is_the_same_data(data, tmp_path, monkeypatch):
+    """Moved, with its pictures, by any name of the path, without ids too; any other change is one."""
+    mine = shutil.copytree(data, tmp_path / "mine")
+    rows = [{k: v for k, v in row.items() if k != "id"} for row in utils.read_jsonl(data / "train.jsonl")][:4]
+    utils.write_jsonl(mine / "train.jsonl", rows)
+    first = told(mine / "train.jsonl")
+    assert first["train"]["rows"] == 4
+    monkeypatch.chdir(tmp_path)
+    assert told("mine/../mine/train.jsonl") == first == told("mine/train.jsonl")
+    assert told("mine/train.jsonl", root=mine) == first == told("mine/train.jsonl", root="mine")
+    moved = shutil.copytree(mine, tmp_path / "a" / "b")
+    assert told(moved / "train.jsonl") == first
+    picture = next(name for name in rows[0].values() if str(name).endswith(".png"))
+    field = next(k for k, v in rows[0].items() if v == picture)
+    for changed in ([*rows[1:], rows[0]], rows[:3], [*rows, rows[0] | {"id": "more"}], [rows[0] | {"id": "x"}, *rows[1:]],
+                    *([rows[0] | more, *rows[1:]] for more in (
+                        {"answer": "99"}, {"solution": "?"}, {"question": rows[0]["question"] + " "},
+                        {field: rows[1][field]}))):
+        utils.write_jsonl(moved / "train.jsonl", changed)
+        assert told(moved / "train.jsonl") != first, changed[0]
+    utils.write_jsonl(moved / "train.jsonl", rows)
+    assert told(moved / "train.jsonl") == first
+    with open(moved / picture, "ab") as file:  # another picture of the name, of as many tokens
+        file.write(b"more")
+    assert told(moved / "train.jsonl") != first
+
+
+def test_pictures_without_a_file_count_by_their_bytes():
+    sample = data_flow.Sample("a", "q", "1", "", [b"one"], prompt_ids=[1, 2])
+    other = replace(sample, images=[b"two"])
+    asked = replace(sample, prompt_ids=[1, 3])
+    one, same, two, three = (data_flow.hash_of([s], ".") for s in (sample, replace(sample), other, asked))
+    assert one == same and len({one, two, three}) == 3
+
+
+def test_other_data_are_refused_by_split(data, tmp_path, one_rank):
+    """Also where one came or went; a run of before data.json goes on, and what no run wrote is said."""
+    first = told(data / "test.jsonl", "test")
+    assert told(data / "test.jsonl", "test", out=tmp_path) == first  # knows nothing
+    for before, sentence in (
+            ({"test": first["test"] | {"rows": 12}}, "test had 12 rows, and has 16 now"),
+            ({"test": first["test"] | {"sha256": "0"}}, "test had 16 rows, and has 16 others now"),
+            ({"train": first["test"]} | first, "train had 16 rows, and has 0 now"),
+            ({}, "test had 0 rows, and has 16 now")):
+        utils.write_json(tmp_path / "data.json", before)
+        with pytest.raises(utils.UserError, match=f"^--out {tmp_path} holds a run over other data: {sentence}; give the data"):
+            told(data / "test.jsonl", "test", out=tmp_path)
+    for text in ("", "[]", "[" * 9999, '{"test": 1}', '{"test": {}}', "null"):
+        (tmp_path / "data.json").write_text(text)
+        with pytest.raises(utils.UserError, match=f"^{tmp_path}/data.json is not as it was written; give a new folder"):
+            told(data / "test.jsonl", "test", out=tmp_path)
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trainer", ["train_grpo.py", "train_sft.py"])
+def test_a_run_goes_on_over_its_own_data_alone(data, tmp_path, trainer, ranks):
+    """Rows without ids, whose place seeds the sampling; moved to another folder it ends with the same bits, as it
+    does with checkpoints at other steps. Once overwritten they are refused, and nothing of the run changes."""
+    done, refused = ([code] * ranks if ranks > 1 else code for code in (0, 2))
+    mine, moved, out, long = (tmp_path / name for name in ("mine", "moved", "run", "long"))
+    shutil.copytree(data, mine)
+    rows = [{k: v for k, v in row.items() if k != "id"} for row in utils.read_jsonl(data / "train.jsonl")]
+    utils.write_jsonl(mine / "train.jsonl", rows)
+    tiny = [*TINY] if trainer == "train_grpo.py" else [*TINY[:2], *TINY[6:]]
+
+    def words(folder, *more):
+        return [trainer, *tiny, "--train_data", folder / "train.jsonl", "--validation_data=", "--test_data=", *more]
+
+    assert run(words(mine, "--max_steps", 2), long, ranks=ranks)[0] == done
+    die = partial(at_call, 2, f"{trainer[:-3]}.update", kill)
+    assert run(words(mine, "--max_steps", 2), out, die, ranks)[0] != done and steps(out) == [1]
+    shutil.move(mine, moved)
+    utils.write_jsonl(moved / "train.jsonl", rows[::-1])
+    before = contents(out)
+    codes, log = run(words(moved, "--max_steps", 2), out, ranks=ranks)
+    assert codes == refused and log.count("\n") == 1, log
+    assert f"--out {out} holds a run over other data: train had 16 rows, and has 16 others now; give the data" in log
+    assert contents(out) == before
+    utils.write_jsonl(moved / "train.jsonl", rows)
+    codes, log = run(words(moved, "--max_steps", 2, "--save_every", 2, "--keep", 1), out, ranks=ranks)
+    assert codes == done and "Continuing after step 1." in log, log
+    assert timeless(out / "metrics.jsonl") == timeless(long / "metrics.jsonl")
+    if ranks == 1:
+        ours, theirs = ({name: text for name, text in fingerprint(folder).items() if not name.endswith("jsonl")}
+                        for folder in (out, long))  # the samples name the pictures' folder
+        assert ours == theirs and len(ours) > 3
 
 
 # ---------------------------------------------------------------------------------------------
@@ -443,6 +595,21 @@ def test_any_folder_as_a_model(files, toys):
                     pytest.raises(utils.UserError, match=r"^--model [^\n]*$")):
                 load(folder)
         assert contents(folder) == before
+
+
+def test_a_run_folder_as_a_model(tmp_path):
+    """The one that was asked for is named: its newest checkpoint."""
+    utils.write_json(tmp_path / "args.json", {})
+    for load in (policy.load_processor, policy.load_model):
+        with pytest.raises(utils.UserError, match=f"^--model {tmp_path} is a run folder; give another, it has no check"):
+            load(tmp_path)
+    for step in (16, 48):
+        shutil.copytree(ROOT / "toy_model", tmp_path / "checkpoints" / f"step_{step:06d}")
+    for load in (policy.load_processor, policy.load_model):
+        newest = f"{tmp_path}/checkpoints/step_000048"
+        with pytest.raises(utils.UserError, match=f"^--model {tmp_path} is a run folder; give {newest}.$"):
+            load(str(tmp_path))
+        load(tmp_path / "checkpoints" / "step_000048")
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "x" * 300, "file", "file/below", " "])

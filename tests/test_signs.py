@@ -1,5 +1,6 @@
 """The signs, worked by hand: just below and just above each threshold, once each, and quiet on what is healthy."""
 
+import functools
 import json
 import math
 import re
@@ -379,6 +380,7 @@ def test_every_flag_in_the_advice_is_one():
 # The lesson's table, made again from results/symptoms.json and results/quickstart
 
 
+@functools.cache
 def quick():
     """What the runs of results/symptoms.sh said, by name; and the quick start's three seeds, from its raw metrics."""
     found = json.loads((ROOT / "results" / "symptoms.json").read_text())
