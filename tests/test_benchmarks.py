@@ -543,6 +543,7 @@ def test_options_as_they_come(options, letter, expected):
         lines = benchmarks.listed(options).split("\n")
         assert [line[:4] for line in lines] == ["(A) ", "(B) "] and lines[ord(expected[0]) - 65].endswith(expected[3:])
         assert not any(re.match(r"\(.\) \(?[A-Z][.):] ", line) for line in lines)
+    assert benchmarks.listed(["A:B", "B:A"]) == "(A) A:B\n(B) B:A"  # ratios
 
 
 @pytest.mark.parametrize("name, change, expected", [
