@@ -22,7 +22,7 @@ import utils
 from benchmarks import BENCHMARKS, choice, convert
 from data import INSTRUCTION, load_samples
 from reward import accuracy_reward, is_equal
-from runs import run
+from runs import fork, run
 from test_house import ROOT
 from test_pages import LESSON, section
 
@@ -271,14 +271,18 @@ def test_what_is_kept_beside(tmp_path):
 
 
 def test_the_command_line(tmp_path):
-    """A folder of shards in, by its split or as a whole; evaluate.py takes what comes out, in JSON as everywhere."""
+    """A folder of shards in, by its split or as a whole; evaluate.py takes what comes out, in JSON as everywhere.
+    What a rank that writes finds wrong, both say."""
     columns, rows = PUBLISHED["mathvista"]
     (tmp_path / "copy" / "data").mkdir(parents=True)
     for n in (0, 1):
         write(str(tmp_path / "copy" / "data" / f"testmini-0000{n}-of-00002.parquet"), columns, [rows[n][0]], "datasets")
     data, out = tmp_path / "out" / "mathvista.jsonl", tmp_path / "out"
-    result, _ = run("data.py", "--benchmark", "mathvista", "--out", out, f"{tmp_path / 'copy'}:testmini")
+    result, _ = run("data.py", "--benchmark", "mathvista", "--out", out, f"{tmp_path / 'copy'}:testmini",
+                    ranks=2)  # of which one writes
     assert (result["path"], result["rows"], result["images"], result["left_out"]) == (str(data), 2, 2, {})
+    codes, _, err = fork("data.py", "--benchmark", "mathvista", "--out", out, f"{tmp_path / 'copy'}:testmini", ranks=2)
+    assert codes == [2, 2] and err.count("mathvista.jsonl is there already") == 1
     whole = convert("mathvista", [str(tmp_path / "copy")], tmp_path / "whole")["path"]
     assert utils.read_jsonl(data) == utils.read_jsonl(Path(whole))
     found, _ = run("evaluate.py", "--model", "toy_model", "--data", data, "--engine", "hf",
