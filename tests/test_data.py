@@ -298,6 +298,8 @@ def test_metadata_is_no_picture(folder, processor):
             "video": None, "audio": "", "videos": [], "see": "notes.txt", "hash": "data: 9j/", "image_1": None}
     rows = [GOOD | more | {"id": i, "origin": f"geometry3k/train/{i}.png"} for i in range(3)]
     assert [len(s.images) for s in load(folder, rows, processor)] == [1, 1, 1]
+    named = TEXT | {"id": "geo_12.png", "answer": "b.png", "solution": "It is b.png"}  # no file of a text's name
+    assert load(folder, [named], processor)[0].images == []
 
 
 def struct(content, path=None):
