@@ -129,7 +129,8 @@ MISTAKES = [  # (rows, what the sentence must hold)
 ]
 LOST = [  # beside a question and an answer: a picture that nobody would see
     {"image_path": '["img/1.png"]'}, {"image_paths": "['img/1.png', 'img/2.png']"}, {"picture": "img/1.png "},
-    {"picture": "img/1.png;"}, {"figures": {"img/1.png": "left"}}, {"image_url": "https://picsum.photos/200"},
+    {"picture": "img/1.png;"}, {"figures": {"img/1.png": "left"}}, {"captions": {"img/1.png": "left"}},
+    {"image_url": "https://picsum.photos/200"},
     {"img": "s3://b/1234"}, {"img": "COCO_val_000001"}, {"image_id": 262148}, {"x": "<svg viewBox='0 0 1 1'>"},
     {"x": "data:application/octet-stream;base64,iVBOR"}, {"x": " iVBORw0KGgoAAAANSUhEUg"}, {"img": [137, 80, 78, 71]},
     {"figure": {"pixels": [[0, 1], [1, 0]]}}, {"id": "images/a.png"}, {"answer": "images/a.png"},
