@@ -26,7 +26,7 @@ import utils
 from conftest import png, ROOT
 from data import IMAGE_MARK, INSTRUCTION, load_samples, make_sample
 from pictures import open_image, size_or_problem
-from policy import collate, load_model, load_processor
+from policy import bound_pixels, collate, load_model, load_processor
 from runs import fork
 
 GOOD = {"question": "<image>How many?", "answer": "3", "id": "a", "image": "images/a.png"}
@@ -662,6 +662,9 @@ def test_bounds_on_an_images_pixels(folder, tmp_path):
         again = load_processor(tmp_path / "saved")
         assert load(folder, [GOOD], again)[0].prompt_ids == ids
     assert tokens == {(0, 0): 9, (0, 2000): 1, (20_000, 0): 36, (0, 84**2): 9, (100, 0): 9, (60_000, 0): 81}
+    assert load_processor("toy_model", 60_000).image_processor.size == dict.fromkeys(("shortest_edge", "longest_edge"), 60_000)
+    bound_pixels(processor, "", 0, 2000)  # which is less than the 60,000 of before
+    assert processor.image_processor.size == dict.fromkeys(("shortest_edge", "longest_edge"), 2000)
     for least, most in ((0, 700), (3000, 2000)):
         with pytest.raises(utils.UserError, match=f"--max_pixels {most} must be at least --min_pixels {least}, and 784"):
             load_processor("toy_model", least, most)
