@@ -130,6 +130,18 @@ def test_commands_parse():
     assert {p.name for p in ROOT.glob("*.py")} - {f"{n}.py" for n in "utils signs policy siblings pictures sources benchmarks".split()} <= scripts
 
 
+def test_how_long_a_data_set_takes_to_read():
+    """What results/README.md says is the benchmark's raw file, and what the README promises lies above it."""
+    found, text = raw("data.json")["data"], words(RESULTS)
+    one, two, table = (found[name] for name in ("data.jsonl, 1 rank(s)", "data.jsonl, 2 rank(s)", "data.parquet, 1 rank(s)"))
+    for said in (f"{found['rows']:,} rows with JPEG pictures of 1000 x 700 ({found['megabytes_of_pictures']:,} MB, ",
+                 f"in {one['seconds']} seconds on one core", f"take {two['seconds']} seconds, ",
+                 f"the pictures {table['seconds']} on one core", f"takes {one['kB_in_memory_a_row']} kB of memory, or "
+                 f"{table['kB_in_memory_a_row']} with its picture", f"would take {found['seconds_by_the_processor']} seconds"):
+        assert said in text, said
+    assert max(one["seconds"], table["seconds"]) < 36 and "10,000 rows with pictures take [half a minute]" in words(README)
+
+
 def test_the_papers_data_are_named_as_they_are_released():
     """Each file that a command trains or measures on lies there in the release, whose files these are; and the
     README says how it is fetched."""
