@@ -209,13 +209,12 @@ def at(place):
 @contextmanager
 def with_one_voice():
     """A UserError that a rank meets inside is raised by all: only rank 0 is heard. COLLECTIVE."""
-    problems = []
+    problem = None
     try:
         yield
     except UserError as error:
-        problems = [str(error)]
-    for problem in utils.gather(problems):
-        raise UserError(problem)
+        problem = str(error)
+    utils.refuse_together(problem)
 
 
 def unwritten_sample(row, folder, place, processor):
@@ -298,12 +297,12 @@ def read_samples(source, processor, columns="", instruction=INSTRUCTION, image_r
                                 "make every id unique.")
             places[s.id] = place
             samples.append(s)
-        wanted = {name for theirs in columns.values() for name in theirs.split("+")}
-        if samples and not wanted <= seen:
-            raise UserError(f"{source}: no row has {min(wanted - seen)}, which --columns names; "
-                            f"they have {', '.join(sorted(seen))}.")
         if not samples:
             raise UserError(f"{source}: it holds no rows; give a data set with at least one.")
+        wanted = {name for theirs in columns.values() for name in theirs.split("+")}
+        if not wanted <= seen:
+            raise UserError(f"{source}: no row has {min(wanted - seen)}, which --columns names; "
+                            f"they have {', '.join(sorted(seen))}.")
     unread = seen - {*PICTURES, "question", "problem", "answer", "solution", "id"} - wanted
     if unread:
         print0(f"{source}: not read: {', '.join(sorted(unread))}")

@@ -64,22 +64,21 @@ def rehearse(engine, samples, args, policy=None):
     UserError, before step 1, for what a family, a processor or a row asks for and nobody here does,
     and for a sampler that speaks of another policy. COLLECTIVE.
     """
-    asked, done, problems = unlike(samples), [], []
+    asked, done, problem = unlike(samples), [], None
     names = ", ".join(s.id for s in asked)
     try:
         done = engine.generate(asked, 2, 1.0, 1.0, min(4, args.max_new_tokens), "rehearsal")
         if policy:
             gap = mean_gap(trainer_logprobs(policy, done), [s.sampler_logprobs for s in done])
             if not gap <= 2 * tolerance(args):  # a mean of few tokens
-                problems = [f"sampler and trainer are {gap:.2g} nats apart on the prompts {names}"]
+                problem = f"sampler and trainer are {gap:.2g} nats apart on the prompts {names}"
     except Exception as error:  # whatever a family's own code can raise
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(last.filename).name}, line {last.lineno}"
-        problems = [f"answering the prompts {names}, or reading the answers, fails "
-                    f"({type(error).__name__}: {first_line(error)}; {where})"]
-    for problem in utils.gather(problems):
-        raise UserError(f"--model {args.model}: {problem}; give another model or other rows, or "
-                        "see the README's families.")
+        problem = (f"answering the prompts {names}, or reading the answers, fails "
+                   f"({type(error).__name__}: {first_line(error)}; {where})")
+    utils.refuse_together(problem and f"--model {args.model}: {problem}; give another model or "
+                          "other rows, or see the README's families.")
     return done
 
 

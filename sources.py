@@ -23,8 +23,8 @@ from utils import UserError, first_line, print0
 def read_rows(source):
     """Yield `(place, row)` for every row of a data set; `place` is for messages.
 
-    A source is a file of JSON lines or, read by `datasets`, a parquet file, a folder of shards, or
-    an id of the hub; SPLIT or CONFIG:SPLIT follows a colon where there are several.
+    A source is a file of JSON lines or of parquet or, read by `datasets`, a folder of shards or an
+    id of the hub; SPLIT or CONFIG:SPLIT follows a colon where there are several.
     """
     path = utils.find(source)
     if not path.is_file():
@@ -70,7 +70,7 @@ def unlike_fields(pairs):
 
 
 def read_tables(source):
-    """The rows of what `datasets` loads: pictures are as they lie there, bytes or paths."""
+    """The rows of what pyarrow or `datasets` loads, pictures as they lie there: bytes or paths."""
     name, words = named(source)
     path = Path(name)
     hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(path.parts[0]).exists()

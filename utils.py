@@ -378,6 +378,12 @@ def gather(items):
     return [item for part in lists for item in part]
 
 
+def refuse_together(problem):
+    """UserError on all ranks with the first one's `problem`; None has none. COLLECTIVE."""
+    if problem := next(filter(None, gather([problem])), None):
+        raise UserError(problem)
+
+
 # ---------------------------------------------------------------------------------------------
 # Run folder: args.json, data.json, metrics.jsonl, samples/, eval.jsonl, checkpoints/, result.json
 
@@ -499,8 +505,7 @@ def choose_run(args, longer=False):
             problem = f"holds a finished run{', which a larger --max_steps would extend' * longer}"
     except OSError as error:
         problem = f"cannot be read ({error})"
-    if problem := next(filter(None, gather([problem])), None):  # before rank 0 writes
-        raise UserError(f"--out {out} {problem}; {remedy}.")
+    refuse_together(problem and f"--out {out} {problem}; {remedy}.")  # before rank 0 writes
     return out, goes_on
 
 
@@ -537,9 +542,9 @@ def refuse_shorter(out, steps_per_epoch, total):
         before = json.loads((out / "args.json").read_text())
         steps = min(steps_per_epoch * before["epochs"], before["max_steps"] or math.inf)
         if steps > total or steps == total and (out / "result.json").exists():
-            problem = f"--out {out} holds a run of {steps} steps, --max_steps and --epochs ask "
-    if problem := next(filter(None, gather([problem])), None):
-        raise UserError(f"{problem}for {total}: give larger ones, or a new folder.")
+            problem = (f"--out {out} holds a run of {steps} steps, --max_steps and --epochs ask "
+                       f"for {total}: give larger ones, or a new folder.")
+    refuse_together(problem)
 
 
 def run_arguments(args, out):
@@ -657,8 +662,7 @@ def try_saving(out, policy, dtype, total, args):
             problem = problem or f"{needs}; free some or give another folder"
         elif free < most:
             print0(f"--out {out}: {needs}, all {most:,.3f} GB: --keep, --keep_best, --save_every.")
-    if problem := next(filter(None, gather([problem])), None):
-        raise UserError(f"--out {out}: {problem}.")
+    refuse_together(problem and f"--out {out}: {problem}.")
 
 
 def resume_state(policy, optimizer):
