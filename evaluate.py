@@ -200,7 +200,7 @@ def evaluate(engine, samples, setting, max_new_tokens, seed):
 
     Returns `(metrics, completed samples)`, the same on every rank, prompts in the order given.
     """
-    from reward import load_rewards, score
+    from scoring import load_rewards, score
 
     n, temperature, top_p = SETTINGS[setting]
     started = time.time()

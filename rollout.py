@@ -492,7 +492,7 @@ def make_engine(kind, model, processor, args, sharing=None):
 
 def main(args):
     from doctor import rehearse
-    from reward import load_rewards, score
+    from scoring import load_rewards, score
 
     started = time.time()
     refuse_mixture(args)

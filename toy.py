@@ -368,7 +368,7 @@ def check(args):
 
 def habits(args):
     """How often a model picks each habit by itself at T = 1, and is right then, and when forced."""
-    from reward import load_rewards, score
+    from scoring import load_rewards, score
 
     def accuracy(done):
         score(done, load_rewards("accuracy:1.0"))

@@ -524,8 +524,8 @@ def main(args):
         before_and_after, best_step, chosen_settings, evaluate_splits, is_right, reflection_metrics)
     from policy import (
         Policy, add_lora, compute_dtype, freeze, load_model, load_processor, shard, twin)
-    from reward import load_rewards, score
     from rollout import choose_engine, make_engine, share
+    from scoring import load_rewards, score
     from signs import begin, tell
 
     refuse_mixture(args)

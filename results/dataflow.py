@@ -17,7 +17,7 @@ WIDTH, HEIGHT = 90, 82  # in tenths of an inch: shown 900 pixels wide, ten point
 BANDS = [  # bottom, top, numeral, the step's name, the files that do it
     (63.5, 81, "I", "data flow", ["data.py"]),
     (43, 62, "II", "response\ncollection", ["rollout.py", "(doctor.py)"]),
-    (21.5, 41.5, "III", "trajectory", ["reward.py", "train_grpo.py"]),
+    (21.5, 41.5, "III", "trajectory", ["reward.py", "scoring.py", "train_grpo.py"]),
     (1, 20, "IV", "policy\nupdate", ["policy.py", "(siblings.py)", "train_grpo.py"]),
 ]
 ANSWERS = [  # as the base gave them: what is shown of it, tokens, reward

@@ -218,8 +218,8 @@ class Stepper:
 
         import train_grpo
         from policy import Policy, freeze, load_model, load_processor, shard
-        from reward import load_rewards
         from rollout import HFEngine, share
+        from scoring import load_rewards
 
         self.group, self.length = group, length
         self.args = train_grpo.Args(tis_cap=0.0, group_size=group, max_new_tokens=length, lr=1e-6, **flags)
@@ -237,7 +237,7 @@ class Stepper:
     def step(self, prompts):
         """Seconds by phase."""
         import train_grpo
-        from reward import score
+        from scoring import score
 
         self.steps += 1
         seconds = dict.fromkeys(PHASES, 0.0)

@@ -25,7 +25,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import evaluate
-import reward
+import scoring
 import train_grpo
 import train_sft
 import utils
@@ -556,9 +556,9 @@ def test_a_reward_that_fails(whole, tmp_path, act, sentence):
 def test_a_reward_that_cannot_be_called_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "uncallable.py").write_text("def judge():\n    return []\n")
-    rewards = reward.load_rewards(f"{tmp_path}/uncallable.py:judge:1")
+    rewards = scoring.load_rewards(f"{tmp_path}/uncallable.py:judge:1")
     with pytest.raises(utils.RunError, match=r"^reward 'judge' failed: TypeError: judge\(\) takes 0 "):
-        reward.score([], rewards)
+        scoring.score([], rewards)
 
 
 def test_an_image_that_goes_missing(data, tmp_path):

@@ -30,8 +30,8 @@ import doctor
 import evaluate
 import policy
 import report
-import reward
 import rollout
+import scoring
 import toy
 import train_grpo
 import train_sft
@@ -143,13 +143,13 @@ def test_rewards_of_one_name_and_with_blanks(tmp_path, monkeypatch):
         (tmp_path / folder / f"{folder}_judges.py").write_text(
             f"def judge(samples):\n    return [{len(folder)}.0] * len(samples)\n\n\naccuracy = judge\n")
     early, late = (tmp_path / folder / f"{folder}_judges.py" for folder in ("early", "late"))
-    found = reward.load_rewards(f"accuracy : 1, {early}:judge:0.5 ,{late}: judge:2,{late}:accuracy:3")
+    found = scoring.load_rewards(f"accuracy : 1, {early}:judge:0.5 ,{late}: judge:2,{late}:accuracy:3")
     assert {name: weight for name, (_, weight) in found.items()} == {
         "accuracy": 1, "early_judges.judge": 0.5, "late_judges.judge": 2, "late_judges.accuracy": 3}
     assert [found[f"{name}_judges.judge"][0]([0]) for name in ("early", "late")] == [[5.0], [4.0]]
-    assert {*reward.load_rewards(f"{late}:accuracy:1,{early}:judge:1")} == {"accuracy", "judge"}
+    assert {*scoring.load_rewards(f"{late}:accuracy:1,{early}:judge:1")} == {"accuracy", "judge"}
     with pytest.raises(utils.UserError, match="'late_judges.judge' is there twice: give it once"):
-        reward.load_rewards(f"{late}:judge:1,{late}:judge:2")
+        scoring.load_rewards(f"{late}:judge:1,{late}:judge:2")
 
 
 @pytest.mark.parametrize("spec", [
@@ -157,7 +157,7 @@ def test_rewards_of_one_name_and_with_blanks(tmp_path, monkeypatch):
     "accuracy:1.0 + language:2"])
 def test_rewards_without_a_comma(spec):
     with pytest.raises(utils.UserError, match=re.escape(f"--rewards {spec}: write a comma between rewards")):
-        reward.load_rewards(spec)
+        scoring.load_rewards(spec)
 
 
 # ---------------------------------------------------------------------------------------------

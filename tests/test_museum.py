@@ -37,6 +37,7 @@ import doctor
 import evaluate
 import reward
 import rollout
+import scoring
 import train_grpo
 import train_sft
 import utils
@@ -1206,9 +1207,9 @@ def test_two_helpers_of_one_name(tmp_path, monkeypatch):
         (tmp_path / name / f"mine_{name}.py").write_text(
             f"from scale_of_reward import SCALE\n\ndef {name}(samples):\n    return [SCALE]\n")
     monkeypatch.setattr(sys, "path", [*sys.path])
-    ours = reward.load_rewards(f"{tmp_path}/a/mine_a.py:a:1")
+    ours = scoring.load_rewards(f"{tmp_path}/a/mine_a.py:a:1")
     with pytest.raises(utils.UserError, match="b/scale_of_reward.py has the name of another module: rename it"):
-        reward.load_rewards(f"{tmp_path}/b/mine_b.py:b:1")
+        scoring.load_rewards(f"{tmp_path}/b/mine_b.py:b:1")
     assert ours["a"][0]([None]) == [1.0]
     sys.modules.pop("scale_of_reward", None)
     buggy = {}
