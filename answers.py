@@ -1,0 +1,550 @@
+"""What an answer says: its text in one spelling, read as a value that can be compared.
+
+Three steps, each one function: `normalise` takes off what says nothing (fonts, spacing, "the answer
+is"), `read` makes a value of the rest (a number of 100 digits, a list, an interval, a formula's text,
+or the plain text where it is none of these) and `same` compares two values. The policy, point by
+point, stands in reward.py, whose `is_equal` judges by it. Left out on purpose: algebra (nothing is
+expanded, collected, cancelled or solved), conversion of units, eval, sympy, signals, threads.
+"""
+
+import decimal
+import math
+import re
+import unicodedata
+from collections import namedtuple
+from decimal import Decimal
+
+# Bounds on work: hostile text meets one of them, a real answer does not.
+LONGEST_ANSWER, MOST_DIGITS, MOST_DEPTH, MOST_POWERS, MOST_ITEMS = 400, 40, 20, 20, 20
+
+
+# ---------------------------------------------------------------------------------------------
+# Step 1. Normalise: an answer -> one spelling
+
+# words that deny an answer or hedge it
+DENIALS = (r"(?:(?<!\\)\b(?:not|never|neither|nor|none|cannot|anything|without|except|wrong|incorrect"
+           r"|false|invalid|impossible|unlikely|rather|instead|either|may|maybe|perhaps|possibly|might"
+           r"|could|unsure|guess)\b|n['’]t\b|不|错|非|可能|也许)")
+DENIED = re.compile(DENIALS, re.I)
+# and words that compare with it or change its number
+CHANGES = re.compile(
+    rf"{DENIALS}|(?<!\\)\b(?:repeating|recurring|half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|twelf|[a-z]+teen"
+    r"|[a-z]+tie|hundred|thousand|million)ths?|dozens?|scores?|pairs?|couple|twice|thrice|doubled?"
+    r"|tripled?|times|fold|squared|cubed|root|power|factorial|negative|minus|plus|point|hundred"
+    r"|thousand|[a-z]*illion|lakh|crore|gross|(?:one|two|three|four|five|sixe|seven|eight|nine|ten)s"
+    r"|gcd|lcm|mod|max|min|too|many|few|short|missing|extra|over|under|above|below|beyond|between|from|past|more|less|fewer|greater"
+    r"|larger|smaller|than|least|most|minimum|maximum|within|until|up|down|off|exceed\w*|increas\w*"
+    r"|decreas\w*|reduc\w*)\b|[或多少倍半至超负]|[大小]于|以[上下内外]|\d(?:st|nd|rd|th|ish)\b", re.I)
+NOT_THIS = re.compile(  # D, not B: what is denied goes
+    r"[,;]?\s*\b(?:(?:and|but)\s+)?(?:not|rather than|instead of|rules? out)\s+(?:be\s+)?(?:option\s+"
+    r"|choice\s+)?(?:\(?[A-H]\b\)?|-?\d[\d.,]*(?![^\s,.]))(?:\W*but\b)?|不[是选選]\s*[A-H\d]+")
+REASON = re.compile(r",?\s+(?:because|since|as)\s.*|[,，]?因为.*", re.S)
+ASIDE = re.compile(r",?\s+which\s.*|\s\([^()\\]*[a-z]{2}[^()\\]*\)\W*$", re.S)
+
+NUMERALS = {word: n for n, words in [
+    *enumerate("zero零 one一 two二两兩 three三 four四 five五 six六 seven七 eight八 nine九 ten eleven "
+               "twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()),
+    *zip(range(20, 100, 10), "twenty thirty forty fifty sixty seventy eighty ninety".split()),
+    (10, "十"), (100, "hundred百"), (1000, "thousand千"), (10_000, "万"), (10**6, "million")]
+    for word in re.findall("[a-z]+|[^a-z]", words)}
+WORD = f"(?:{'|'.join(filter(str.isascii, NUMERALS))})"
+COUNT = re.compile(  # 一 says one where it counts: 一个, but 一共 is "in all"
+    rf"\b{WORD}(?:(?:(?:(?<=hundred)|(?<=thousand))\s+and)?[\s-]+{WORD})*\b"
+    "|(?<![零一二三四五六七八九两兩十百千万])[零一二三四五六七八九两兩十百千万]{1,9}(?=[个個只隻张張条條块塊辆輛位名枚颗顆种種元度]|\\W*$)", re.I)
+FILLER = re.compile(  # what an answer may open with, and what it may speak of
+    r"[\s*_\"'`]*(?:(?:so|thus|hence|therefore|then|i (?:think|believe)(?: that)?|we (?:get|have|find)"
+    r"|(?:the )?(?:(?:final|correct|right|best) )?(?:answer|option|choice)s?(?: is| are|:)?|they are"
+    r"|(?:it|there|that)(?:['’]s| is| are| were)|(?:a )?total of|only|just|exactly|about|around"
+    r"|approximately|nearly|roughly)\b[\s,:]*|(?:答案|[应應]?[该該]?[选選]|所以|因此|一?共|有|约|大约"
+    r"|[是为為]|等于)[是为為有:：\s]*)", re.I)
+SUBJECT = re.compile(
+    r"(?:the|its?|this|these|that|those|they|he|she|his|her|their|our|my|your)\b[^.;?!=]*?\s(?:is|are"
+    r"|was|were|equals?|=)\s+|[^\d=]*?[\u4e00-\u9fff](?:是|为|為|等于)\s*", re.I)
+TAIL = re.compile(r"\s+(?:is|are)\s+(?:(?:the|my)\s+)?(?:correct|right|final)?(?:\s*(?:answer|option"
+                  r"|choice))?\W*$", re.I)
+WRAPPED = re.compile(
+    r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:text|math|mbox|operatorname|underline|boldsymbol)[a-z]*\s*"
+    r"\{([^{}]*)\}")
+SIGNS = str.maketrans("−–—×·⋅∗÷∕⁄∶≈∈∪∼⟨⟩、。", "---****///:==,=<>,.", "￥")
+POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9}
+LATEX, SPELLINGS = ([(re.compile(pattern, re.ASCII), meaning) for pattern, meaning in table] for table in (
+    # where a backslash stands: 1,\!234; fonts, sizes and spacing; the empty set; degrees
+    ((r"(?<=\d),\\!\s*(?=\d{3}(?!\d))", ""),
+     (r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|limits|rm|bf)(?![a-z])|\\!", ""),
+     (r"\\(?:emptyset|varnothing)(?![a-z])|\\\{\s*\\\}", "∅"), (r"\\\$", " dollar "),
+     (r"\\q?quad(?![a-z])|\\[,;:()\[\]]|(?<!\\)\\ |\\\\\s*$", " "),
+     (r"(?:\{\})?\^\s*\{\s*\\circ\s*\}|\^?\s*\\(?:circ|degree)(?![a-z])", "°"),
+     # 0.1\overline{6}; names of segments and angles; mixed numbers; sets and matrices
+     (r"(?<=\d)(\.\d*)\\(?:overline|dot|bar)\s*\{?(\d+)\}?", r"\1r\2"), (r"\\measuredangle", "∠"),
+     (r"\bm\s*(?=\\angle|\\widehat|\\overarc)|\\(?:over(?:line|arc|rightarrow|leftrightarrow)|hat"
+      r"|widehat|vec|bar)(?=\s*\{?\s*[A-Za-z])|^[\s$]*\\(?:lim|sum|int|prod)(?![a-z])[^=]*=", ""),
+     (r"(?<![\d.^_])(\d+)\s*\\[dtc]?frac\s*(\{)?(\d+)(?(2)\})\s*(\{)?(\d+)(?(4)\})", r"(\1+\3/\5)"),
+     (r"\\\{\s*\(?([a-z])\)?\s*(?:\\mid|\||:)\s*(.*)\\\}", r"\2"),
+     (r"\\langle", "("), (r"\\rangle", ")"), (r"\\[lr]?vert(?![a-z])|\\mid(?![a-z])", "|"),
+     (r"\\begin\{(?:[pb]matrix\}|array\}\s*\{[^{}]*\})", "⟦("), 
+     (r"(?:\\\\)?\s*\\end\{(?:[pb]matrix|array)\}", ")⟧"), (r"\\\\", "),(")),
+    # everywhere: 1{,}234 and 3{,}14; powers of units and big numbers; 4:30 p.m.
+    ((r"(?<=\d)\{,\}(?=\d{3}(?!\d))", ""), (r"\{,\}", "."), (r"\^\s*\{?o\}?(?![a-z])", "°"),
+     (r"\s*\^\s*(?:\{\s*(\d)\s*\}(?!\s*\d))?", r"^\1"),  # cm ^ {2} is cm^2
+     (r"\bper cent\b", "percent"), (r"\bmph\b", "mi per h"), (r"(?<=[a-z]{2})\.(?=\s)", ""),
+     (r"(?<=\d)\s*(hundred|thousand|million|billion)\b", lambda m: f"*10^{POWERS[m[1]]}"),
+     (r"(?<=\d)\s*x\s*(?=10\s*\^)", "*"), (r"(?<=:\d\d)\s*([aApP])\.?\s?[mM]\b\.?", r" \1m"),
+     # 0.(3); 2 1/2; a point with its name, A(3, -2); 2 to 3; 20"; 180 (days)
+     (r"(?<=\d)(\.\d*)\((\d+)\)", r"\1r\2"), (r"(?<![\d.^_,/])(\d+)\s+(\d+)/(\d+)", r"(\1+\2/\3)"),
+     (r"^\s*([A-Z]'*)\s*(?=\([^()]*,)", r"\1="), (r"(?<=\d)\s+to\s+(?=\d)", ":"),
+     (r"(?<=\d)\"$", " in"), (r"(?<=[\d\s])\(\s*([a-z]{3,}(?: [a-z]+){0,3})\s*\)$", r" \1"),
+     (r"\bm\s*(?=∠)|~|&\s*(?=[=<>])", " "), (r"^\W*[Nn]o (?:real )?solutions?\W*$|^无解$", "∅"))))
+MUTE = re.compile(  # says nothing by itself; a command with an argument says what that says
+    r"\\(?:[hv]?(?:space|phantom)|(?:text)?color|begin|end)\*?\s*\{[^{}]*\}|\\[A-Za-z]+\s*(?=\{)"
+    r"|\\(?:[a-z]*(?:quad|space|skip|style|box|boxed|dots|fill|line)|(?:text|math)[a-z]*|left|right"
+    r"|middle|[bB]igg?[lrm]?|limits|rm|bf|it|sf|tt|[dtc]?frac|sqrt|cdot|ast|circ|bullet|prime|mid"
+    r"|[lr]?[vV]ert|[lL]arge|small|null|strut|relax)(?![A-Za-z])"
+    r"|\\[^A-Za-z{}]|[−∗∘∙⋅∶∣⋮-⋱\u115f\u1160\u3164\uffa0]")
+# a letter or a digit; a sign, an arrow, a shape, an emoji; the empty set
+SAYS = re.compile(r"[^\W_]|[<=>+×÷±¬℀-⏿■-⟿⤀-⯿🀀-🫿]|\\\{\s*\\\}")
+
+
+def says_nothing(answer: str) -> bool:
+    """Is there no letter, digit or sign in an answer, LaTeX's spacing, fonts and frames aside?"""
+    return not SAYS.search(MUTE.sub(" ", answer))
+
+
+def unwrapped(text: str) -> str:
+    r"""A text without fonts, colours and bold: \text{cm} is cm."""
+    return WRAPPED.sub(r" \1 ", WRAPPED.sub(r" \1 ", text)).replace("**", " ")
+
+
+def without_reason(text: str) -> str:
+    """An answer without "because .." and the like, unless an aside denies it: 20 (wrong)."""
+    text = REASON.split(text)[0]
+    aside = ASIDE.search(text)
+    doubt = aside and (DENIED.search(aside[0]) or re.search(r"\bor\b", aside[0]))
+    return text[:aside.start()] if aside and not doubt else text
+
+
+def counted(words: re.Match) -> str:
+    """A number in words as digits: twenty-one, 三十二. What is none (five six) stays as it is."""
+    total = last = 0
+    for word in re.findall(rf"{WORD}(?![a-z])|[^\sa-z-]", words[0].lower()):
+        n = NUMERALS[word]
+        if n < 100 and word != "十":  # it adds to the one before: twenty, one
+            if last and (last < 20 or last % 10 or n > 9):
+                return words[0]
+            last += n
+        elif total % (10 * n):
+            return words[0]
+        else:  # it multiplies the one before: two, hundred
+            total, last = total + max(last, 1) * n, 0
+    return str(total + last)
+
+
+def normalise(answer: str) -> str:
+    r"""One spelling, without what says nothing: "So it is $\dfrac12 \text{ cm}$." -> \dfrac12 cm."""
+    if not answer.isascii():
+        answer = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", re.sub("[¼-¾⅐-⅞]", r" \g<0>", answer))
+        answer = unicodedata.normalize("NFKC", re.sub("[º˚]", "°", answer)).translate(SIGNS)
+    answer = NOT_THIS.sub("", unwrapped(answer[:2 * LONGEST_ANSWER]))  # one letter can become 18
+    for pattern, meaning in (LATEX if "\\" in answer else []) + SPELLINGS:
+        answer = pattern.sub(meaning, answer)
+    answer = answer.replace("$", " dollar " if answer.count("$") % 2 else " ")  # else it is LaTeX's
+    while lead := FILLER.match(answer) or SUBJECT.match(answer):
+        if DENIED.search(lead[0]):
+            break
+        answer = answer[lead.end():]
+    answer = COUNT.sub(counted, without_reason(TAIL.sub("", answer)))
+    answer = re.sub(r"^\s*(?:negative|minus|负)\s*(?=\d|\\)", "-", answer, flags=re.I)
+    return answer.lstrip(" \t\n*_:=`\"").rstrip(" \t\n*_:.,`\"\\")
+
+
+# ---------------------------------------------------------------------------------------------
+# Step 2. Read: one spelling -> tokens -> a value
+
+# 100 digits stand for exactness: two different fractions of 40-digit numbers differ by 10^-80 or
+# more, two different a*sqrt(b)/c of 15-digit numbers likewise, so that 90 equal digits mean equal.
+PRECISE = decimal.Context(prec=100, Emax=999, Emin=-999)
+TINY = Decimal("1e-90")
+PI = Decimal("3.141592653589793238462643383279502884197169399375"
+             "1058209749445923078164062862089986280348253421170680")
+ONE = Decimal(1)
+BINDS = {"+": 1, "-": 1, "*": 2, "/": 2, ":": 2, "^": 4}  # how tightly a sign binds
+FUNCTIONS = tuple(f"\\{x}" for x in "sin cos tan sec csc cot log ln arcsin arccos arctan".split())
+CURRENCIES = ("dollar", "cent", "euro", "pound", "yen")
+UNITS = {word + plural: words.split()[0] for words in (
+    "% percent percentage pct, ° degree deg 度, mm millimeter millimetre 毫米, m meter metre 米, "
+    "cm centimeter centimetre 厘米, dm, km kilometer kilometre 千米 公里, in inch inche, ft foot feet, "
+    "yd yard, mi mile, g gram, kg kilogram, mg, L l liter litre, mL ml, s sec second, min minute, "
+    "h hr hour, day, week, month, year, rad radian, lb pound, oz ounce, gallon, pint, dollar, cent, "
+    "euro, yen, 元, N, kN, J, kJ, W watt, kW, MW, Wh, kWh, V volt, kV, mV, mA, Hz, kHz, MHz, GHz, "
+    "Pa, kPa, MPa, eV, cal, kcal, mol, ohm \\Omega, dB, MB, GB, TB, per, ^2 square sq 平方, "
+    "^3 cubic 立方").split(", ") for word in words.split() for plural in ("", "s")}
+SMALL = ("a", "an", "the", "of", "on", "at")  # may stand among words that say what is counted
+KEPT = {*UNITS, *SMALL}  # of short words, these are no product of letters
+GROUPING = str.maketrans("", "", ",~ \\")  # what stands between the thousands
+TOKEN = re.compile(
+    r"(?<![(\[{\d,.])[1-9]\d{0,2}(?:(?:,|\\,|~| )\d{3})+(?![\d)\]},])(?:\.\d*)?"  # 1,234
+    r"|\d*\.\d*r\d+|\d+\.?\d*(?:[eE][-+]?[0-4]?\d(?!\d))?|\.\d+"  # 0.1r6, 1.2e3, .5
+    r"|(?<=[a-z])(?<!pi)\^[23](?!\d)|\\not\s*=|[<>!]=|\\[A-Za-z]+|\\.|\*\*|[A-Za-z]+'*"
+    r"|平方|立方|[厘毫千公]?[米里]|\S", re.ASCII)
+TIME = re.compile(r"(?<![\d:.])0?((?:1?\d|2[0-4]):[0-5]\d(?::[0-5]\d)?)(\s*[ap]m)?(?![\d:.])", re.I)
+MEANING = {spelling: meaning for meaning, spellings in {
+    r"\frac": r"\dfrac \tfrac \cfrac dfrac frac", r"\binom": r"\dbinom \tbinom", r"\angle": "∠",
+    r"\sqrt": "sqrt √", r"\pi": "pi π", "*": r"\times \cdot \ast", "/": r"\div", "^": "**",
+    "±": r"\pm", "∞": r"\infty infinity", "%": r"\%", "{": r"\{", "}": r"\}", "||": r"\parallel",
+    ",": r"\cup ; & and or", "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=",
+    "=": r"\approx \simeq \sim \in is are equals", "<": r"\lt", ">": r"\gt", r"\exp": "exp",
+    "≠": r"!= \ne \neq \not=", "dollar": "USD", "cent": "¢", "euro": "€", "pound": "£", "yen": "¥",
+}.items() for spelling in spellings.split()} | {x[1:]: x for x in FUNCTIONS}
+# what can be asked for: x, AB, f(2), a_37, |AB|, side length, AB/CD; not 2x, x^2, |x|, \sqrt{x}
+NAME = re.compile(
+    r"-?(?:[A-Za-z]'*|[A-Za-z]*_\w+|\|[A-Z]+\||[A-Z]+\w*(?:\^-1)?(?: \* [A-Z]+\w*(?:\^-1)?)?|[a-z]{3,}"
+    r"|[\u4e00-\u9fff]+|\w+\(.*\)|\\(?:sin|cos|tan)\([^a-z]*(?:\\[a-z]+)?\)|\\[A-Za-z]+\w*)'*")
+YES = re.compile(r"(yes|no)\b(?!\s+\w)\W*(.*)", re.I | re.S)
+
+# decimals: as written, 2 in 0.50, and 0 for what is computed; exact: 21\sqrt3 in 21\sqrt3 = 36.37
+Number = namedtuple("Number", "value decimals unit name exact", defaults=(0, frozenset(), "", None))
+Group = namedtuple("Group", "brackets items name", defaults=("",))  # "{}" is a set, others have order
+# A formula is a text: terms parted by " + ", their factors by " * ", both sorted, x^-1 for 1/x.
+
+
+def read(answer: str):
+    """The value of a normalised answer: a Number, a Group or a formula; else its plain text."""
+    if yes := YES.fullmatch(answer):  # Yes, there is.
+        doubt = r"\b(?:yes|but|or|maybe|perhaps)\b" + rf"|\bno\b|{DENIALS}" * (yes[1].lower() == "yes")
+        return plain(answer) if re.search(doubt, yes[2], re.I) else yes[1].lower()
+    both = re.search(r"\band\b", answer) and re.search(r"[<>≤≥]|\\[gl]e", answer)
+    if CHANGES.search(answer) or both:  # x > 1 and x < 3 is no union
+        return plain(answer)
+    if not re.search(r"[\d\\=<>^_|!∅∞]", answer) and re.search(r"[^\W\d_]{3}", answer):
+        items = [plain(item) for item in re.split(r",|;|&|\band\b", answer) if item.strip()]
+    elif time := TIME.fullmatch(answer.rpartition("=")[2].strip()):
+        items = [Group("time", [time[1]], (time[2] or "").strip().lower())]
+    else:
+        tokens = tokenise(answer)
+        if "±" in tokens:  # two answers, one with each sign
+            tokens = [y for s in "+-" for y in [*(s if x == "±" else x for x in tokens), ","]][:-1]
+        work = sum(4 * (x in FUNCTIONS) + (x in ("^", "\\sqrt")) for x in tokens)
+        if work > MOST_POWERS or re.search(r":[^:=,]*:", answer) or TIME.search(answer):
+            return plain(answer)  # 1:2:3 is no quotient
+        try:
+            with decimal.localcontext(PRECISE):
+                items, _ = Reader(tokens).items(("",))
+        except ArithmeticError:  # what we refuse; decimal's own errors are of this kind too
+            return plain(answer)
+    return items[0] if len(items) == 1 else Group("{}", items)
+
+
+def plain(answer: str) -> str:
+    """A text without case, article and punctuation where it is prose; else as it is written."""
+    if re.search(r"[\\=<>^_]", answer) or not re.search(r"[^\W\d_]{3}", answer):
+        return "".join(tokenise(answer))
+    words = re.findall(r"[^\W\d_]+|\d[\d.,]*|[^\s\w,;:'\"()!?]", answer.casefold())
+    return " ".join(words[words[0] in ("a", "an", "the") and len(words) > 1:])
+
+
+def tokenise(answer: str) -> list[str]:
+    """Cut a normalised answer into tokens with one meaning each; 3ab is 3, a, b."""
+    tokens = []
+    for match in TOKEN.finditer(answer):
+        token = MEANING.get(match[0], match[0])
+        token = token.translate(GROUPING) if token[0].isdigit() else token
+        glued = len(token) < 3 or answer[match.start() - 1:match.start()].isdigit()
+        letters = token.isascii() and token.isalpha() and token.islower() and len(token) < 4
+        tokens += token if letters and glued and token not in KEPT else [token]
+    return tokens
+
+
+class Reader:
+    """Recursive descent over the tokens of an answer; ArithmeticError is where we refuse."""
+
+    def __init__(self, tokens: list[str]):
+        self.rest, self.depth = ["", *reversed(tokens)], 0  # the next token is last, "" the end
+
+    def items(self, ends: tuple) -> tuple[list, str]:
+        """What commas part, up to a token of ends: (values, that token)."""
+        items = []
+        while len(items) < MOST_ITEMS:
+            while self.rest[-1] in ("=", ","):  # an empty part, as in "= 5" or ", and"
+                self.rest.pop()
+            parts, signs = [self.expression(0)], []
+            while self.rest[-1] in tuple("=<>≤≥≠"):
+                signs.append(self.rest.pop())
+                while self.rest[-1] == "=":  # x == 1
+                    self.rest.pop()
+                parts.append(self.expression(0))
+            items.append(relate(parts, signs) if signs else parts[0])
+            if self.rest[-1] != ",":
+                break
+        if self.rest[-1] not in ends:
+            raise ArithmeticError("something is left unread, or too many items")
+        return items, self.rest.pop()
+
+    def expression(self, binding: int):
+        """Precedence climbing: read what binds tighter than binding."""
+        left = self.factor()
+        while True:
+            if isinstance(left, Number) and binding < BINDS["^"] - 1:  # h in r^2 h is no unit of 2
+                left = self.measured(left)
+            token = self.rest[-1]
+            beside = token[:1].isalpha() or token[:1] == "\\" or token in ("(", "{", "∞")
+            sign = "*" if beside else "^" if token in ("^2", "^3") else token  # 21 \sqrt 3, x^2
+            if BINDS.get(sign, 0) <= binding:
+                return left
+            if not beside:
+                self.rest[-1:] = token[1:]
+            left = combine(left, sign, self.expression(BINDS[sign] - (sign == "^")))
+
+    def measured(self, left: Number) -> Number:
+        """A number with its units, and without the words that say what is counted."""
+        words, unit = 0, set(left.unit)
+        while token := self.rest[-1]:
+            word = token.isalpha() and (token.islower() and len(token) > 2 or token > "\u4e00"
+                                        or words and token in (*SMALL, "in"))
+            if token in UNITS and (not words or token[0] == "^"):
+                unit.update([UNITS[token]] * (not words))
+            elif unit == {"°"} and token in ("C", "F"):
+                unit.add(token)
+            elif token in ("/", "*") and unit and self.rest[-2] in UNITS:
+                unit.update(["per"] * (token == "/"))
+            elif not word or words == 5:
+                break
+            else:
+                words += 1
+            self.rest.pop()
+        return left._replace(unit=frozenset(unit))
+
+    def factor(self):
+        """What one sign joins to the next, with the marks behind it: 5!, a_{37}, 4210_5."""
+        token, self.depth = self.rest.pop(), self.depth + 1
+        if self.depth > MOST_DEPTH or len(token) > MOST_DIGITS:
+            raise ArithmeticError("nested too deep, or too many digits")
+        value = self.atom(token)
+        while self.rest[-1] in ("!", "_"):
+            if self.rest.pop() == "_":
+                value = f"{inner(value)}_{inner(self.factor())}"
+            else:
+                value = Number(Decimal(math.factorial(whole(value)))) if isinstance(
+                    value, Number) else f"{inner(value)}!"
+        self.depth -= 1
+        return value
+
+    def atom(self, token: str):
+        """A number, a bracket, a command with its arguments or a name."""
+        if token[:1].isdigit() or token[:1] == "." != token:
+            return repeating(token) if "r" in token else Number(
+                Decimal(token), max(0, -Decimal(token).as_tuple().exponent))
+        if token in ("-", "+"):
+            value = self.expression(BINDS["+"])
+            return value if token == "+" else combine(Number(-ONE), "*", value)
+        if token in ("(", "[", "{", "⟦"):
+            items, end = self.items((")", "]", "}", "⟧"))
+            if token + end not in ("()", "[]", "{}", "⟦⟧", "(]", "[)"):
+                raise ArithmeticError("a bracket that never closes")
+            return items[0] if len(items) == 1 and token != "⟦" else Group(token + end, items)
+        if token == "|":
+            value = self.expression(0)
+            if self.rest.pop() != "|":
+                raise ArithmeticError("a bar that never closes")
+            return Number(abs(value.value)) if isinstance(value, Number) else f"|{inner(value)}|"
+        if token in ("\\frac", "\\binom"):
+            if self.rest[-1].isdecimal():  # \frac12: each argument is one digit
+                self.rest[-1:] = reversed(self.rest[-1])
+            above, below = self.factor(), self.factor()
+            return combine(above, "/", below) if token == "\\frac" else Number(
+                Decimal(math.comb(whole(above), whole(below))))
+        if token == "\\sqrt":
+            index = self.factor() if self.rest[-1] == "[" else Number(Decimal(2))
+            return combine(self.factor(), "^", combine(Number(ONE), "/", index))
+        if token in ("\\pi", "\\exp"):
+            return Number(PI) if token == "\\pi" else combine("e", "^", self.factor())
+        if token in FUNCTIONS:
+            return self.function(token)
+        if token in CURRENCIES:
+            value = self.expression(BINDS["+"])
+            return combine(value, "*", Number(ONE, unit=frozenset({token})))
+        if token in ("\\angle", "\\triangle"):
+            return token + text(self.factor())
+        if not (token.strip("'").isalpha() or token[:1] == "\\" or token == "∞"):
+            raise ArithmeticError("a part is missing, or we do not know the sign")
+        while len(token) > 2 and len(self.rest[-1]) > 2 and self.rest[-1].isalpha():
+            token += self.rest.pop()  # words are one name: side length
+        if self.rest[-1] == "(" and (len(token) == 1 and token in "fgh" or token.isupper()):
+            self.rest.pop()
+            token += f"({','.join(map(text, self.items((')',))[0]))})"
+        return token
+
+    def function(self, name: str):
+        r"""\sin 2x, \log_2 8, \sin^2 x: a number where we can tell it exactly, else a name."""
+        base = power = None
+        while self.rest[-1][:1] in ("_", "^"):
+            mark = self.rest.pop()
+            if mark == "_":
+                base = self.factor()
+            else:
+                power = self.factor() if mark == "^" else Number(Decimal(mark[1]))
+        inside = self.factor()
+        while self.rest[-1] in ("°", "\\pi") or self.rest[-1].isalpha():  # sin 2x cos y
+            inside = self.measured(inside) if self.rest[-1] == "°" and isinstance(
+                inside, Number) else combine(inside, "*", self.factor())
+        if isinstance(inside, Number):
+            value = Number(computed(name, inside, base))
+        else:
+            value = f"{name}{'' if base is None else '_' + inner(base)}({text(inside)})"
+        return value if power is None else combine(value, "^", power)
+
+
+def computed(name: str, inside: Number, base: Number | None) -> Decimal:
+    """A logarithm with its base, or the sine of a multiple of 3 degrees; no other has one value."""
+    if name == "\\log" and isinstance(base, Number) or name == "\\ln":
+        return inside.value.ln() / (base.value.ln() if base else ONE)
+    turns = inside.value / (360 if inside.unit == {"°"} else 2 * PI)
+    if name not in ("\\sin", "\\cos", "\\tan") or abs(turns * 120 - round(turns * 120)) > TINY:
+        raise ArithmeticError("a function's value that we do not compute")
+    waves = []
+    for x in (turns % 1 * 2 * PI, (turns + Decimal("0.25")) % 1 * 2 * PI):  # a cosine is a sine too
+        wave, term, n = x, x, 1
+        while abs(term) > Decimal("1e-99"):
+            term *= -x * x / ((n + 1) * (n + 2))
+            wave, n = wave + term, n + 2
+        waves.append(round(wave, 95).normalize())
+    return waves[0] if name == "\\sin" else waves[1] if name == "\\cos" else waves[0] / waves[1]
+
+
+def repeating(digits: str) -> Number:
+    """0.1r6 is 0.1666..: all digits less those before the r, over nines and zeros."""
+    before, again = digits.split("r")
+    nines = 10 ** len(before.partition(".")[2]) * (10 ** len(again) - 1)
+    before = before.replace(".", "") or "0"
+    return Number(Decimal(int(before + again) - int(before)) / nines)
+
+
+def whole(x) -> int:
+    if not isinstance(x, Number) or x.unit or x.value not in range(41):
+        raise ArithmeticError("no whole number, or none that is small")
+    return int(x.value)
+
+
+def text(x) -> str:
+    """One text for all spellings of a value."""
+    if isinstance(x, Group):
+        return x.brackets[0] + ",".join(map(text, x.items)) + x.brackets[1]
+    return f"{x.value.normalize():.40g}" if isinstance(x, Number) else x
+
+
+def inner(x) -> str:
+    """A text that stands inside a larger formula: a sum, a product or a power in brackets."""
+    return f"({text(x).replace(' ', '')})" if re.search("[ ^/]", text(x)) else text(x)
+
+
+def combine(left, sign: str, right):
+    """left sign right, of numbers and formulas: a number, or a formula's text."""
+    if isinstance(left, Number) and isinstance(right, Number):
+        if sign in "+-" and left.unit != right.unit and (left.unit | right.unit) - {"°", "%"}:
+            raise ArithmeticError("two units in one sum, as 5m + 3 has")
+        value = calculate(left.value, sign, right.value)
+        if value and abs(value.adjusted()) > 50:
+            raise ArithmeticError("too large or too small")
+        return Number(value, 0, left.unit | right.unit)
+    if any(isinstance(x, Group) or isinstance(x, Number) and x.unit for x in (left, right)):
+        raise ArithmeticError("no formula has a unit or a list")
+    if sign == "^":
+        return f"{inner(left)}^{inner(right)}"
+    if sign == "-":
+        sign, right = "+", combine(Number(-ONE), "*", right)
+    elif sign in "/:":
+        sign, right = "*", combine(Number(ONE), "/", right) if isinstance(
+            right, Number) else f"{inner(right)}^-1"
+    parts = [part for x in (left, right) for part in (
+        [inner(x)] if sign == "*" and " + " in text(x) else text(x).split(f" {sign} "))]
+    if len(parts) > MOST_ITEMS:
+        raise ArithmeticError("a formula too long")
+    return f" {sign} ".join(sorted(part for part in parts if (sign, part) != ("*", "1")))
+
+
+def calculate(x: Decimal, sign: str, y: Decimal) -> Decimal:
+    """x sign y. Powers are whole, or roots of a low degree: others take too long."""
+    if sign != "^":
+        return x + y if sign == "+" else x - y if sign == "-" else x * y if sign == "*" else x / y
+    if y == Decimal("0.5"):
+        return x.sqrt()
+    degree = next((n for n in range(1, 13) if abs(y * n - round(y * n)) < TINY), None)
+    if degree is None or degree > 1 and x < 0:
+        raise ArithmeticError("a power that is no root")
+    root = x if degree == 1 or not x else Decimal(float(x) ** (1 / degree))
+    for _ in range(4 if root is not x else 0):  # Newton's steps, from 16 digits to 100
+        root -= (root - x / root ** (degree - 1)) / degree
+    return root ** round(y * degree)
+
+
+def relate(parts: list, signs: list[str]):
+    """Sides and the signs between them: a value with its name, an interval, or an equation."""
+    first, last = parts[0], parts[-1]
+    name = text(first) if isinstance(first, Group) or isinstance(first, str) and NAME.fullmatch(
+        first) else ""
+    if set(signs) != {"="}:
+        if interval := between(parts, signs):
+            return interval
+    elif len(parts) == 2 and isinstance(last, str) and len(last) < 4 and NAME.fullmatch(
+            last) and not isinstance(first, str):  # 5 = x
+        return first._replace(name=last)
+    elif isinstance(last, Number):
+        numbers = [x for x in parts if isinstance(x, Number)]
+        agree = numbers[:-1] and all(rounds(x.value, last) for x in numbers[:-1])
+        sums = re.fullmatch(r"[A-Za-z]+(?: \+ [A-Za-z]+)*", text(first))  # m + n = 2 + 3 = 5
+        if name or agree and (len(numbers) == len(parts) or sums):
+            return last._replace(name=name, exact=numbers[-2].value if agree else None)
+    elif isinstance(last, Group) and name and len(parts) == 2:
+        return last._replace(name=name)
+    if not any(isinstance(x, str) for x in parts):
+        raise ArithmeticError("numbers that differ, or lists")
+    return "".join(map(str.__add__, map(text, parts), [*signs, ""]))
+
+
+def between(parts: list, signs: list[str]) -> Group | None:
+    """x > 3 or 1 < x <= 2 as an interval of one name; None where it is none."""
+    if signs[0] in ">≥":  # read it from the other end
+        parts, signs = parts[::-1], [{">": "<", "≥": "≤"}.get(sign, "") for sign in signs[::-1]]
+    ends = [isinstance(x, Number) or "∞" in text(x) for x in parts]
+    if not set(signs) <= {"<", "≤"} or ends not in ([1, 0], [0, 1], [1, 0, 1]):
+        return None
+    name = parts[ends.index(False)]
+    low, high = parts[0] if ends[0] else "-1 * ∞", parts[-1] if ends[-1] else "∞"
+    left, right = "[" if ends[0] and signs[0] == "≤" else "(", "]" if ends[-1] and signs[-1] == "≤" else ")"
+    return Group(left + right, [low, high], name) if NAME.fullmatch(text(name)) else None
+
+
+# ---------------------------------------------------------------------------------------------
+# Step 3. Compare: two values -> equal or not
+
+
+def same(said, wanted) -> bool:
+    """Equal values; but two units, or two names, must agree as well. 25% is 25 and 0.25."""
+    left, right = (x.items if isinstance(x, Group) and x.brackets == "{}" else [x]
+                   for x in (said, wanted))
+    if len(left) > 1 or len(right) > 1:  # sets: "7.5 or 15/2" is the set {7.5}
+        return (all(any(same(x, y) for x in left) for y in right)
+                and all(any(same(x, y) for y in right) for x in left))
+    if type(said) is not type(wanted) or isinstance(said, str):
+        return said == wanted
+    if said.name and wanted.name and said.name != wanted.name:
+        return False
+    if isinstance(said, Group):
+        return (said.brackets == wanted.brackets and len(said.items) == len(wanted.items)
+                and all(map(same, said.items, wanted.items)))
+    if said.unit and wanted.unit and said.unit != wanted.unit:
+        return False
+    scales = [ONE] if said.unit == wanted.unit else [
+        ONE, *[Decimal("0.01")] * ("%" in said.unit), *[100] * ("%" in wanted.unit)]
+    values = [said.value] if said.exact is None else [said.value, said.exact]
+    return any(rounds(value * scale, wanted) for value in values for scale in scales)
+
+
+def rounds(value: Decimal, wanted: Number) -> bool:
+    """value is the wanted one, or the wanted one is a decimal that stands for value rounded."""
+    gap = abs(value - wanted.value)
+    if gap <= TINY * abs(wanted.value):
+        return True
+    _, digits, exponent = value.as_tuple()
+    if len(digits) > 90:  # no decimal can write it: 1/3, \sqrt 3, \pi
+        precise = wanted.decimals > 0 and len(wanted.value.as_tuple().digits) > 1
+        return precise and 2 * gap <= Decimal(1).scaleb(-wanted.decimals)
+    return wanted.decimals > 6 and len(digits) > 5 and 2 * gap <= Decimal(1).scaleb(exponent)
