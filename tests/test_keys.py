@@ -10,7 +10,9 @@ reward.py and works another way: by descent, in exact arithmetic (sympy), slower
 has to explain why the prediction is right. A pair that it cannot explain is a key, or something that the judge has
 yet to learn from the policy; either way the test fails and shows it.
 
-What the judge reads is written down in `readings`; what it cannot read to the last character it does not explain.
+Begin at `explain`. A text is a choice, words, or one of the `readings`; what the judge cannot read to the last
+character it does not explain. It sets aside the white space, brackets and emphasis around an answer and a stop or
+comma behind it, nothing else: no stray sign, no half bracket, no word that it does not know.
 """
 import functools
 import itertools
@@ -42,16 +44,31 @@ REFERENCES = [
 # ---- the judge
 
 
+# A reading is a tuple, its kind first: ("number", value, unit, digits behind the point), ("set", items), ("sequence", bracket,
+# items, bracket, name), ("named", name, reading), ("time", hours and minutes, a or p), ("matrix", rows).
+
+
 class Unread(Exception):
     """The judge does not understand; so it explains nothing."""
 
 
 SPACES = re.compile(r"(?<!\\)(?:\\(?:[,;:! ]|(?:q?quad|displaystyle)(?![A-Za-z]))|~)|\s")
-NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+NUMBERS = {word: n for n, word in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())}
+NUMBERS |= {"half": sympy.Rational(1, 2), "dozen": 12, "a dozen": 12}
 UNITS = {name: unit for unit, names in {
-    "cm": "cm centimeter centimeters", "m": "m meter meters", "cent": "cent cents ¢", "$": "dollar dollars",
-    "°": "degree degrees", "%": "percent pct", "day": "day days", "N": "N", "kWh": "kWh",
-    "cube": "cubes red%cubes"}.items() for name in names.split()}  # a % stands for the space
+    "cm": "cm|centimeter|centimeters", "m": "m|meter|meters", "cent": "cent|cents|¢", "$": "dollar|dollars",
+    "°": "degree|degrees", "%": "percent|pct", "day": "day|days", "N": "N", "kWh": "kWh", "cube": "cubes|red cubes"}.items()
+    for name in names.split("|")}
+NAMES = "|".join(sorted(UNITS, key=len, reverse=True))
+MARK = re.compile(  # dollars before a number; the others behind one, and before no other
+    r"(?<![\d.}\w])\\?\$\s*(?=[\d.]|\\frac|\\sqrt)"
+    rf"|(?<=[\d.}}\s)\]i])\s*(?:\\?%|\^\s*\{{\s*\\circ\s*\}}|\^?\s*\\circ(?![A-Za-z])|°"
+    rf"|\\(?:text|mathrm)\s*\{{\s*(?:{NAMES})\s*\}}"
+    rf"|(?:{NAMES})(?![A-Za-z])|\((?:{NAMES})\))(?!\s*(?:[\d.{{(a-zA-Z]|\\(?!times|cdot)))")
+SAID = [(r"(?:negative|minus) (?![-+])(.+)", r"-(\1)"), ("(.+) squared", r"(\1)^2"), ("(.+) factorial", r"(\1)!"),
+        ("(.+) doubled|twice (.+)", r"2(\1\2)"), ("half of (.+)", r"(\1)/2"), ("(.+) dozen", r"12(\1)"),
+        ("(.+) hundred", r"100(\1)"), ("(.+) million", r"1000000(\1)"), ("(.+) times (.+)", r"(\1)*(\2)"),
+        ("(.+) over (.+)", r"(\1)/(\2)")]
 TURNS = re.compile(r"\b(?:or|not|either|neither|nor|no|never|maybe|unless|except|but|wrong|incorrect)\b|n't\b|\?|\b[A-H]\b")
 NAME = r"(?:m?\\angle )?(?:[a-zA-Z]|[A-Z]{2,3})(?:_\{?\w\}?)?"
 
@@ -80,13 +97,14 @@ class Descent:
         return join("+", terms)
 
     def product(self):
-        factors, last = [self.power()], "first"
+        factors = [self.power()]
         while self.rest.strip():
             if self.eat(r"\\times(?![A-Za-z])|\\cdot(?![A-Za-z])|\*(?!\*)|×|·"):
                 factors.append(self.power())
             elif self.eat(r"/|÷|\\div(?![A-Za-z])"):
                 factors.append(join("^", [self.power(), sympy.Integer(-1)]))
-            elif re.match(r"\s*(?:[a-zA-Z(]|\\sqrt|\\pi|\\frac|√|π)", self.rest):  # 2x, 2(3), 21\sqrt{3}; never 2 3
+            elif re.match(r"\s*(?:(?:[a-zA-Z]|pi)(?![A-Za-z])|\(|\\sqrt|\\pi|\\frac|√|π)", self.rest):
+                # 2x, 2(3), 21\sqrt{3}; never 2 3, nor 5 half
                 factors.append(self.power())
             else:
                 break
@@ -111,6 +129,9 @@ class Descent:
         return self.atom()
 
     def atom(self):
+        word = self.eat(f"({'|'.join(NUMBERS)})(?![A-Za-z])")
+        if word:
+            return sympy.sympify(NUMBERS[word[1]])
         mixed = self.eat(r"(\d+)(?:\s*\\[dt]?frac\s*(?:\{(\d+)\}\s*\{(\d+)\}|(\d)\s*(\d))|\s+(\d+)\s*/\s*(\d+))(?![\d.])")
         if mixed:
             whole, top, bottom = [sympy.Integer(part) for part in mixed.groups() if part]
@@ -131,9 +152,9 @@ class Descent:
                 inner = self.sum()
                 if not self.eat(right):
                     raise Unread("a bracket that is not closed")
-                if left == r"\|":
-                    return sympy.Abs(number_only(inner))
-                return inner
+                if left == r"\|" and not is_number(inner):
+                    raise Unread("a norm")
+                return sympy.Abs(inner) if left == r"\|" else inner
         letter = self.eat(r"[a-zA-Z](?![A-Za-z])")
         if letter:
             return letter[0].strip()
@@ -142,12 +163,6 @@ class Descent:
 
 def is_number(value):
     return isinstance(value, sympy.Basic)
-
-
-def number_only(value):
-    if not is_number(value):
-        raise Unread(f"{value} has an unknown")
-    return value
 
 
 def fraction(top, bottom):
@@ -216,35 +231,30 @@ def choice(text):
     words = found[4] and re.fullmatch(r"[a-zA-Z]{2,}(?: [a-zA-Z]+)*", rest)
     if TURNS.search(rest) or re.match(r"0\d", rest) or not words and not [*readings(rest)]:
         return None
-    return frozenset(letter), rest if not re.match(r"[A-H]\.\d", text) else "?"  # B.5: five, or a half?
+    return frozenset(letter), rest
 
 
 def quantity(text):
     """("number", exact value or nested tuple, unit, digits behind the point of a plain decimal)."""
-    text, unit = unwrapped(text, r"\s+"), ""
-    money = re.match(r"(-?)\s*\\?\$\s*(?=[\d.]|\\frac|\\sqrt)", text)
-    if money:
-        text, unit = money[1] + text[money.end():], "$"
-    behind = re.search(r"(\\?%|\^?\s*\{?\s*\\circ\s*\}?|°)$", text)
-    names = "|".join(re.escape(name).replace("%", " ") for name in UNITS)
-    named = re.search(rf"(?<=[\d}}\s)])\s*(?:\\(?:text|mathrm)\s*\{{\s*([^{{}}]*?)\s*\}}|({names})|\(({names})\))$", text)
-    if behind and not money:
-        text, unit = text[:behind.start()], "%" if "%" in behind[1] else "°"
-    elif named and not money:
-        unit = UNITS.get((named[1] or named[2] or named[3] or "").replace(" ", "%"))
-        text = text[:named.start()]
-        if unit is None:
-            raise Unread("no unit that the judge knows")
-    spoken = re.fullmatch(r"(negative |minus )?([a-z]+|\d+)", text.strip().lower())
-    if spoken and (spoken[1] or spoken[2] in NUMBERS):
-        if not spoken[2].isdigit() and spoken[2] not in NUMBERS:
-            raise Unread(text)
-        value = sympy.Integer(NUMBERS.index(spoken[2]) if spoken[2] in NUMBERS else spoken[2]) * (-1 if spoken[1] else 1)
-    else:
-        value = Descent(text).value
-    if unit and not is_number(value) or is_number(value) and not value.is_finite:
+    text = unwrapped(text, r"\s+")
+    marks = [*MARK.finditer(text)]
+    bare = MARK.sub("", text).strip()
+    units = {UNITS.get(re.sub(r"\\(?:text|mathrm)|[\\{}()^]", "", mark[0]).strip(), mark[0].strip(" \\^{}")) for mark in marks}
+    unit = {"circ": "°"}.get(*units, *units) if len(units) == 1 else ""
+    numbers = re.findall(r"\d+(?:\.\d+)?|\.\d+", bare)
+    whole = len(marks) == 1 and marks[0].end() == len(text)  # 5 cm, 3 + 2 cm
+    factor = len(marks) == 1 and not re.search(r"(?<=.)[-+!^]|sqrt|√", bare)  # \frac{90^\circ}{2}, -$5
+    each = len(marks) == len(numbers) and not re.search(r"[*/!^]|\\(?:frac|sqrt|times|cdot)", bare)  # 90^\circ - 45^\circ
+    if marks and not (numbers or re.fullmatch("|".join(NUMBERS), bare) or "\\pi" in bare):
+        raise Unread("a unit without a number")
+    if len(units) > 1 or marks and not (whole or factor or each):
+        raise Unread("units that do not go together")
+    decimal = re.fullmatch(r"-?\d*\.(\d+)", bare)
+    for said, meant in SAID if not marks else ():
+        bare = re.sub(f"^(?:{said})$", meant, bare)
+    value = Descent(bare).value
+    if marks and not is_number(value) or is_number(value) and not value.is_finite:
         raise Unread(text)
-    decimal = re.fullmatch(r"-?\d*\.(\d+)", text.strip())
     return "number", value, unit, len(decimal[1]) if decimal else 0
 
 
@@ -282,6 +292,7 @@ def readings(text):
 
 
 def whole_set(text):
+    """1, 2 and 2 or 1 and \\{1, 2\\}; \\pm 2; \\emptyset."""
     if re.fullmatch(r"\\\{\s*\\\}|\\emptyset|\\varnothing|∅|(?i:no solutions?)", text):
         return "set", ()
     if len(re.findall(r"\\pm(?![A-Za-z])|±", text)) == 1:
@@ -296,6 +307,7 @@ def whole_set(text):
 
 
 def sequence(text):
+    """Pairs and intervals: (1, 2), [3, \\infty)."""
     text = re.sub(r"^[a-z] \\in ", "", re.sub(r"^\\langle(.*)\\rangle$", r"(\1)", text.strip()))
     found = re.fullmatch(r"([(\[])(.*)([)\]])", text)
     parts = split(found[2]) if found else []
@@ -305,6 +317,7 @@ def sequence(text):
 
 
 def inequality(text):
+    """As an interval, with the name it is about."""
     parts = re.split(r"(\\geq?(?![A-Za-z])|\\leq?(?![A-Za-z])|<=|>=|[<>≤≥])", text)
     signs = [{"g": ">=", "l": "<="}.get(s[1:2], {"≥": ">=", "≤": "<="}.get(s, s)) for s in parts[1::2]]
     terms = [part.strip() for part in parts[::2]]
@@ -315,7 +328,8 @@ def inequality(text):
     for sign, left, right in zip(signs, terms, terms[1:]):
         first = re.fullmatch("[a-zA-Z]", left) is not None
         value = quantity(right if first else left)
-        number_only(value[1])
+        if not is_number(value[1]):
+            raise Unread(text)
         if (sign[0] == ">") == first:
             low = value, "[" if "=" in sign else "("
         else:
@@ -342,6 +356,7 @@ def equation(text):
 
 
 def ratio(text):
+    """1:2 and 2 to 3 are quotients; 4:30 is a time of day."""
     time = re.fullmatch(r"(\d\d?:[0-5]\d)(?: ?([ap])\.?m\.?)?", text, re.I)
     if time:
         return "time", time[1].lstrip("0"), (time[2] or "").lower()
@@ -386,11 +401,13 @@ def same(one, two):
         return False
     if sympy.oo in (abs(a), abs(b)):
         return a == b
-    for x, y in [(a, b)] + [(a / 100, b)] * (unit == "%" != other) + [(a, b / 100)] * (other == "%" != unit):
+    scales = [(1, 1), (100, 1)] if unit == "%" != other else [(1, 1), (1, 100)] if other == "%" != unit else [(1, 1)]
+    for down, step in scales:  # 25% is 25, and 0.25
+        x, y = a / down, b / step
         if sympy.simplify(x - y) == 0:
             return True
         endless = not x.is_Rational or set(sympy.factorint(x.q)) - {2, 5}
-        if places >= 2 and endless and abs(x - y) <= sympy.Rational(1, 2 * 10 ** places):
+        if places >= 2 and endless and abs(x - y) <= sympy.Rational(1, 2 * step * 10 ** places):
             return True
     return False
 
@@ -411,7 +428,7 @@ def explain(prediction, reference):
         return explain(letters[1], reference)
     if words and words == text and not asked:
         return "the same words"
-    said = re.fullmatch(r"(?:there (?:is|are) (.+)|the [a-z]+ is (.+)|(yes|no), (?:there|it) is(?: not)?"
+    said = re.fullmatch(r"(?:there (?:is|are) (.+)|the [a-z]+ is (.+)|(yes), (?:there|it) is|(no), (?:there|it) is not"
                         r"|(?:the )?(?:final )?answer(?: is)?:? (.+)|(.+) is (?:correct|right))", unwrapped(prediction), re.I)
     if said and explain(next(filter(None, said.groups())), reference):
         return "said in a sentence"
@@ -542,7 +559,7 @@ RULES = {  # what a grader may get wrong for all references of a kind
     "an answer that says nothing": lambda p, r: not re.search(r"\w", re.sub(r"\\boxed|\\text", "", p)),
     "the first of two": lambda p, r: p.startswith((r + " or ", r + " (or ")),
     "the last of two": lambda p, r: p.endswith((" or " + r, "; " + r)) and not p.startswith(r),
-    "words behind a number": lambda p, r: p in (f"{r} {word}" for word in "half dozen doubled squared negative more".split()),
+    "words behind a number": lambda p, r: r != "0" and p in [f"{r} {x}" for x in ("half", "dozen", "doubled", "more")],
     "a denial": lambda p, r: p in (f"not {r}", f"{r} is wrong", f"cannot be {r}", f"no {r}"),
     "a comparison": lambda p, r: p in (f"greater than {r}", f"> {r}", f"at least {r}", f"{r} or more"),
     "something done to the unknown": lambda p, r: p in (f"2x = {r}", f"x/2 = {r}", f"x! = {r}", rf"\sqrt{{x}} = {r}"),
@@ -551,7 +568,7 @@ RULES = {  # what a grader may get wrong for all references of a kind
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_planted_rule_is_found(rule):
-    """Letters with words behind a mark ("D. more") and equations of 0 aside, nothing such a rule lets in is explained."""
+    """Letters with words behind a mark aside ("D. more" is D), nothing that such a rule lets in is explained."""
     let_in = [(p, r) for p in filled() for r in REFERENCES if RULES[rule](p, r) and p.strip() != r]
     explained = [pair for pair in let_in if explain(*pair)]
     assert len(let_in) >= 20 and {r for _, r in explained} <= {"(C)", "D."}, explained
