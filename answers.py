@@ -21,23 +21,24 @@ LONGEST_ANSWER, MOST_DIGITS, MOST_DEPTH, MOST_POWERS, MOST_ITEMS = 400, 40, 20, 
 # ---------------------------------------------------------------------------------------------
 # Step 1. Normalise: an answer -> one spelling
 
-# words that deny an answer or hedge it
-DENIALS = (r"(?:(?<!\\)\b(?:not|never|neither|nor|none|cannot|anything|without|except|wrong|incorrect"
-           r"|false|invalid|impossible|unlikely|rather|instead|either|may|maybe|perhaps|possibly|might"
-           r"|could|unsure|guess)\b|n['’]t\b|不|错|非|可能|也许)")
+# words that deny an answer or hedge it, and words that compare with it or change its number
+DENIALS = (
+    r"(?:(?<![\\a-z])(?:not|never|neither|nor|none|cannot|anything|without|except|wrong|incorrect|false"
+    r"|invalid|impossible|unlikely|rather|instead|either|may|maybe|perhaps|possibly|might|could|unsure"
+    r"|guess)(?![a-z])|n['’]t\b|不|错|非|可能|也许)")
 DENIED = re.compile(DENIALS, re.I)
-# and words that compare with it or change its number
 CHANGES = re.compile(
-    rf"{DENIALS}|(?<!\\)\b(?:repeating|recurring|half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|twelf|[a-z]+teen"
-    r"|[a-z]+tie|hundred|thousand|million)ths?|dozens?|scores?|pairs?|couple|twice|thrice|doubled?"
-    r"|tripled?|times|fold|squared|cubed|root|power|factorial|negative|minus|plus|point|hundred"
-    r"|thousand|[a-z]*illion|lakh|crore|gross|(?:one|two|three|four|five|sixe|seven|eight|nine|ten)s"
-    r"|gcd|lcm|mod|max|min|too|many|few|short|missing|extra|over|under|above|below|beyond|between|from|past|more|less|fewer|greater"
-    r"|larger|smaller|than|least|most|minimum|maximum|within|until|up|down|off|exceed\w*|increas\w*"
-    r"|decreas\w*|reduc\w*)\b|[或多少倍半至超负]|[大小]于|以[上下内外]|\d(?:st|nd|rd|th|ish)\b", re.I)
+    rf"{DENIALS}|(?<![\\a-z])(?:half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|twelf"
+    r"|[a-z]+teen|[a-z]+tie|hundred|thousand|million)ths?|(?:one|two|three|four|five|sixe|seven|eight"
+    r"|nine|ten)s|dozens?|scores?|pairs?|couple|gross|hundred|thousand|[a-z]*illion|lakh|crore|twice"
+    r"|thrice|doubled?|tripled?|times|fold|squared|cubed|root|power|factorial|negative|minus|plus|point"
+    r"|repeating|recurring|gcd|lcm|mod|max|min|over|under|above|below|beyond|between|from|past|within"
+    r"|until|up|down|off|more|less|fewer|greater|larger|smaller|than|least|most|minimum|maximum|too|many"
+    r"|few|short|missing|extra|exceed[a-z]*|increas[a-z]*|decreas[a-z]*|reduc[a-z]*)(?![a-z])"
+    r"|\d(?:st|nd|rd|th|ish)\b|[或多少倍半至超负]|[大小]于|以[上下内外]", re.I)
 NOT_THIS = re.compile(  # D, not B: what is denied goes
-    r"[,;]?\s*\b(?:(?:and|but)\s+)?(?:not|rather than|instead of|rules? out)\s+(?:be\s+)?(?:option\s+"
-    r"|choice\s+)?(?:\(?[A-H]\b\)?|-?\d[\d.,]*(?![^\s,.]))(?:\W*but\b)?|不[是选選]\s*[A-H\d]+")
+    r"[,;]?\s*\b(?:(?:and|but)\s+)?(?:not|rather than|instead of|rules? out)\s+(?:be\s+)?"
+    r"(?:(?:option|choice)\s+)?(?:\(?[A-H]\b\)?|-?\d[\d.,]*(?![^\s,.]))(?:\W*but\b)?|不[是选選]\s*[A-H\d]+")
 REASON = re.compile(r",?\s+(?:because|since|as)\s.*|[,，]?因为.*", re.S)
 ASIDE = re.compile(r",?\s+which\s.*|\s\([^()\\]*[a-z]{2}[^()\\]*\)\W*$", re.S)
 
@@ -198,7 +199,7 @@ MEANING = {spelling: meaning for meaning, spellings in {
 NAME = re.compile(
     r"-?(?:[A-Za-z]'*|[A-Za-z]*_\w+|\|[A-Z]+\||[A-Z]+\w*(?:\^-1)?(?: \* [A-Z]+\w*(?:\^-1)?)?|[a-z]{3,}"
     r"|[\u4e00-\u9fff]+|\w+\(.*\)|\\(?:sin|cos|tan)\([^a-z]*(?:\\[a-z]+)?\)|\\[A-Za-z]+\w*)'*")
-YES = re.compile(r"(yes|no)\b(?!\s+\w)\W*(.*)", re.I | re.S)
+YES = re.compile(r"(yes|no)\b(?!\s+\w)\W*((?:.*[a-z]{2}.*)?)", re.I | re.S)
 
 # decimals: as written, 2 in 0.50, and 0 for what is computed; exact: 21\sqrt3 in 21\sqrt3 = 36.37
 Number = namedtuple("Number", "value decimals unit name exact", defaults=(0, frozenset(), "", None))
@@ -219,7 +220,8 @@ def read(answer: str):
     elif time := TIME.fullmatch(answer.rpartition("=")[2].strip()):
         items = [Group("time", [time[1]], (time[2] or "").strip().lower())]
     else:
-        tokens = tokenise(answer)
+        tokens = tokenise(answer.lstrip("="))
+        tokens = tokens[tokens[:1] == ["="]:]  # \approx 5
         if "±" in tokens:  # two answers, one with each sign
             tokens = [y for s in "+-" for y in [*(s if x == "±" else x for x in tokens), ","]][:-1]
         work = sum(4 * (x in FUNCTIONS) + (x in ("^", "\\sqrt")) for x in tokens)
@@ -263,8 +265,6 @@ class Reader:
         """What commas part, up to a token of ends: (values, that token)."""
         items = []
         while len(items) < MOST_ITEMS:
-            while self.rest[-1] in ("=", ","):  # an empty part, as in "= 5" or ", and"
-                self.rest.pop()
             parts, signs = [self.expression(0)], []
             while self.rest[-1] in tuple("=<>≤≥≠"):
                 signs.append(self.rest.pop())
@@ -274,6 +274,8 @@ class Reader:
             items.append(relate(parts, signs) if signs else parts[0])
             if self.rest[-1] != ",":
                 break
+            while self.rest[-1] == ",":  # as in ", and"
+                self.rest.pop()
         if self.rest[-1] not in ends:
             raise ArithmeticError("something is left unread, or too many items")
         return items, self.rest.pop()
@@ -344,7 +346,8 @@ class Reader:
             value = self.expression(0)
             if self.rest.pop() != "|":
                 raise ArithmeticError("a bar that never closes")
-            return Number(abs(value.value)) if isinstance(value, Number) else f"|{inner(value)}|"
+            return value._replace(value=abs(value.value)) if isinstance(
+                value, Number) else f"|{inner(value)}|"
         if token in ("\\frac", "\\binom"):
             if self.rest[-1].isdecimal():  # \frac12: each argument is one digit
                 self.rest[-1:] = reversed(self.rest[-1])

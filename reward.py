@@ -144,7 +144,7 @@ BEFORE = re.compile(r"(?:\(([A-Ha-h])\)|([A-H])(?:[.:)](?=[\s\d])|\)|(?=\s+(?:[\
                     r"|\\sqrt))))\s*(\S.*)()", re.S)
 BEHIND = re.compile(r"()()(\S*\d.*)\s+\(([A-H])\)", re.S)
 OTHER = re.compile(r"(?<![A-Za-z])[A-H](?:\)|[.:](?=\s|\d|$))|(?:\b(?:and|not|nor)|,)\s*\(?[A-H]\b"
-                   r"|\b(?:or|either)\b|^\W*(?:wrong|incorrect|not (?:correct|right))\b", re.I)
+                   r"|\b(?:or|either)\b|^\W*(?:and|not)\b|^\W*(?:wrong|incorrect|not (?:correct|right))\b", re.I)
 
 
 def is_equal(prediction: str, reference: str) -> bool:
