@@ -31,7 +31,7 @@ CHANGES = re.compile(
     rf"{DENIALS}|(?<![\\a-z])(?:half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|twelf"
     r"|[a-z]+teen|[a-z]+tie|hundred|thousand|million)ths?|(?:one|two|three|four|five|sixe|seven|eight"
     r"|nine|ten)s|dozens?|scores?|pairs?|couple|gross|hundred|thousand|[a-z]*illion|lakh|crore|twice"
-    r"|thrice|doubled?|tripled?|times|fold|squared|cubed|root|power|factorial|negative|minus|plus|point"
+    r"|thrice|doubled?|tripled?|times|fold|squared|cubed|root|power|factorial|negative|minus|plus"
     r"|repeating|recurring|gcd|lcm|mod|max|min|over|under|above|below|beyond|between|from|past|within"
     r"|until|up|down|off|more|less|fewer|greater|larger|smaller|than|least|most|minimum|maximum|too|many"
     r"|few|short|missing|extra|exceed[a-z]*|increas[a-z]*|decreas[a-z]*|reduc[a-z]*)(?![a-z])"
@@ -336,6 +336,8 @@ class Reader:
                 Decimal(token), max(0, -Decimal(token).as_tuple().exponent))
         if token in ("-", "+"):
             value = self.expression(BINDS["+"])
+            if isinstance(value, Number):  # -1.41 has two decimals
+                return value if token == "+" else value._replace(value=-value.value)
             return value if token == "+" else combine(Number(-ONE), "*", value)
         if token in ("(", "[", "{", "⟦"):
             items, end = self.items((")", "]", "}", "⟧"))
@@ -365,14 +367,14 @@ class Reader:
             value = self.expression(BINDS["+"])
             return combine(value, "*", Number(ONE, unit=frozenset({token})))
         if token in ("\\angle", "\\triangle"):
-            return token + text(self.factor())
+            return token + written(self.factor())
         if not (token.strip("'").isalpha() or token[:1] == "\\" or token == "∞"):
             raise ArithmeticError("a part is missing, or we do not know the sign")
         while len(token) > 2 and len(self.rest[-1]) > 2 and self.rest[-1].isalpha():
             token += self.rest.pop()  # words are one name: side length
         if self.rest[-1] == "(" and (len(token) == 1 and token in "fgh" or token.isupper()):
             self.rest.pop()
-            token += f"({','.join(map(text, self.items((')',))[0]))})"
+            token += f"({','.join(map(written, self.items((')',))[0]))})"
         return token
 
     def function(self, name: str):
@@ -391,7 +393,7 @@ class Reader:
         if isinstance(inside, Number):
             value = Number(computed(name, inside, base))
         else:
-            value = f"{name}{'' if base is None else '_' + inner(base)}({text(inside)})"
+            value = f"{name}{'' if base is None else '_' + inner(base)}({written(inside)})"
         return value if power is None else combine(value, "^", power)
 
 
@@ -426,16 +428,16 @@ def whole(x) -> int:
     return int(x.value)
 
 
-def text(x) -> str:
+def written(x) -> str:
     """One text for all spellings of a value."""
     if isinstance(x, Group):
-        return x.brackets[0] + ",".join(map(text, x.items)) + x.brackets[1]
+        return x.brackets[0] + ",".join(map(written, x.items)) + x.brackets[1]
     return f"{x.value.normalize():.40g}" if isinstance(x, Number) else x
 
 
 def inner(x) -> str:
     """A text that stands inside a larger formula: a sum, a product or a power in brackets."""
-    return f"({text(x).replace(' ', '')})" if re.search("[ ^/]", text(x)) else text(x)
+    return f"({written(x).replace(' ', '')})" if re.search("[ ^/]", written(x)) else written(x)
 
 
 def combine(left, sign: str, right):
@@ -457,7 +459,7 @@ def combine(left, sign: str, right):
         sign, right = "*", combine(Number(ONE), "/", right) if isinstance(
             right, Number) else f"{inner(right)}^-1"
     parts = [part for x in (left, right) for part in (
-        [inner(x)] if sign == "*" and " + " in text(x) else text(x).split(f" {sign} "))]
+        [inner(x)] if sign == "*" and " + " in written(x) else written(x).split(f" {sign} "))]
     if len(parts) > MOST_ITEMS:
         raise ArithmeticError("a formula too long")
     return f" {sign} ".join(sorted(part for part in parts if (sign, part) != ("*", "1")))
@@ -481,7 +483,7 @@ def calculate(x: Decimal, sign: str, y: Decimal) -> Decimal:
 def relate(parts: list, signs: list[str]):
     """Sides and the signs between them: a value with its name, an interval, or an equation."""
     first, last = parts[0], parts[-1]
-    name = text(first) if isinstance(first, Group) or isinstance(first, str) and NAME.fullmatch(
+    name = written(first) if isinstance(first, Group) or isinstance(first, str) and NAME.fullmatch(
         first) else ""
     if set(signs) != {"="}:
         if interval := between(parts, signs):
@@ -492,27 +494,27 @@ def relate(parts: list, signs: list[str]):
     elif isinstance(last, Number):
         numbers = [x for x in parts if isinstance(x, Number)]
         agree = numbers[:-1] and all(rounds(x.value, last) for x in numbers[:-1])
-        sums = re.fullmatch(r"[A-Za-z]+(?: \+ [A-Za-z]+)*", text(first))  # m + n = 2 + 3 = 5
+        sums = re.fullmatch(r"[A-Za-z]+(?: \+ [A-Za-z]+)*", written(first))  # m + n = 2 + 3 = 5
         if name or agree and (len(numbers) == len(parts) or sums):
             return last._replace(name=name, exact=numbers[-2].value if agree else None)
     elif isinstance(last, Group) and name and len(parts) == 2:
         return last._replace(name=name)
     if not any(isinstance(x, str) for x in parts):
         raise ArithmeticError("numbers that differ, or lists")
-    return "".join(map(str.__add__, map(text, parts), [*signs, ""]))
+    return "".join(map(str.__add__, map(written, parts), [*signs, ""]))
 
 
 def between(parts: list, signs: list[str]) -> Group | None:
     """x > 3 or 1 < x <= 2 as an interval of one name; None where it is none."""
     if signs[0] in ">≥":  # read it from the other end
         parts, signs = parts[::-1], [{">": "<", "≥": "≤"}.get(sign, "") for sign in signs[::-1]]
-    ends = [isinstance(x, Number) or "∞" in text(x) for x in parts]
+    ends = [isinstance(x, Number) or "∞" in written(x) for x in parts]
     if not set(signs) <= {"<", "≤"} or ends not in ([1, 0], [0, 1], [1, 0, 1]):
         return None
     name = parts[ends.index(False)]
     low, high = parts[0] if ends[0] else "-1 * ∞", parts[-1] if ends[-1] else "∞"
     left, right = "[" if ends[0] and signs[0] == "≤" else "(", "]" if ends[-1] and signs[-1] == "≤" else ")"
-    return Group(left + right, [low, high], name) if NAME.fullmatch(text(name)) else None
+    return Group(left + right, [low, high], name) if NAME.fullmatch(written(name)) else None
 
 
 # ---------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ from functools import lru_cache
 
 from answers import (
     CHANGES, COUNT, DENIED, LONGEST_ANSWER, NOT_THIS, PRECISE, UNITS, Number, counted, normalise,
-    plain, read, same, says_nothing, unwrapped, without_reason)
+    plain, read, same, says_nothing, unwrapped, without_reason, written)
 
 LONGEST_RESPONSE = 6_000  # characters; of a longer response the end is read
 
@@ -53,7 +53,7 @@ NESTED = r"(?:[^{}]|\{" * 6 + r"[^{}]*" + r"\})*" * 6  # braces in braces, six d
 BOX = re.compile(rf"\\(?:boxed|fbox)\s*(?:\{{({NESTED})\}}|([^\s{{$]+))")
 PHRASE = re.compile(
     r"####|<answer>|\b(?:answer|option|choice)s?(?:\s+(?:to|of|for)\s[\w\s]{1,40}?)?[\s*]*(?::|="
-    r"|\b(?:is|are|(?:seems? to|must|should|would|will) be)\b)[\s:*#_]*|\banswer\**\s*\n[\s*#]*"
+    r"|\b(?:is|are|(?:seems? to|must|should|would|will) be)\b)(?:[\s:*#_]*\n\s*-\s+|[\s:*#_]*)|\banswer\**\s*\n[\s*#]*(?:-\s+)?"
     r"|答案[\s*]*(?:应?[是为為]|:|：)?[\s:：*】]*|(?<!不)(?:[应應][该該]?|故)?[选選](?![项項])"
     r"[择擇]?[\s:：为為*]*", re.I)
 # what ends an answer: a full stop (but C. 120 goes on), a line, a tag
@@ -64,7 +64,8 @@ REMARK = re.compile(
 TAKEN_BACK = re.compile(r"\b(?:wait|actually|however|correction|mistake|is wrong|['’]s wrong)\b", re.I)
 PROSE = re.compile(r"[^\W\d_]{2,}[\s,]+[^\W\d_]{2,}|[\u4e00-\u9fff]{4}")
 SENTENCE = re.compile(r"[.;!?](?=\s|$)|\n|[。；]")
-WORDS = re.compile(r"((?<![\\A-Za-z{])[A-Za-z]*[a-z]{2}[A-Za-z'’]*|[\u4e00-\u9fff]+)")
+WORDS = re.compile(r"((?<![\\A-Za-z\d{])(?!(?:sqrt|frac|pi|exp|sin|cos|tan|log|ln)\b)"
+                   r"[A-Za-z]*[a-z]{2}[A-Za-z'’]*|[\u4e00-\u9fff]+)")
 COPULA = re.compile(r"\b(?:is|are|was|were|equals|gives|=)\b|\d")
 VALUE = re.compile(r"(?<![\^_\w])(?<![\^_]\{)\.?\d")
 CHOSEN = re.compile(r"\(([A-H])\)|\b(?:option|choice|is|be|so)\W{1,4}([A-H])(?![\w'’])", re.ASCII)
@@ -95,8 +96,9 @@ def extract_answer(text: str) -> str | None:
         words = words or clause  # an answer where no other phrase has a number or a letter
     if words:
         return words
-    value = understand(text)[1] if len(text) <= LONGEST_ANSWER else ""
-    if "\n" not in text and (isinstance(value, Number) or not PROSE.search(text)):
+    letters, value = understand(text) if len(text) <= LONGEST_ANSWER else ("", "")
+    if "\n" not in text and (letters or isinstance(value, Number) or not WORDS.search(text)
+                             or not isinstance(value, str) and not PROSE.search(text)):
         return text or None  # a bare answer
     if first := re.match(r"(?:Option )?\(?[A-H](?:[.:)]\s[^\n]*|\)?[.:]?(?=\s*\n))", text):
         return first[0].strip()  # the response opens with a choice: B. 12
@@ -229,41 +231,58 @@ def overlong_penalty(samples: list, max_length: int = 2048, buffer: int = 512) -
 
 
 def audit(path: str) -> dict:
-    """Grade the rows of a JSON lines file, print what their "equal" denies, and count by kind."""
-    kinds = {}
+    """Judge the rows of a JSON lines file as training does, print what their "equal" denies, count.
+
+    A row has "response", "reference" and "equal"; and perhaps "id", "kind", "doubtful". Some data
+    call these "prediction" and "answer".
+    """
+    kinds, rows = {}, 0
     with open(path, encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(filter(str.strip, lines), 1):
             try:
                 row = json.loads(line)
-                said, wanted, equal = row["prediction"] + "", row["reference"] + "", row["equal"]
+                said = row["response" if "response" in row else "prediction"] + ""
+                wanted, equal = row["reference" if "reference" in row else "answer"] + "", row["equal"]
             except (ValueError, KeyError, TypeError, RecursionError):
-                print(f"{path}:{number}: left out: no row of prediction, reference and equal")
+                print(f"{path}:{number}: left out: no row of response, reference and equal")
                 continue
-            found = extract_answer(said) if row.get("pred_form") == "response" else said
-            verdict = is_equal(found or "", wanted)
+            rows += 1
+            verdict = bool(accuracy_reward(said, wanted))
             if verdict != equal:
-                print(f"{path}:{number}: {found!r} {'=' if verdict else '!='} {wanted!r}")
+                print(f"{path}:{number}: {row.get('id', 'no id')}: {extract_answer(said)!r} "
+                      f"{'=' if verdict else '!='} {wanted!r} in {said[-80:]!r}")
             outcome = "right" if verdict == equal else "false +" if verdict else "false -"
             for kind in ["(doubtful)"] if row.get("doubtful") else ["all", str(row.get("kind"))]:
                 counts = kinds.setdefault(kind, Counter({"right": 0, "false +": 0, "false -": 0}))
                 counts.update(("rows", outcome))
+    if not rows:
+        refuse(f"{path} has no row to judge: each line must be JSON with response, reference, equal")
     return kinds
+
+
+def refuse(sentence: str) -> None:
+    sys.stderr.write(f"{sentence}\n")
+    sys.exit(2)
 
 
 def main() -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # a lone surrogate can be graded, not printed
-    arguments = sys.argv[1:]
-    if arguments in (["-h"], ["--help"]):
-        print(__doc__)
-    elif len(arguments) == 2 and arguments[0] == "--audit" and os.path.isfile(arguments[1]):
-        print(json.dumps(audit(arguments[1])))
-    elif len(arguments) == 2 and not arguments[0].startswith("--"):
-        for answer in arguments:
-            print(f"{answer} is read as {understand(answer[:LONGEST_ANSWER])}")
-        print(json.dumps({"equal": is_equal(*arguments)}))
-    else:
-        sys.stderr.write("usage: reward.py PREDICTION REFERENCE, or --audit FILE, or --help\n")
-        sys.exit(2)
+    match sys.argv[1:]:
+        case ["-h" | "--help"]:
+            print(__doc__)
+        case ["--audit", path]:
+            try:
+                print(json.dumps(audit(path)))
+            except OSError as error:
+                refuse(f"{path} cannot be read: {error.strerror}")
+        case [response, reference] if not response.startswith("--"):
+            for name, answer in (("answer", extract_answer(response)), ("reference", reference)):
+                choice, value = understand((answer or "")[:LONGEST_ANSWER])
+                kind = "none" if value is None else f"{type(value).__name__} {written(value)}"
+                print(f"{name} {answer!r} is read as choice {choice or 'none'}, value {kind}")
+            print(json.dumps({"equal": bool(accuracy_reward(response, reference))}))
+        case _:
+            refuse("usage: reward.py RESPONSE REFERENCE, or --audit FILE, or --help")
 
 
 if __name__ == "__main__":
