@@ -215,9 +215,9 @@ def read(answer: str):
     both = re.search(r"\band\b", answer) and re.search(r"[<>≤≥]|\\[gl]e", answer)
     if CHANGES.search(answer) or both:  # x > 1 and x < 3 is no union
         return plain(answer)
-    if not re.search(r"[\d\\=<>^_|!∅∞]", answer) and re.search(r"[^\W\d_]{3}", answer):
+    if not re.search(r"[\d\\=<>^_|!∅∞]", answer) and re.search(r"[^\W\d_]{2}", answer) and answer != "pi":
         items = [plain(item) for item in re.split(r",|;|&|\band\b", answer) if item.strip()]
-    elif time := TIME.fullmatch(answer.rpartition("=")[2].strip()):
+    elif time := TIME.fullmatch(answer.rpartition("=")[2].strip("() ")):
         items = [Group("time", [time[1]], (time[2] or "").strip().lower())]
     else:
         tokens = tokenise(answer.lstrip("="))
@@ -237,7 +237,7 @@ def read(answer: str):
 
 def plain(answer: str) -> str:
     """A text without case, article and punctuation where it is prose; else as it is written."""
-    if re.search(r"[\\=<>^_]", answer) or not re.search(r"[^\W\d_]{3}", answer):
+    if re.search(r"[\\=<>^_]", answer) or not re.search(r"[^\W\d_]{2}", answer):
         return "".join(tokenise(answer))
     words = re.findall(r"[^\W\d_]+|\d[\d.,]*|[^\s\w,;:'\"()!?]", answer.casefold())
     return " ".join(words[words[0] in ("a", "an", "the") and len(words) > 1:])

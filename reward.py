@@ -69,7 +69,7 @@ WORDS = re.compile(r"((?<![\\A-Za-z\d{])(?!(?:sqrt|frac|pi|exp|sin|cos|tan|log|l
 COPULA = re.compile(r"\b(?:is|are|was|were|equals|gives|=)\b|\d")
 VALUE = re.compile(r"(?<![\^_\w])(?<![\^_]\{)\.?\d")
 CHOSEN = re.compile(r"\(([A-H])\)|\b(?:option|choice|is|be|so)\W{1,4}([A-H])(?![\w'’])", re.ASCII)
-LETTER = re.compile(r"(?<![A-Za-z\d])([B-H]|A(?! [a-z]))(?![A-Za-z\d'’])", re.ASCII)
+LETTER = re.compile(r"(?<![A-Za-z\d])([B-H]|A(?! (?!or\b|and\b)[a-z]))(?![A-Za-z\d'’])", re.ASCII)
 
 
 def extract_answer(text: str) -> str | None:
@@ -147,6 +147,7 @@ BEFORE = re.compile(r"(?:\(([A-Ha-h])\)|([A-H])(?:[.:)](?=[\s\d])|\)|(?=\s+(?:[\
 BEHIND = re.compile(r"()()(\S*\d.*)\s+\(([A-H])\)", re.S)
 OTHER = re.compile(r"(?<![A-Za-z])[A-H](?:\)|[.:](?=\s|\d|$))|(?:\b(?:and|not|nor)|,)\s*\(?[A-H]\b"
                    r"|\b(?:or|either)\b|^\W*(?:and|not)\b|^\W*(?:wrong|incorrect|not (?:correct|right))\b", re.I)
+TOGETHER = re.compile(r"\W*(?:both|neither|all|none|only)\b", re.I)  # C. both A and B
 
 
 def is_equal(prediction: str, reference: str) -> bool:
@@ -182,7 +183,7 @@ def understand(answer: str) -> tuple:
     choice = BEFORE.fullmatch(answer) or BEHIND.fullmatch(answer)
     if not choice:
         return "", read(answer)
-    if OTHER.search(choice[3]):  # A. 20 or B. 30
+    if OTHER.search(choice[3]) and not TOGETHER.match(choice[3]):  # A. 20 or B. 30
         return "", plain(answer)
     return (choice[1] or choice[2] or choice[4]).upper(), read(choice[3].strip())
 
