@@ -199,6 +199,7 @@ MEANING = {spelling: meaning for meaning, spellings in {
 NAME = re.compile(
     r"-?(?:[A-Za-z]'*|[A-Za-z]*_\w+|\|[A-Z]+\||[A-Z]+\w*(?:\^-1)?(?: \* [A-Z]+\w*(?:\^-1)?)?|[a-z]{3,}"
     r"|[\u4e00-\u9fff]+|\w+\(.*\)|\\(?:sin|cos|tan)\([^a-z]*(?:\\[a-z]+)?\)|\\[A-Za-z]+\w*)'*")
+FORMULA = re.compile(r"[\d\\=<>^_|!∅∞+*/]|\w\(|^pi$")
 YES = re.compile(r"(yes|no)\b(?!\s+\w)\W*((?:.*[a-z]{2}.*)?)", re.I | re.S)
 
 # decimals: as written, 2 in 0.50, and 0 for what is computed; exact: 21\sqrt3 in 21\sqrt3 = 36.37
@@ -215,7 +216,7 @@ def read(answer: str):
     both = re.search(r"\band\b", answer) and re.search(r"[<>≤≥]|\\[gl]e", answer)
     if CHANGES.search(answer) or both:  # x > 1 and x < 3 is no union
         return plain(answer)
-    if not re.search(r"[\d\\=<>^_|!∅∞]", answer) and re.search(r"[^\W\d_]{2}", answer) and answer != "pi":
+    if re.search(r"[^\W\d_]{2}", answer) and not FORMULA.search(answer):
         items = [plain(item) for item in re.split(r",|;|&|\band\b", answer) if item.strip()]
     elif time := TIME.fullmatch(answer.rpartition("=")[2].strip("() ")):
         items = [Group("time", [time[1]], (time[2] or "").strip().lower())]
@@ -237,7 +238,7 @@ def read(answer: str):
 
 def plain(answer: str) -> str:
     """A text without case, article and punctuation where it is prose; else as it is written."""
-    if re.search(r"[\\=<>^_]", answer) or not re.search(r"[^\W\d_]{2}", answer):
+    if re.search(r"[\\=<>^_|]", answer) or not re.search(r"[^\W\d_]{2}", answer):
         return "".join(tokenise(answer))
     words = re.findall(r"[^\W\d_]+|\d[\d.,]*|[^\s\w,;:'\"()!?]", answer.casefold())
     return " ".join(words[words[0] in ("a", "an", "the") and len(words) > 1:])
@@ -300,7 +301,7 @@ class Reader:
         words, unit = 0, set(left.unit)
         while token := self.rest[-1]:
             word = token.isalpha() and (token.islower() and len(token) > 2 or token > "\u4e00"
-                                        or words and token in (*SMALL, "in"))
+                                        or (words or token == "of") and token in (*SMALL, "in"))
             if token in UNITS and (not words or token[0] == "^"):
                 unit.update([UNITS[token]] * (not words))
             elif unit == {"°"} and token in ("C", "F"):

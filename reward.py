@@ -146,7 +146,7 @@ BEFORE = re.compile(r"(?:\(([A-Ha-h])\)|([A-H])(?:[.:)](?=[\s\d])|\)|(?=\s+(?:[\
                     r"|\\sqrt))))\s*(\S.*)()", re.S)
 BEHIND = re.compile(r"()()(\S*\d.*)\s+\(([A-H])\)", re.S)
 OTHER = re.compile(r"(?<![A-Za-z])[A-H](?:\)|[.:](?=\s|\d|$))|(?:\b(?:and|not|nor)|,)\s*\(?[A-H]\b"
-                   r"|\b(?:or|either)\b|^\W*(?:and|not)\b|^\W*(?:wrong|incorrect|not (?:correct|right))\b", re.I)
+                   r"|\b(?:or|either)\b|^\W*and\b|^\W*(?:wrong|incorrect|not (?:correct|right))\b", re.I)
 TOGETHER = re.compile(r"\W*(?:both|neither|all|none|only)\b", re.I)  # C. both A and B
 
 
