@@ -90,7 +90,7 @@ def extract_answer(text: str) -> str | None:
             continue
         letters, value = understand(clause)
         if letters or not isinstance(value, str) or CHANGES.search(clause) or not WORDS.search(clause):
-            return clause
+            return bare(clause)
         if value := last_value(clause):
             return value
         words = words or clause  # an answer where no other phrase has a number or a letter
@@ -99,11 +99,18 @@ def extract_answer(text: str) -> str | None:
     letters, value = understand(text) if len(text) <= LONGEST_ANSWER else ("", "")
     if "\n" not in text and (letters or isinstance(value, Number) or not WORDS.search(text)
                              or not isinstance(value, str) and not PROSE.search(text)):
-        return text or None  # a bare answer
+        return bare(text) or None
     if first := re.match(r"(?:Option )?\(?[A-H](?:[.:)]\s[^\n]*|\)?[.:]?(?=\s*\n))", text):
         return first[0].strip()  # the response opens with a choice: B. 12
-    short = len(text) < 100 and not SENTENCE.search(text[:-1]) and not DENIED.search(text)
+    denied = PHRASE.search(text) or DENIED.search(text)
+    short = len(text) < 100 and not SENTENCE.search(text[:-1]) and not denied
     return text if value in ("yes", "no") else last_value(text) or (text if short else None)
+
+
+def bare(text: str) -> str:
+    """What says the value of a text by itself, where that says all of it: 5 of "it is $5$"."""
+    value = last_value(text)
+    return value if value and understand(value) == understand(text) else text
 
 
 def last_value(text: str) -> str | None:
@@ -239,11 +246,14 @@ def audit(path: str) -> dict:
     """
     kinds, rows = {}, 0
     with open(path, encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(filter(str.strip, lines), 1):
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
                 said = row["response" if "response" in row else "prediction"] + ""
-                wanted, equal = row["reference" if "reference" in row else "answer"] + "", row["equal"]
+                wanted = row["reference" if "reference" in row else "answer"] + ""
+                equal = {True: True, False: False}[row["equal"]]
             except (ValueError, KeyError, TypeError, RecursionError):
                 print(f"{path}:{number}: left out: no row of response, reference and equal")
                 continue

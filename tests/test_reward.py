@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 sys.path.insert(0, str(ROOT))
+import answers  # noqa: E402
 import reward  # noqa: E402
 from data import INSTRUCTION  # noqa: E402
 from reward import extract_answer, is_equal  # noqa: E402
@@ -212,13 +213,13 @@ def test_different(prediction, reference):
     ("So the answer is C. 120.", "C. 120"),
     ("The answer is B. Because it fits.", "B"),
     ("Some <answer>77</answer> text 3", "77"),
-    ("64 + 67 = **131**", "131"),
+    ("64 + 67 = **131**", "64 + 67 = 131"),
     ("we find 20 and then -3", "-3"),
     (r"hence it is $5\sqrt{3}$ long", r"5\sqrt{3}"),
     ("so it comes to 13/28", "13/28"),
     ("It is not A, therefore I think it's B", "B"),
-    (r"so $x = \frac{28\sqrt{3}}{3}$.", r"\frac{28\sqrt{3}}{3}"),
-    (r"hence V = 300 cm^3.", "300"),
+    (r"so $x = \frac{28\sqrt{3}}{3}$.", r"x = \frac{28\sqrt{3}}{3}"),
+    (r"hence V = 300 cm^3.", "hence V = 300 cm^3."),  # as it stands: the unit counts
     (r"an area of $24 \text{ cm}^2$", "24"),
     ("the slope is −3.", "−3"),
     (r"so it is $4+2\sqrt3$ long", r"4+2\sqrt3"),
@@ -237,7 +238,46 @@ def test_different(prediction, reference):
     ("The answer is option C.", "C"),
     ("**Answer: B**", "B"),
     ("B. 12\nsince 5 and 13 are the sides", "B. 12"),
-    ("A triangle has three sides.", None),
+    ("A triangle has three sides.", "3"),
+    (r"\fbox{42}", "42"),
+    ("Final answer: **D**, since A is too small.", "D"),
+    ("The answer is 5. I believe this answer is correct.", "5"),
+    ("The final answer to this problem is 19.", "19"),
+    ("Answer seems to be A.\n\nAnswer: B\n", "B"),
+    ("Answer: this one asks which is a colour\nSo we rule out the rest.\nANSWER: B", "B"),
+    ("The answer is D, not B.", "D"),
+    ("It is D, not B.", "D"),
+    ("Answer: rules out C, leaving D", "D"),
+    ("The answer is not A, but C.", "C"),
+    ("The answer is 94106 or 94107", "94106 or 94107"),
+    ("Answer: either A or B", "either A or B"),
+    ("The answer is greater than 20.", "greater than 20"),
+    ("The answer is not 20.", None),
+    ("It is not true that the answer is B.", None),
+    ("The answer cannot be 35.", None),
+    ("Option B is incorrect.", None),
+    ("I do not believe the answer is 20.", None),
+    ("It could be A or C.", None),
+    ("Plant B is taller than plant A.", "Plant B is taller than plant A."),
+    ("There are more than 20 cubes.", "There are more than 20 cubes."),
+    ("It takes 5 hours 30 minutes to fly.\nSo 5 hours 30 minutes.", None),
+    ("The answer is 12. Wait, the sides are 3 and 5, so we get 15.", "15"),
+    ("We see x = 2 or x = 3.", "x = 2 or x = 3"),
+    ("We find that $x \\lt 3$.", "x \\lt 3"),
+    ("The matrix is $ \\begin{pmatrix}1 & 0 \\\\ 0 & 1\\end{pmatrix} $.", "\\begin{pmatrix}1 & 0 \\\\ 0 & 1\\end{pmatrix}"),
+    ("There are four red cubes.", "4"),
+    ("The left one has four legs, the other one has none.\nSo we count seven.", "7"),
+    ("Hence the value of k is negative 5.", "-5"),
+    ("C\n\nThe others are too small.", "C"),
+    ("Yes, there is.", "Yes, there is."),
+    ("**yes**", "yes"),
+    ("The color is blue.", "The color is blue."),
+    ("我認為應該選 A", "A"),
+    ("故选：B", "B"),
+    ("【答案】B\n【解析】A项错误。", "B"),
+    ("所以图中一共有3个物体。", "3"),
+    ("不选A，应选C。", "C"),
+    ("面积为1/2", "1/2"),
     ("I do not know.", None),
     ("", None),
 ])
@@ -369,6 +409,8 @@ HOSTILE = {
     "digits": "9" * 10**6, "boxed digits": r"\boxed{" + "9" * 10**6 + "}", "NUL": "\0" * 10**5,
     "lone surrogates": "\ud800" * 10**5, "minus signs": "-" * 399 + "1", "roots": r"\sqrt" * 70 + "2",
     "many roots": "+".join([r"\sqrt[7]{2}"] * 36), "many powers": "+".join(["2^.37"] * 66), "commas": "1," * 199,
+    "sines": "+".join([r"\sin 33^\circ"] * 28), "logarithms": "+".join([r"\log_3 7"] * 40), "factorials": "+".join(["40!"] * 99),
+    "sum": "x+" * 199 + "x", "equation": "x=" * 199 + "5", "numerals": "一二三" * 2_000, "number words": "twenty one " * 500,
     "spaces": "answer" + " " * 10**6 + "x", "letters": "answer is " + "a" * 10**6, "fractions": r"\frac{" * 10**5,
     "half-numbers": "5 " * 10**5, "backslashes": "\\" * 10**6, "long ligatures": "\ufdfa" * 10**5,
 }
@@ -376,12 +418,12 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_text_is_bounded_work(name, monkeypatch):
-    """Function calls made, in Python and in C (an ordinary verdict: some 200), and costly powers."""
-    sign = "^"
-    binding, power = reward.OPERATORS[sign]
-    powers = []
-    monkeypatch.setitem(reward.OPERATORS, sign, (binding, lambda x, y: powers.append(1) or power(x, y)))
-    calls = []
+    """Function calls made, in Python and in C (an ordinary verdict: some 500), and costly powers and functions."""
+    powers, calls = [], []
+    for costly in ("calculate", "computed"):
+        function = getattr(answers, costly)
+        monkeypatch.setattr(answers, costly, lambda x, y, z, function=function: (
+            y in "+-*/:" or powers.append(1)) and False or function(x, y, z))
 
     def count(frame, event, argument):
         if event in ("call", "c_call"):
@@ -393,7 +435,7 @@ def test_hostile_text_is_bounded_work(name, monkeypatch):
         reward.accuracy_reward(text, "5.00001"), is_equal("5", text), is_equal(text, text + "1")
     finally:
         sys.setprofile(None)
-    assert len(calls) < 20_000 and len(powers) <= 3 * 2 * reward.MOST_POWERS
+    assert len(calls) < 30_000 and len(powers) <= 3 * 2 * answers.MOST_POWERS
 
 
 def test_every_bound_is_met():
@@ -422,7 +464,7 @@ def test_accuracy_reward():
 
 def test_lone_surrogates_are_graded():
     """What a byte-level tokenizer, or JSON with half an escape, brings in."""
-    assert reward.accuracy_reward("\udfff \\boxed{5}", "5") == reward.accuracy_reward("it is a\udcff", "a\udcff") + 1 == 1.0
+    assert reward.accuracy_reward("\udfff \\boxed{5}", "5") == reward.accuracy_reward("it is a\udcff", "a\udcff") == 1.0
     assert reward.format_reward("\\boxed{\ud800}") == 0.0
 
 
@@ -464,30 +506,53 @@ def test_command_line_pair():
     assert code == 0 and json.loads(out.splitlines()[-1])["equal"] is False
 
 
+def test_command_line_judges_as_training_does():
+    """Whole responses, whose answer is extracted; both readings are shown."""
+    for response, wanted, equal, shown in (
+            ("Yes", "yes", True, "answer 'Yes' is read as choice none, value str yes"),
+            (r"<think>6</think> So \boxed{12\text{ cm}}", "12", True, r"answer '12\\text{ cm}' is read as choice none, value Number 12"),
+            ("The answer is not B.", "B", False, "answer None is read as choice none, value none"),
+            ("(B) 45", "45", True, "answer '(B) 45' is read as choice B, value Number 45"),
+            ("5", "(1, 2)", False, "reference '(1, 2)' is read as choice none, value Group (1,2)")):
+        code, out, _ = run(response, wanted)
+        assert code == 0 and shown in out.splitlines(), out
+        assert json.loads(out.splitlines()[-1])["equal"] is equal is bool(reward.accuracy_reward(response, wanted))
+
+
 def test_command_line_help_and_misuse(tmp_path):
     code, out, _ = run("--help")
-    assert code == 0 and "PREDICTION" in out and "--audit" in out
-    for wrong in ((), ("5",), ("--audit",), ("--audit", str(tmp_path / "missing.jsonl")), ("a", "b", "c"), ("--x", "5")):
+    assert code == 0 and "RESPONSE" in out and "--audit" in out
+    (tmp_path / "empty.jsonl").write_text("\n")
+    for wrong, sentence in (((), "usage"), (("5",), "usage"), (("--audit",), "usage"), (("a", "b", "c"), "usage"), (("--x", "5"), "usage"),
+                            (("--audit", str(tmp_path / "missing.jsonl")), "missing.jsonl cannot be read: No such file or directory"),
+                            (("--audit", str(tmp_path)), "cannot be read: Is a directory"),
+                            (("--audit", str(tmp_path / "empty.jsonl")), "empty.jsonl has no row to judge: each line must be JSON with")):
         code, out, errors = run(*wrong)
-        assert code == 2 and out == "" and "usage" in errors and "Traceback" not in errors
+        assert code == 2 and out == "" and sentence in errors and errors.count("\n") == 1
 
 
 def test_command_line_audit(tmp_path):
-    rows = [{"prediction": "5", "reference": "5", "equal": True, "kind": "int", "pred_form": "answer"},
-            {"prediction": "so 5", "reference": "5", "equal": False, "kind": "int", "pred_form": "response"},
-            {"prediction": "7", "reference": "5", "equal": True, "kind": "decimal", "pred_form": "answer"},
-            {"prediction": "who knows", "reference": "5", "equal": False, "kind": "int", "pred_form": "response"},
-            {"prediction": "7", "reference": "5", "equal": True, "kind": "int", "doubtful": "policy"}]
+    """Rows of other people: responses, judged as in training; each that differs with its place, id and text."""
+    rows = [{"id": "q1", "response": "so \\boxed{5}", "reference": "5", "equal": True, "kind": "int"},
+            {"id": 7, "prediction": "so it is 5", "answer": "5", "equal": False, "kind": "int"},
+            {"response": "I get 7", "reference": "5", "equal": True, "kind": "decimal"},
+            {"response": "who knows", "reference": "5", "equal": False, "kind": "int"},
+            {"response": "7", "reference": "5", "equal": True, "kind": "int", "doubtful": "policy"}]
     lines = [json.dumps(row) for row in rows]
-    lines[1:1] = ["not json", '{"prediction": 5, "reference": "5", "equal": true}', "[" * 100_000]
+    lines[1:1] = ["not json", '{"response": 5, "reference": "5", "equal": true}', "[" * 100_000, "",
+                  '{"response": "5", "reference": "5", "equal": "yes"}', '{"response": "5", "reference": "5"}', "[1]"]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     code, out, errors = run("--audit", str(tmp_path / "rows.jsonl"))
     assert code == 0 and errors == ""
     found = json.loads(out.splitlines()[-1])
-    assert re.findall(r"rows.jsonl:(\d): left out", out) == ["2", "3", "4"]
-    assert re.findall(r"rows.jsonl:(\d): '", out) == ["5", "6", "8"] and "'7' != '5'" in out and "'5' = '5'" in out
+    assert re.findall(r"rows.jsonl:(\d+): left out", out) == ["2", "3", "4", "6", "7", "8"]
+    assert re.findall(r"rows.jsonl:(\d+: [^l].+)", out) == [
+        "9: 7: '5' = '5' in 'so it is 5'", "10: no id: '7' != '5' in 'I get 7'", "12: no id: '7' != '5' in '7'"]
     numbers = {kind: [found[kind][name] for name in ("rows", "right", "false +", "false -")] for kind in found}
     assert numbers == {"all": [4, 2, 1, 1], "int": [3, 2, 1, 0], "decimal": [1, 0, 0, 1], "(doubtful)": [1, 0, 0, 1]}
+    (tmp_path / "rows.jsonl").write_text("not json\n")
+    code, out, errors = run("--audit", str(tmp_path / "rows.jsonl"))
+    assert code == 2 and "rows.jsonl has no row to judge" in errors
 
 
 # ---- the shared corpora, where they are
@@ -503,12 +568,15 @@ def grade(name):
             yield row["kind"], row["equal"], found is not None and is_equal(found, row["reference"])
 
 
-def test_development_corpus():
-    verdicts = list(grade("grader_dev.jsonl"))
+@pytest.mark.parametrize("name, shares", [
+    ("grader_dev.jsonl", {"int decimal fraction sqrt pi degree percent unit": 0.98, "choice set interval": 0.94}),
+    ("grader_dev2.jsonl", {"": 0.98})])  # of all rows
+def test_development_corpora(name, shares):
+    """Answers of open-source test suites, of public bug reports and of an attacker."""
+    verdicts = list(grade(name))
     assert not [row for row in verdicts if row[2] and not row[1]], "a false positive"
-    for kinds, share in (({"int", "decimal", "fraction", "sqrt", "pi", "degree", "percent", "unit"}, 0.98),
-                         ({"choice", "set", "interval"}, 0.94)):
-        chosen = [wanted == verdict for kind, wanted, verdict in verdicts if kind in kinds]
+    for kinds, share in shares.items():
+        chosen = [wanted == verdict for kind, wanted, verdict in verdicts if not kinds or kind in kinds.split()]
         assert sum(chosen) >= share * len(chosen) > 0
 
 
