@@ -81,7 +81,7 @@ def spelled(text: str) -> str:
     text = unwrapped(text[:2 * LONGEST_ANSWER])  # one letter can become eighteen
     for pattern, meaning in (LATEX if "\\" in text else []) + SPELLINGS:
         text = pattern.sub(meaning, text)
-    return text.replace("$", " dollar " if text.count("$") % 2 else " ")  # two are LaTeX's
+    return text.replace("$", " dollar " if text.count("$") == 1 else " ")  # two are LaTeX's
 
 
 # ---------------------------------------------------------------------------------------------
