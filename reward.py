@@ -67,8 +67,8 @@ CHANGES = re.compile(DENIALS + "|" + any_of(
     "scores? pairs? couple gross hundred thousand [a-z]*illion lakh crore twice thrice doubled? "
     "tripled? times fold squared cubed root power factorial negative minus plus repeating "
     "recurring gcd lcm mod max min over under above below beyond between from past within until up "
-    "down off more less fewer greater larger smaller than least most minimum maximum too many few short "
-    "missing extra (?:exceed|increas|decreas|reduc)[a-z]*"
+    "down off more less fewer greater larger smaller than least most minimum maximum too many few "
+    "short missing extra (?:exceed|increas|decreas|reduc)[a-z]*"
 ) + r"|\d(?:st|nd|rd|th|ish)\b|[或多少倍半至超负]|[大小]于|以[上下内外]", re.I)
 NOT_THIS = re.compile(  # of D, not B the second goes
     r"[,;]?\s*\b(?:(?:and|but)\s+)?(?:not|rather than|instead of|rules? out)\s+(?:be\s+)?"
