@@ -42,13 +42,14 @@ LATEX, SPELLINGS = ([(re.compile(x, re.ASCII), meaning) for x, meaning in table]
      (r"\\begin\{(?:[pb]matrix\}|array\}\s*\{[^{}]*\})", "⟦("),
      (r"(?:\\\\)?\s*\\end\{(?:[pb]matrix|array)\}", ")⟧"), (r"\\\\", "),(")),
     # everywhere: 1{,}234 and 3{,}14; powers of units and big numbers; 4:30 p.m.
-    ((r"(?<=\d)\{,\}(?=\d{3}(?!\d))", ""), (r"\{,\}", "."), (r"\^\s*\{?o\}?(?![a-z])", "°"),
+    ((r"(?<=\d)\{,\}(?=\d{3}(?!\d))", ""), (r"\{,\}", "."), (r"\^\s*\{?\s*o\s*\}?(?![a-z])", "°"),
      (r"\s*\^\s*(?:\{\s*(\d)\s*\}(?!\s*\d))?", r"^\1"),  # cm ^ {2} is cm^2
      (r"\bper cent\b", "percent"), (r"\bmph\b", "mi per h"), (r"(?<=[a-z]{2})\.(?=\s)", ""),
      (r"(?<=\d)\s*(hundred\b|thousand\b|million\b|billion\b|[百千万亿](?![克米瓦]))",
       lambda m: f"*10^{POWERS[m[1]]}"), (r"(?<=[a-z]) squared\b", "^2"), (r"(?<=[a-z]) cubed\b", "^3"),
      (r"(?<=\d)\s*x\s*(?=10\s*\^)", "*"), (r"(?<=:\d\d)\s*([aApP])\.?\s?[mM]\b\.?", r" \1m"),
      (r"\\?\{\s*\(?([a-z])\)?\s*(?:\\mid|\||:)\s*(.*?)\\?\}", r"\2"),  # {x | x > 3}
+     (r"^\s*([a-z]|[A-Za-z]{2,})\s*:\s+(?=[-\d\\])", r"\1="),  # x: 45
      # 0.(3); 2 1/2; a point with its name, A(3, -2); 2 to 3; 20"; 180 (days)
      (r"(?<=\d)(\.\d*)\((\d+)\)", r"\1r\2"), (r"(?<![\d.^_,/])(\d+)\s+(\d+)/(\d+)", r"(\1+\2/\3)"),
      (r"^\s*([A-Z]'*)\s*(?=\([^()]*,)", r"\1="), (r"(?<=\d)\s+to\s+(?=\d)", ":"),
@@ -105,7 +106,7 @@ UNITS = {word + plural: words.split()[0] for words in (
     "cm centimeter centimetre 厘米, dm, km kilometer kilometre 千米 公里, in inch inche, ft foot feet, "
     "yd yard, mi mile, g gram 克, kg kilogram 千克 公斤, mg, t ton tonne, L l liter litre, mL ml, "
     "s sec second 秒, ms millisecond, min minute 分钟, h hr hour 小时, day 天, week, month, year 年, "
-    "decade, century, acre, hectare, rad radian, lb pound, oz ounce, gallon, pint, dollar, cent,"
+    "decade, century, acre, hectare, C celsius, F fahrenheit, rad radian, lb pound, oz ounce, gallon, pint, dollar, cent,"
     " euro, yen, 元, 角, N kN, J, kJ, W watt, kW, MW, Wh, kWh, V volt, kV, mV, mA, Hz, kHz, MHz, GHz, "
     "Pa, kPa, MPa, eV, cal, kcal, mol, ohm \\Omega, dB, MB, GB, TB, per, ^2 square sq 平方, "
     "^3 cubic 立方").split(", ") for word in words.split() for plural in ("", "s")}
@@ -374,7 +375,7 @@ def written(x) -> str:
     """One text for all spellings of a value."""
     if isinstance(x, Group):
         return x.brackets[0] + ",".join(map(written, x.items)) + x.brackets[1]
-    return f"{x.value.normalize():.30g}" if isinstance(x, Number) else x
+    return f"{x.value.normalize():.80g}" if isinstance(x, Number) else x
 
 
 def inner(x) -> str:
@@ -383,6 +384,11 @@ def inner(x) -> str:
 
 
 DECIMAL = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+
+
+def thirty_digits(number: re.Match) -> str:
+    """A formula's numbers are products of rounded ones: of 80 digits 30 are safe."""
+    return f"{Decimal(f'{Decimal(number[0]):.30g}').normalize()}"
 
 
 def combine(left, sign: str, right):
@@ -485,7 +491,8 @@ def same(said, wanted) -> bool:
         return (all(any(same(x, y) for x in left) for y in right)
                 and all(any(same(x, y) for y in right) for x in left))
     if type(said) is not type(wanted) or isinstance(said, str):
-        return said == wanted
+        return said == wanted or isinstance(said, str) is isinstance(wanted, str) is True and (
+            DECIMAL.sub(thirty_digits, said) == DECIMAL.sub(thirty_digits, wanted))
     if said.name and wanted.name and said.name != wanted.name:
         return False
     if isinstance(said, Group):

@@ -60,7 +60,7 @@ DENIALS = any_of(
     "not never neither nor none nobody cannot anything everything without except wrong incorrect "
     "untrue false invalid impossible unlikely doubtful hardly rarely unless longer rather instead "
     "either may maybe perhaps possibly might could unsure guess suppose whether (?:exclu|elimina)[a-z]*"
-) + r"|n['’]t\b|ruled? out|all but|[不错非若]|可能|也许|还是|如果|排除"
+) + r"|n['’]t\b|ruled? out|all but|[不错非若勿]|(?<![区特分])别|可能|也许|还是|如果|排除"
 DENIED = re.compile(DENIALS, re.I)
 CHANGES = re.compile(DENIALS + "|" + any_of(
     "half (?:halv|doubl|tripl|trebl|quadrupl|quintupl|increas|decreas|reduc|exceed)[a-z]* thirds? "
@@ -71,7 +71,7 @@ CHANGES = re.compile(DENIALS + "|" + any_of(
     "points mod over under above below beyond between among from past within until "
     "up down upwards? onwards? off more less fewer greater larger smaller than least most minimum "
     "maximum too many few short missing extra odd something sometimes multiple divisible mid sub"
-) + r"|(?:square|cube) of|out of|\d(?:st|nd|rd|th|ish)\b|[或多少倍半至超负几余]|[大小]于|以[上下内外]|…", re.I)
+) + r"|(?:square|cube|log|sin|cos|tan)[a-z]* of|out of|and/or|\d(?:st|nd|rd|th|ish)\b|[或多少倍半至超负几余]|[大小]于|以[上下内外]|…", re.I)
 NOT_THIS = re.compile(  # of D, not B the second goes
     r"[,;]?\s*\b(?:(?:and|but)\s+)?(?:not|rather than|instead of|rules? out)\s+(?:be\s+)?"
     r"(?:(?:option|choice)\s+)?(?:\(?[A-H]\b\)?|-?\d[\d.,]*(?![^\s,.]))(?:\W*but\b)?"
@@ -141,7 +141,7 @@ def normalise(answer: str) -> str:
     answer = COUNT.sub(counted, TAIL.sub("", without_reason(answer)))
     answer = re.sub(r"^\s*(?:negative|minus|负)\s*(?=\d|\\)", "-", answer, flags=re.I)
     answer = re.sub(r"\b(\d+) \(\1\)", r"\1", answer)  # five (5)
-    return answer.lstrip(" \t\n*_:=`\"'").rstrip(" \t\n*_:.,`\"\\✓✅")
+    return answer.lstrip(" \t\n*_:=,`\"'").rstrip(" \t\n*_:.,`\"\\✓✅")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -186,16 +186,18 @@ def extract_answer(text: str) -> str | None:
         return "".join(boxes[-1]).strip()
     if "\\boxed" in text:  # cut off inside its only box: what stands there is not the answer yet
         return None
-    text, words, remark = NOT_THIS.sub("", text.replace("**", "")), None, None
+    text, words, remark, refused = NOT_THIS.sub("", text.replace("**", "")), None, None, False
     for phrase in [*PHRASE.finditer(text)][:-9:-1]:  # the last eight, from the last on
         before, after = text[:phrase.start()][-60:], text[phrase.end():]
         before = re.search(r"(?:\w+\W+){0,4}$", SENTENCE.split(before)[-1])[0]
         clause = re.sub(r"\\[()\[\]]|`+", " ", after[:LONGEST_ANSWER]).strip()
         end = END.search(clause)
-        clause = without_reason(END.split(clause)[0]).strip(" \t,*_\"'")
+        clause = without_reason(END.split(clause)[0]).strip(" \t,*_\"")
         clause = clause if "{" in clause else clause.rstrip("\"} ")  # of {"answer": 45}
-        if end and end[0][0] == "?" or says_nothing(clause) or CHANGES.search(before) or (
-                TAKEN_BACK.search(after)):
+        if says_nothing(clause) or TAKEN_BACK.search(after):
+            continue
+        if end and end[0][0] == "?" or CHANGES.search(before):  # is the answer 5?
+            refused = True
             continue
         if REMARK.fullmatch(clause):
             remark = remark or clause
@@ -207,7 +209,7 @@ def extract_answer(text: str) -> str | None:
         if value := last_value(clause):
             return value
         words = words or clause  # an answer where no other phrase has a number or a letter
-    if words:
+    if words or refused:
         return words
     letters, value = understand(text) if len(text) <= LONGEST_ANSWER else ("", "")
     if value in ("yes", "no"):
