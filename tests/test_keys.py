@@ -192,7 +192,7 @@ def join(kind, parts):
     if kind == "^":
         base, exponent = parts
         if is_number(base) and is_number(exponent):
-            if base == 0 and not exponent.is_positive or abs(exponent) > 99:
+            if not exponent.is_positive if base == 0 else abs(exponent) > 99:
                 raise Unread("no such power")
             if base.is_negative and not exponent.is_Integer:
                 raise Unread("not a real number")
