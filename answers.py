@@ -37,13 +37,13 @@ LATEX, SPELLINGS = ([(re.compile(x, re.ASCII), meaning) for x, meaning in table]
      (r"(?<=\d)(\.\d*)\\(?:overline|dot|bar)\s*\{?(\d+)\}?", r"\1r\2"), (r"\\measuredangle", "∠"),
      (r"\bm\s*(?=\\angle|\\widehat|\\overarc)|\\(?:over(?:line|arc|rightarrow|leftrightarrow)|hat"
       r"|widehat|vec|bar)(?=\s*\{?\s*[A-Za-z])|^[\s$]*\\(?:lim|sum|int|prod)(?![a-z])[^=]*=", ""),
-     (r"(?<![\d.^_])(\d+)\s*\\[dtc]?frac\s*(\{)?(\d+)(?(2)\})\s*(\{)?(\d+)(?(4)\})", r"(\1+\3/\5)"),
      (r"\\langle", "("), (r"\\rangle", ")"), (r"\\[lr]?vert(?![a-z])|\\mid(?![a-z])", "|"),
      (r"\\begin\{(?:[pb]matrix\}|array\}\s*\{[^{}]*\})", "⟦("),
      (r"(?:\\\\)?\s*\\end\{(?:[pb]matrix|array)\}", ")⟧"), (r"\\\\", "),(")),
     # everywhere: 1{,}234 and 3{,}14; powers of units and big numbers; 4:30 p.m.
     ((r"(?<=\d)\{,\}(?=\d{3}(?!\d))", ""), (r"\{,\}", "."), (r"\^\s*\{?\s*o\s*\}?(?![a-z])", "°"),
      (r"\s*\^\s*(?:\{\s*(\d)\s*\}(?!\s*\d))?", r"^\1"),  # cm ^ {2} is cm^2
+     (r"(?<![\d.^_])(\d+)\s*\\?[dtc]?frac\s*(\{)?(\d+)(?(2)\})\s*(\{)?(\d+)(?(4)\})", r"(\1+\3/\5)"),
      (r"\bper cent\b", "percent"), (r"\bmph\b", "mi per h"), (r"(?<=[a-z]{2})\.(?=\s)", ""),
      (r"(?<=\d)\s*(hundred\b|thousand\b|million\b|billion\b|[百千万亿](?![克米瓦]))",
       lambda m: f"*10^{POWERS[m[1]]}"), (r"(?<=[a-z]) squared\b", "^2"), (r"(?<=[a-z]) cubed\b", "^3"),
@@ -52,9 +52,10 @@ LATEX, SPELLINGS = ([(re.compile(x, re.ASCII), meaning) for x, meaning in table]
      (r"^\s*([a-z]|[A-Za-z]{2,})\s*:\s+(?=[-\d\\])", r"\1="),  # x: 45
      # 0.(3); 2 1/2; a point with its name, A(3, -2); 2 to 3; 20"; 180 (days)
      (r"(?<=\d)(\.\d*)\((\d+)\)", r"\1r\2"), (r"(?<![\d.^_,/])(\d+)\s+(\d+)/(\d+)", r"(\1+\2/\3)"),
-     (r"^\s*([A-Z]'*)\s*(?=\([^()]*,)", r"\1="), (r"(?<=\d)\s+to\s+(?=\d)", ":"),
+     (r"^\s*([A-Z]'*)\s*(?=\([^()]*,)", r"\1="), (r"^(\d+)\s+to\s+(\d+)$", r"\1:\2"),
      (r"(?<=\d)\"$", " in"), (r"(?<=[\d\s])\(\s*([a-z]{3,}(?: [a-z]+){0,3})\s*\)$", r" \1"),
-     (r"(?<=\d)~(?=\d)", "-"), (r"\.\.\.|\\[lc]?dots", "…"), (r"\bm\s*(?=∠)|~|&\s*(?=[=<>])", " "), (r"^\W*[Nn]o (?:real )?solutions?\W*$|^无解$", "∅"))))
+     (r"(?<=\d)~(?=\d)", "-"), (r"\.\.\.|\\[lc]?dots", "…"), (r"\bm\s*(?=∠)|~|&\s*(?=[=<>])", " "), (r"[ \t]{2,}", " "),
+     (r"^\W*[Nn]o (?:real )?solutions?\W*$|^无解$", "∅"))))
 MUTE = re.compile(  # says nothing by itself; a command with an argument says what that says
     r"\\(?:[hv]?(?:space|phantom)|(?:text)?color|begin|end)\*?\s*\{[^{}]*\}|\\[A-Za-z]+\s*(?=\{)"
     r"|\\(?:[a-z]*(?:quad|space|skip|style|box|boxed|dots|fill|line)|(?:text|math)[a-z]*|left|right"
@@ -106,7 +107,7 @@ UNITS = {word + plural: words.split()[0] for words in (
     "cm centimeter centimetre 厘米, dm, km kilometer kilometre 千米 公里, in inch inche, ft foot feet, "
     "yd yard, mi mile, g gram 克, kg kilogram 千克 公斤, mg, t ton tonne, L l liter litre, mL ml, "
     "s sec second 秒, ms millisecond, min minute 分钟, h hr hour 小时, day 天, week, month, year 年, "
-    "decade, century, acre, hectare, C celsius, F fahrenheit, rad radian, lb pound, oz ounce, gallon, pint, dollar, cent,"
+    "decade, century, acre, hectare, celsius, fahrenheit, rad radian, lb pound, oz ounce, gallon, pint, dollar, cent,"
     " euro, yen, 元, 角, N kN, J, kJ, W watt, kW, MW, Wh, kWh, V volt, kV, mV, mA, Hz, kHz, MHz, GHz, "
     "Pa, kPa, MPa, eV, cal, kcal, mol, ohm \\Omega, dB, MB, GB, TB, per, ^2 square sq 平方, "
     "^3 cubic 立方").split(", ") for word in words.split() for plural in ("", "s")}
@@ -117,22 +118,23 @@ GROUPING = str.maketrans("", "", ",~ \\")  # what stands between the thousands
 TOKEN = re.compile(
     r"(?<![(\[{\d,.])[1-9]\d{0,2}(?:(?:,|\\,|~| )\d{3})+(?![\d)\]},])(?:\.\d*)?"  # 1,234
     r"|\d*\.\d*r\d+|\d+\.?\d*(?:[eE][-+]?[0-4]?\d(?!\d))?|\.\d+"  # 0.1r6, 1.2e3, .5
-    r"|(?<=[a-z])(?<!pi)\^[23](?!\d)|\\not\s*=|[<>]=|(?<!\d)!=|\\[A-Za-z]+|\\.|\*\*|[A-Za-z]+'*"
+    r"|(?<=[a-z])(?<!pi)\^[23](?!\d)|\\not\s*=|\|\||[<>]=|(?<!\d)!=|\\[A-Za-z]+|\\.|\*\*|[A-Za-z]+'*"
     r"|平方|立方|小时|分钟|千克|公斤|[厘毫千公]?[米里]|\S", re.ASCII)
 TIME = re.compile(r"(?<![\d:.])0?((?:1?\d|2[0-4]):[0-5]\d(?::[0-5]\d)?)(\s*[ap]m)?(?![\d:.])", re.I)
 MEANING = {spelling: meaning for meaning, spellings in {
     r"\frac": r"\dfrac \tfrac \cfrac dfrac frac", r"\binom": r"\dbinom \tbinom", r"\angle": "∠",
     r"\sqrt": "sqrt √", r"\pi": "pi π", "*": r"\times \cdot \ast", "/": r"\div", "^": "**",
-    "±": r"\pm", "∞": r"\infty infinity", "%": r"\%", "{": r"\{", "}": r"\}", "||": r"\parallel",
+    "±": r"\pm", "∞": r"\infty infinity", "%": r"\%", "{": r"\{", "}": r"\}", "∥": r"\parallel ||",
     ",": r"\cup ; & and or", "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=",
     "=": r"\approx \simeq \sim \in is are equals", "<": r"\lt", ">": r"\gt", r"\exp": "exp",
     "≠": r"!= \ne \neq \not=", "dollar": "USD", "cent": "¢", "euro": "€", "pound": "£", "yen": "¥",
 }.items() for spelling in spellings.split()} | {x[1:]: x for x in FUNCTIONS}
 # what can be asked for: x, AB, f(2), a_37, |AB|, side length, AB/CD; not 2x, x^2, |x|, \sqrt{x}
 NAME = re.compile(
-    r"-?(?:[A-Za-z]'*|[A-Za-z]*_\w+|\|[A-Z]+\||[A-Z]+\w*(?:\^-1)?(?: \* [A-Z]+\w*(?:\^-1)?)?"
+    r"-?(?:[A-Za-z]'*|[A-Z]*[a-z]?_\w+|\|[A-Z]+\||[A-Z]+\w*(?:\^-1)?(?: \* [A-Z]+\w*(?:\^-1)?)?"
     r"|[a-z]{3,}|[\u4e00-\u9fff]+|\w+\(.*\)|\\(?:sin|cos|tan)\([^a-z]*(?:\\[a-z]+)?\)"
     r"|\\[A-Za-z]+\w*)'*")
+CLOCK = re.compile(rf"(?:[\w{{}}:\\ ]*=)?\s*(?:{TIME.pattern}|\({TIME.pattern}\))\s*", re.I)
 RANGE = re.compile(  # 30-40, 2019-05-12: with blanks around its sign it is a difference
     r"(?:dollar )?\s*\d[\d.,]*%?(?:-(?: dollar)? ?\d[\d.,]*%?)+(?: [a-z].*)?")
 FORMULA = re.compile(r"[\d\\=<>^_|!∅∞+*/]|\w\(|^pi$|\b(?:sin|cos|tan|log|ln) [a-z]\b")
@@ -149,15 +151,15 @@ def read(answer: str):
     """The value of a spelled answer: a Number, a Group or a formula; else its plain text."""
     if re.search(r"[^\W\d_]{2}", answer) and not FORMULA.search(answer):
         items = [plain(item) for item in re.split(r",|;|&|\band\b", answer) if item.strip()]
-    elif time := TIME.fullmatch(answer.rpartition("=")[2].strip("() ")):
-        items = [Group("time", [time[1]], (time[2] or "").strip().lower())]
+    elif time := CLOCK.fullmatch(answer):
+        items = [Group("time", [time[1] or time[3]], (time[2] or time[4] or "").strip().lower())]
     else:
         tokens = tokenise(answer.lstrip("="))
         tokens = tokens[tokens[:1] == ["="]:]  # \approx 5
         if "±" in tokens:  # two answers, one with each sign
             tokens = [y for s in "+-" for y in [*(s if x == "±" else x for x in tokens), ","]][:-1]
         work = sum(4 * (x in FUNCTIONS) + (x in ("^", "\\sqrt")) for x in tokens)
-        if work > MOST_POWERS or RANGE.fullmatch(answer) or re.search(r":[^:=,]*:", answer) or TIME.search(answer):
+        if work > MOST_POWERS or "\\pm\\pm" in answer or RANGE.fullmatch(answer) or re.search(r":[^:=,]*:", answer) or TIME.search(answer):
             return plain(answer)  # 1:2:3 is no quotient
         try:
             with decimal.localcontext(PRECISE):
@@ -170,7 +172,7 @@ def read(answer: str):
 def plain(answer: str) -> str:
     """A text without case, article and punctuation where it is prose; else as it is written."""
     if re.search(r"[\\=<>^_|]", answer) or not re.search(r"[^\W\d_]{2}", answer):
-        return "".join(tokenise(answer))
+        return " ".join(tokenise(answer))
     words = re.findall(r"[^\W\d_]+|\d[\d.,]*|[^\s\w,;:'\"()!?]", answer.casefold())
     return " ".join(words[words[0] in ("a", "an", "the") and len(words) > 1:])
 
@@ -200,7 +202,7 @@ class Reader:
             parts, signs = [self.expression(0)], []
             while self.rest[-1] in tuple("=<>≤≥≠"):
                 signs.append(self.rest.pop())
-                while self.rest[-1] == "=":  # x == 1
+                while signs[-1] == "=" == self.rest[-1]:  # x == 1
                     self.rest.pop()
                 parts.append(self.expression(0))
             items.append(relate(parts, signs) if signs else parts[0])
@@ -219,7 +221,7 @@ class Reader:
             if isinstance(left, Number) and binding < BINDS["^"] - 1:  # h in r^2 h is no unit of 2
                 left = self.measured(left)
             token = self.rest[-1]
-            beside = token[:1].isalpha() or token[:1] == "\\" or token in ("(", "{", "∞")
+            beside = token[:1].isalpha() or token[:1] == "\\" or token in ("(", "∞")
             sign = "*" if beside else "^" if token in ("^2", "^3") else token  # 21 \sqrt 3, x^2
             if BINDS.get(sign, 0) <= binding:
                 return left
@@ -267,6 +269,16 @@ class Reader:
         self.depth -= 1
         return value
 
+    def argument(self):
+        """Of a command: what stands in brackets, one command, name or number."""
+        token = self.rest.pop()
+        if not (token.isalnum() or token[:1] in ("{", "(", "[", "\\")):
+            raise ArithmeticError("a command without its argument")
+        self.depth += 1
+        value = self.atom(token, 0)
+        self.depth -= 1
+        return value
+
     def atom(self, token: str, binding: int):
         """A number, a bracket, a command with its arguments or a name."""
         if token[:1].isdigit() or token[:1] == "." != token:
@@ -281,7 +293,9 @@ class Reader:
             items, end = self.items((")", "]", "}", "⟧"))
             if token + end not in ("()", "[]", "{}", "⟦⟧", "(]", "[)"):
                 raise ArithmeticError("a bracket that never closes")
-            return items[0] if len(items) == 1 and token != "⟦" else Group(token + end, items)
+            if token + end in ("()", "[]", "{}") and len(items) == 1:
+                return items[0]
+            return Group(token + end, items)
         if token == "|":
             value = self.expression(0)
             if self.rest.pop() != "|":
@@ -289,14 +303,14 @@ class Reader:
             return value._replace(value=abs(value.value)) if isinstance(
                 value, Number) else f"|{inner(value)}|"
         if token in ("\\frac", "\\binom"):
-            if self.rest[-1].isdecimal():  # \frac12: each argument is one digit
+            if self.rest[-1].isdecimal():  # \frac12 is 1/2
                 self.rest[-1:] = reversed(self.rest[-1])
-            above, below = self.factor(), self.factor()
+            above, below = self.argument(), self.argument()
             return combine(above, "/", below) if token == "\\frac" else Number(
                 Decimal(math.comb(whole(above), whole(below))))
         if token == "\\sqrt":
-            index = self.factor() if self.rest[-1] == "[" else Number(Decimal(2))
-            return combine(self.factor(), "^", combine(Number(ONE), "/", index))
+            index = self.argument() if self.rest[-1] == "[" else Number(Decimal(2))
+            return combine(self.argument(), "^", combine(Number(ONE), "/", index))
         if token in ("\\pi", "\\exp"):
             return Number(PI) if token == "\\pi" else combine("e", "^", self.factor())
         if token in FUNCTIONS:
@@ -384,19 +398,26 @@ def inner(x) -> str:
 
 
 DECIMAL = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+LONG = re.compile(r"-?\d+\.\d{50,}(?:e[-+]?\d+)?")
 
 
-def thirty_digits(number: re.Match) -> str:
-    """A formula's numbers are products of rounded ones: of 80 digits 30 are safe."""
+def shorter(number: re.Match) -> str:
+    """Of a formula's 80 digits, products of rounded ones, 30 are safe."""
     return f"{Decimal(f'{Decimal(number[0]):.30g}').normalize()}"
 
 
 def combine(left, sign: str, right):
     """left sign right, of numbers and formulas: a number, or a formula's text."""
+    if any(isinstance(x, Number) and x.name for x in (left, right)):
+        raise ArithmeticError("an equation inside a formula")
     if isinstance(left, Number) and isinstance(right, Number):
+        if sign not in "+-" or left.unit != right.unit:  # 25% of a sum is 0.25
+            left, right = (x._replace(value=x.value / 100, unit=()) if x.unit == ("%",) else x
+                           for x in (left, right))
         unit, alike = left.unit or right.unit, left.unit == right.unit
-        if not alike and sign in "+-" and unit not in (("°",), ("%",)) or right.unit and (
-                left.unit and (not alike or sign not in "+-") or sign in "/:^"):
+        if not alike and sign in "+-" and unit != ("°",) or right.unit and (
+                left.unit and (not alike or sign not in "+-") or sign in "/:^") or (
+                left.unit and sign == "^"):
             raise ArithmeticError("a sum of two units, as 5m + 3, or arithmetic with units")
         value = calculate(left.value, sign, right.value)
         if value and abs(value.adjusted()) > 50:
@@ -441,15 +462,16 @@ def calculate(x: Decimal, sign: str, y: Decimal) -> Decimal:
 def relate(parts: list, signs: list[str]):
     """Sides and the signs between them: a value with its name, an interval, or an equation."""
     first, last = parts[0], parts[-1]
-    name = written(first) if isinstance(first, Group) or isinstance(first, str) and NAME.fullmatch(
-        first) else ""
+    names = first.items if isinstance(first, Group) else [first]
+    name = written(first) if all(isinstance(x, str) and NAME.fullmatch(x) for x in names) else ""
     if set(signs) != {"="}:
         if interval := between(parts, signs):
             return interval
     elif len(parts) == 2 and isinstance(last, str) and len(last) < 4 and NAME.fullmatch(
             last) and not isinstance(first, str):  # 5 = x
         return first._replace(name=last)
-    elif isinstance(last, Number):
+    elif isinstance(last, Number) and not (name and any(
+            isinstance(x, str) and name in x for x in parts[1:])):  # x = x/2 = 5
         numbers = [x for x in parts if isinstance(x, Number)]
         agree = numbers[:-1] and all(rounds(x.value, last) for x in numbers[:-1])
         sums = re.fullmatch(r"[A-Za-z]+(?: \+ [A-Za-z]+)*", written(first))  # m + n = 2 + 3 = 5
@@ -491,8 +513,8 @@ def same(said, wanted) -> bool:
         return (all(any(same(x, y) for x in left) for y in right)
                 and all(any(same(x, y) for y in right) for x in left))
     if type(said) is not type(wanted) or isinstance(said, str):
-        return said == wanted or isinstance(said, str) is isinstance(wanted, str) is True and (
-            DECIMAL.sub(thirty_digits, said) == DECIMAL.sub(thirty_digits, wanted))
+        texts = [x for x in (said, wanted) if isinstance(x, str)]
+        return said == wanted or len(texts) == 2 and len({LONG.sub(shorter, x) for x in texts}) == 1
     if said.name and wanted.name and said.name != wanted.name:
         return False
     if isinstance(said, Group):

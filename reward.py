@@ -55,33 +55,6 @@ def any_of(words: str) -> str:
     return rf"(?<![\\a-z])(?=[a-z])(?:{'|'.join(words.split())})(?![a-z])"
 
 
-# words that deny an answer or hedge it, and words that compare with it or change its number
-DENIALS = any_of(
-    "not never neither nor none nobody cannot anything everything without except wrong incorrect "
-    "untrue false invalid impossible unlikely doubtful hardly rarely unless longer rather instead "
-    "either may maybe perhaps possibly might could unsure guess suppose whether (?:exclu|elimina)[a-z]*"
-) + r"|n['’]t\b|ruled? out|all but|[不错非若勿]|(?<![区特分])别|可能|也许|还是|如果|排除"
-DENIED = re.compile(DENIALS, re.I)
-CHANGES = re.compile(DENIALS + "|" + any_of(
-    "half (?:halv|doubl|tripl|trebl|quadrupl|quintupl|increas|decreas|reduc|exceed)[a-z]* thirds? "
-    "quarters? (?:four|fif|six|seven|eigh|nin|ten|twelf|[a-z]+teen|[a-z]+tie)ths? (?:hundred|thousand"
-    "|[a-z]*illion|lakh|crore)(?:s|ths?)? (?:one|two|three|four|five|sixe|seven|eight|nine|ten)s "
-    "dozens? pairs? couple gross grand kilo twice thrice times [a-z]*fold squared cubed [a-z]*root "
-    "power factorial reciprocal inverse opposite negative minus plus repeating recurring binary hex "
-    "points mod over under above below beyond between among from past within until "
-    "up down upwards? onwards? off more less fewer greater larger smaller than least most minimum "
-    "maximum too many few short missing extra odd something sometimes multiple divisible mid sub"
-) + r"|(?:square|cube|log|sin|cos|tan)[a-z]* of|out of|and/or|\d(?:st|nd|rd|th|ish)\b|[或多少倍半至超负几余]|[大小]于|以[上下内外]|…", re.I)
-NOT_THIS = re.compile(  # of D, not B the second goes
-    r"[,;]?\s*\b(?:(?:and|but)\s+)?(?:not|rather than|instead of|rules? out)\s+(?:be\s+)?"
-    r"(?:(?:option|choice)\s+)?(?:\(?[A-H]\b\)?|-?\d[\d.,]*(?![^\s,.]))(?:\W*but\b)?"
-    r"|不[是选選]\s*[A-H\d]+")
-REASON = re.compile(r",?\s+(?:because|since|as(?! (?:well|an?|the|many|much|few)\b))\s.*|[,，]?因为.*", re.S)
-ASIDE = re.compile(r",?\s+which\s.*|\s\([^()\\]*[a-z]{2}[^()\\]*\)\W*$", re.S)
-YES = re.compile(  # Yes, there is. No there are none.
-    r"(yes|no)\b(?![ \t]+(?!there|it|they|he|she|this|that|we|i)\w)[^.\w]*"
-    r"([^.;\n]*)((?:\W.*[a-z]{2}.*)?)", re.I | re.S)
-
 NUMERALS = {word: n for n, words in [
     *enumerate("zero零 one一 two二两兩 three三 four四 five五 six六 seven七 eight八 nine九 ten eleven "
                "twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()),
@@ -90,15 +63,44 @@ NUMERALS = {word: n for n, words in [
     for word in re.findall("[a-z]+|[^a-z]", words)}
 WORD = f"(?:{'|'.join(filter(str.isascii, NUMERALS))})"
 CJK = "".join(word for word in NUMERALS if not word.isascii())
+
+# words that deny an answer or hedge it, and words that compare with it or change its number
+DENIALS = any_of(
+    "not never neither nor none nobody cannot anything everything without except wrong incorrect "
+    "untrue false invalid impossible unlikely doubtful likely probably hardly rarely unless longer "
+    "rather instead nope isnt either may maybe perhaps possibly might could unsure guess suppose whether (?:exclu|elimina)[a-z]*"
+) + r"|n['’]t\b|ruled? out|all but|[不错非若勿]|(?<![区特分])别|可能|也许|还是|如果|排除"
+DENIED = re.compile(DENIALS, re.I)
+CHANGES = re.compile(DENIALS + "|" + any_of(
+    "[a-z]*(?:half|dozen)[a-z]* (?:halv|negat|invert|repeat|doubl|tripl|trebl|quadrupl|quintupl|increas|decreas|reduc|exceed)[a-z]* thirds? "
+    "quarters? (?:four|fif|six|seven|eigh|nin|ten|twelf|[a-z]+teen|[a-z]+tie)ths? (?:hundred|thousand"
+    "|[a-z]*illion|lakh|crore)(?:s|ths?)? (?:one|two|three|four|five|sixe|seven|eight|nine|ten)s "
+    "pairs? couple gross grand kilo twice thrice times [a-z]*fold percentile inclusive further additional squared cubed [a-z]*root "
+    "power factorial reciprocal inverse opposite negative minus plus repeating recurring binary hex "
+    "points mod over under above below beyond between among from past within until "
+    "up down upwards? onwards? off more less fewer greater larger smaller than least most minimum "
+    "maximum too many few short missing extra odd something sometimes multiple divisible mid sub"
+) + rf"|\d{WORD}" + r"|(?:square|cube|log|sin|cos|tan)[a-z]* of|out of|and/or|\d(?:st|nd|rd|th|ish)\b|[或多少倍半至超负几余]|[大小]于|以[上下内外]|…", re.I)
+NOT_THIS = re.compile(  # of D, not B the second goes
+    r"[,;]?\s*\b(?:(?:and|but)\s+)?(?:not|rather than|instead of|rules? out)\s+(?:be\s+)?"
+    r"(?:(?:option|choice)\s+)?(?:\(?[A-H]\b\)?|-?\d+(?:[.,]\d+)*)(?:\W*but\b|(?=\s*(?:$|[,;](?!\s*\(?[A-H]\b)|\.(?!\s*\d)"
+    r"|it['’ ])))"
+    r"|不[是选選]\s*[A-H\d]+")
+REASON = re.compile(r",?\s+(?:because|since|as(?! (?:well|an?|the|many|much|few)\b))\s.*|[,，]?因为.*", re.S)
+ASIDE = re.compile(r",?\s+which\s.*|\s\([^()\\]*[a-z]{2}[^()\\]*\)\W*$", re.S)
+YES = re.compile(  # Yes, there is. No there are none.
+    r"(yes|no)\b(?![ \t]+(?!there|it|they|he|she|this|that|we|i)\w)[^.\w]*"
+    r"([^.;\n]*)((?:\W.*[a-z]{2}.*)?)", re.I | re.S)
+
 COUNT = re.compile(  # 一 says one where it counts: 一个, but 一共 is "in all"
-    rf"\b{WORD}(?:(?:(?:(?<=hundred)|(?<=thousand))\s+and)?[\s-]+{WORD})*\b"
+    rf"(?<!\b[A-H] )\b{WORD}(?:(?:(?:(?<=hundred)|(?<=thousand))\s+and)?[\s-]+{WORD})*\b"
     f"|(?<![\\d{CJK}])[{CJK}]{{1,9}}(?=[{MEASURES}元度]|\\W*$)", re.I)
 FILLER = re.compile(  # what an answer may open with, and what it may speak of
     r"[\s*_\"'`]*(?:(?:so|thus|hence|therefore|then|i (?:think|believe)(?: that)?|they are"
     r"|we (?:get|have|find)|(?:the )?(?:(?:final|correct|right|best) )?(?:answer|option|choice)s?"
     r"(?: is| are|:)?|(?:it|there|that)(?:['’]s| is| are| were)|(?:a )?total of|only|just|exactly"
     r"|about|around|approximately|nearly|roughly)\b[\s,:]*|(?:[∴⇒→✅✓]|=>|\\therefore|\\implies)\s*|(?:答案|[应應]?[该該]?[选選]|所以|因此|一?共|有|约|大约"
-    r"|[是为為]|等于)[是为為有:：\s]*)", re.I)
+    r"|[是为為]|等于)[是为為有:：,\s]*)", re.I)
 SUBJECT = re.compile(
     r"(?:the|its?|this|these|that|those|they|he|she|his|her|their|our|my|your)\b[^.;?!=]*?"
     r"\s(?:is|are|was|were|equals?|=)\s+|[^\d=]*?[\u4e00-\u9fff](?<![还若果要而就不])(?:是|为|為|等于)\s*", re.I)
@@ -141,7 +143,7 @@ def normalise(answer: str) -> str:
     answer = COUNT.sub(counted, TAIL.sub("", without_reason(answer)))
     answer = re.sub(r"^\s*(?:negative|minus|负)\s*(?=\d|\\)", "-", answer, flags=re.I)
     answer = re.sub(r"\b(\d+) \(\1\)", r"\1", answer)  # five (5)
-    return answer.lstrip(" \t\n*_:=,`\"'").rstrip(" \t\n*_:.,`\"\\✓✅")
+    return answer.lstrip(" \t\n*_:=`\"'").rstrip(" \t\n*_:.,`\"\\✓✅")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -156,20 +158,22 @@ PHRASE = re.compile(
     r"|答案[\s*]*(?:应?[是为為]|:|：)?[\s:：*】]*|(?<![不别勿没未])(?:[应應][该該]?|故)?[选選](?![项項])"
     r"[择擇]?[\s:：为為*]*", re.I)
 # what ends an answer: a full stop (but C. 120 goes on), a line, a tag
-END = re.compile(r"[.!](?:\s+(?![\s\d\\-])|$)|[;?](?:\s+(?![\s\d\\-]|[A-H]\b)|$)|\n|</|<\||[。；]")
+END = re.compile(r"[.!](?:\s+(?![\s\d\\+-])|$)|[;?](?:\s+(?![\s\d\\($-]|[A-Za-z]\b)|$)|\n|</|<\||[。；]")
 REMARK = re.compile(
     r"\W*(?:(?:indeed|also|thus)\s)?(?:(?:in)?(?:correct|right|wrong|valid|reasonable)"
     r"|(?:as|given|shown|found|based|consistent|below|above|the same)\b.*)\W*", re.I)
 TAKEN_BACK = re.compile(  # somewhere after an answer: the writer has changed their mind
     r"\b(?:wait|actually|however|correction|mistake|sorry|oops|scratch|(?:is|s) wrong)\b"
-    r"|[.;!?…]\W*(?:no[,.]|or\b)", re.I)
+    r"|[.;!?…]\W*(?:no[,.]|or\b)|\bor\s+\(?[A-H][.):]|\A\W*[A-H][.):] [^\n]*\W[A-H][.):] ", re.I)
 OPTION = re.compile(r"^\W*([A-H])(?:[.:)].*|\W*)$", re.M)
-SENTENCE = re.compile(r"[.;!?](?=\s|$)|\n|[。；]")
+SENTENCE = re.compile(r"(?<!\b[A-H])[.;!?](?=\s|$)|\n|[。；]")
 WORDS = re.compile(r"((?<![\\A-Za-z\d{])(?!(?:sqrt|frac|pi|exp|sin|cos|tan|log|ln)\b)"
                    r"[A-Za-z]*[a-z]{2}[A-Za-z'’]*|[\u4e00-\u9fff]+)")
 COPULA = re.compile(r"\b(?:is|are|was|were|equals|gives|makes)\b|=|\d")
 BEFORE_NO_ANSWER = re.compile(  # page 5, Vitamin D
-    r"\b(?:but|page|step|figure|fig|table|question|problem|example|theorem|max|min|gcd|lcm|log)\W*$", re.I)
+    r"\b(?:but|no|page|step|figure|fig|table|question|problem|example|theorem|max|min|gcd|lcm|log)\W*$", re.I)
+DASH = re.compile(  # no minus: Dogs - 45, mid-20, and the mark of a list
+    r"(?<=[a-z]{2})(?:[-–—]|\s+[-–—]\s+)(?=\d)|^\s*(?:[-–—•]|\d+[.)])\s+", re.M)
 VALUE = re.compile(r"(?<![\^_\w])(?<![\^_]\{)\.?\d")
 CHOSEN = re.compile(
     r"\(([A-H])\)|(?:\b(?:option|choice|answer|is|be|so|thus|hence|therefore|leaving|leaves|choose|pick"
@@ -194,6 +198,8 @@ def extract_answer(text: str) -> str | None:
         end = END.search(clause)
         clause = without_reason(END.split(clause)[0]).strip(" \t,*_\"")
         clause = clause if "{" in clause else clause.rstrip("\"} ")  # of {"answer": 45}
+        if TAKEN_BACK.search(after):
+            text = after
         if says_nothing(clause) or TAKEN_BACK.search(after):
             continue
         if end and end[0][0] == "?" or CHANGES.search(before):  # is the answer 5?
@@ -235,32 +241,41 @@ def last_value(text: str) -> str | None:
     """The last number with its formula, or choice, in prose; None where it is denied or changed."""
     text = re.sub(r"\b(?:the|this|that|which|no|each|another|other)\s+one\b", " ",
                   unwrapped(text[-2 * LONGEST_ANSWER:]))
-    text = re.sub(r"(?<=[a-z]{2})(?:[-–—]|\s+[-–—]\s+)(?=\d)|^\s*(?:[-–—•]|\d+[.)])\s+", " ", text, flags=re.M)
+    text = DASH.sub(" ", text)
     text = re.sub(r"\b(?:negative|minus)\s+(?=\d)", "-", COUNT.sub(counted, text))
     for sentence in reversed(SENTENCE.split(text)):
-        parts = WORDS.split(sentence)  # formulas, and between them words
-        last = max((i for i in range(0, len(parts), 2) if VALUE.search(parts[i])), default=None)
-        chosen, letters = [*CHOSEN.finditer(sentence)], set(LETTER.findall(sentence))
-        if last is None and not letters:
+        parts = ["", "", *WORDS.split(sentence), "", ""]  # formulas, and words between them
+        place = max((i for i in range(0, len(parts), 2) if VALUE.search(parts[i])), default=None)
+        chosen = [*CHOSEN.finditer(sentence)]
+        if place is None and not LETTER.search(sentence):
             continue
-        at = len("".join(parts[:last or 0]))
-        if last is None or chosen and chosen[-1].start() > at:
+        at = len("".join(parts[:place or 0]))
+        if place is None or chosen and chosen[-1].start() > at:
             at = chosen[-1].start() if chosen else 0
-            said = "".join(filter(None, chosen[-1].groups())) if chosen else ""
-            hedged = not chosen or len(letters) > 1 and re.search(r"\bor\b", sentence)
+            two = re.search(r"[A-H]\)?\s*(?:,|or|and|to|unless)\W+[A-H]\b", sentence)
+            hedged = not chosen or two or CHANGES.search(sentence[max(0, at - 12):at])
+            said = None if hedged else "".join(filter(None, chosen[-1].groups()))
         else:
-            words, said = [*parts, "", ""], parts[last]
-            around = COPULA.split("".join(words[max(0, last - 5):last]))[-1]
-            hedged = (words[last + 1] == "or" or len(said) > LONGEST_ANSWER
-                      or BEFORE_NO_ANSWER.search(around)
-                      or CHANGES.search(around + "".join(words[last:last + 5])))
-            if last > 1 and VALUE.search(parts[last - 2]) and not re.match(r"\s*[:,;$=(]", said):  # 2 or 3; but 5 hours 30, 20 of 30
-                joins = words[last - 1] == "or" or words[last - 1] == "and" and "=" not in said
-                said = "".join(parts[last - 2:last + 1]) if joins else said
-                hedged = hedged or not joins and "=" not in said and not COPULA.search(words[last - 1])
+            said = number_at(place, parts)
         denied = DENIED.search(sentence, sentence.rfind(",", 0, at) + 1)
-        return None if hedged or denied else said.strip(" ,:$*_`\n").rstrip("\\") or None
+        return said.strip(" ,:$*_`\n").rstrip("\\") or None if said and not denied else None
     return None
+
+
+def number_at(place: int, parts: list[str]) -> str | None:
+    """A formula among words; None where the words beside it hedge, compare with it or change it."""
+    said, before, after = parts[place], parts[place - 1], parts[place + 1]
+    around = COPULA.split("".join(parts[max(0, place - 5):place]))[-1]
+    two = VALUE.search(parts[place - 2]) and not re.match(r"\s*[:,;=(]", said)
+    joins = before == "or" or before == "and" and "=" not in said
+    if (after == "or" or before == "or" and not two or len(said) > LONGEST_ANSWER
+            or BEFORE_NO_ANSWER.search(around)
+            or CHANGES.search(around + "".join(parts[place:place + 5]))):
+        return None
+    if two and joins:  # 2 or 3
+        return parts[place - 2] + before + said
+    # 5 hours 30, 20 of 30
+    return None if two and "=" not in said and not COPULA.search(before) else said
 
 
 # ---------------------------------------------------------------------------------------------
@@ -273,10 +288,12 @@ SEVERAL = re.compile(r"\(?[A-H]\)?(?:(?:\s*[,;&和与及]|\s+and\b)+\s*\(?[A-H]\
 BEFORE = re.compile(
     r"(?:\((?P<small>[A-Ha-h])\)|(?P<letter>[A-H])(?:[.:)](?=[\s\d])|\)|\s+-\s+(?=[A-Za-z]{2})"
     r"|,(?=\s*\d)|(?=\s+(?:[\d(]|\\[dt]?frac|\\sqrt))))\s*(?P<rest>\S.*)", re.S)
-BEHIND = re.compile(r"(?P<rest>\S*\d.*)\s+\((?P<letter>[A-H])\)", re.S)
+BEHIND = re.compile(r"(?P<rest>\S*\d[^=<>]*)\s+\((?P<letter>[A-H])\)")
 OTHER = re.compile(  # a second option: any lone letter but that of a name, as in vitamin C, \angle A
-    r"(?<![A-Za-z\\])(?<![a-z]{2} )(?!A [a-z])[A-H](?![A-Za-z'’])|(?i:\b(?:and|not|nor|but|vs|then))\W+[A-H]\b"
-    r"|(?i:\b(?:or|either)\b|^\W*(?:and|wrong|incorrect|not (?:correct|right))\b)")
+    r"(?<![A-Za-z])[A-H](?:\)|[.:](?=\s|\d))|\\(?!angle|triangle)[a-z]+ ?[A-H]\b"
+    r"|(?<![A-Za-z\\])(?<![a-z]{2} )(?!A [a-z])[A-H](?![A-Za-z'’])|(?i:\b(?:and|not|nor|but|vs|then|to"
+    r"|option|choice|unless|maybe))\W+[A-H]\b|(?i:\b(?:or|either)\b|^\W*(?:and|not\W*$|(?:is |was )?(?:wrong"
+    r"|incorrect|not (?:correct|right)))\b|\b(?:is|are|\() ?(?:wrong|incorrect|false|not)\W*$)|\?\W*$|\band\W*$")
 TOGETHER = re.compile(r"\W*(?:both|neither|all|none|only)\b", re.I)  # C. both A and B
 
 
@@ -295,8 +312,8 @@ def is_equal(prediction: str, reference: str) -> bool:
     (letters, said), (wanted_letters, wanted) = understand(prediction), understand(reference)
     with localcontext(PRECISE):
         if letters and wanted_letters:
-            both = isinstance(said, Number) and isinstance(wanted, Number)
-            return letters == wanted_letters and (not both or same(said, wanted))
+            words = any(x is None or isinstance(x, str) for x in (said, wanted))
+            return letters == wanted_letters and (words or same(said, wanted))
         return said is not None and wanted is not None and same(said, wanted)
 
 
@@ -326,7 +343,8 @@ def value_of(answer: str):
         if yes[1][0] in "yY":
             doubt += rf"|\bno\b|{DENIALS}"
         return plain(answer) if re.search(doubt, yes[2], re.I) else yes[1].lower()
-    both = re.search(r"\band\b", answer) and re.search(r"[<>≤≥]|\\[gl]e", answer)  # is no union
+    both = re.search(r"\band\b", answer) and re.search(r"[<>≤≥]|\\[gl]e", answer) or (
+        re.search(r"[(\[][^()\[\]]*\bor\b", answer))  # neither x > 1 and x < 3 nor (1 or 2) is a list
     twice = re.search(r"\d\s+\(\s*[\d.]+\s*\)", answer)  # 20 (30) is no product
     return plain(answer) if both or twice or CHANGES.search(answer) else read(answer)
 

@@ -225,7 +225,7 @@ def test_different(prediction, reference):
     (r"so it is $4+2\sqrt3$ long", r"4+2\sqrt3"),
     ("which makes 4π/3.", "4π/3"),
     ("in the ratio 3:5.", "3:5"),
-    ("or 13 1/3 metres", "13 1/3"),
+    ("so 13 1/3 metres.\nWhich is it.", "13 1/3"),
     (r"about $3.2 \times 10^{-4}$", r"3.2 \times 10^{-4}"),
     ("the point (3, -2).", "(3, -2)"),
     ("The answer is 5 cm (half of 10 cm).", "5 cm"),
