@@ -24,7 +24,8 @@ LONGEST_ANSWER, MOST_DIGITS, MOST_DEPTH, MOST_POWERS, MOST_ITEMS = 400, 40, 20, 
 WRAPPED = re.compile(
     r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:(?:text|math)(?:normal|rm|bf|it|sf|tt|bb|cal|up|md)?|mbox|hbox"
     r"|operatorname\*?|underline|boldsymbol)\s*\{([^{}]*)\}")
-SIGNS = str.maketrans("−–—×·⋅∗÷∕⁄∶≈∈∪∼⟨⟩、。", "---****///:==,=<>,.", "￥")
+BOLD = re.compile(r"\*\*(?=\S)(.+?)(?<=\S)\*\*", re.S)
+SIGNS = str.maketrans("−–—×·⋅∗÷∕⁄∶≈∈∪∼⟨⟩、。", "---****///:==,=<>,.")
 POWERS = {"hundred": 2, "百": 2, "thousand": 3, "千": 3, "万": 4, "million": 6, "亿": 8, "billion": 9}
 LATEX, SPELLINGS = ([(re.compile(x, re.ASCII), meaning) for x, meaning in table] for table in (
     # where a backslash stands: 1,\!234; fonts, sizes and spacing; the empty set; degrees
@@ -32,11 +33,11 @@ LATEX, SPELLINGS = ([(re.compile(x, re.ASCII), meaning) for x, meaning in table]
      (r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|limits|rm|bf)(?![a-z])|\\!", ""),
      (r"\\(?:emptyset|varnothing)(?![a-z])|\\\{\s*\\\}", "∅"),
      (r"\\q?quad(?![a-z])|\\[,;:()\[\]]|(?<!\\)\\ |\\\\\s*$", " "),
-     (r"(?:\{\})?\^\s*\{\s*\\circ\s*\}|\^?\s*\\(?:circ|degree)(?![a-z])", "°"),
+     (r"(?:\{\})?(?:\^\s*\{\s*\\circ\s*\}|\^?\s*\\(?:circ|degree)(?![a-z]))", "°"),
      # 0.1\overline{6}; names of segments and angles; mixed numbers; sets and matrices
      (r"(?<=\d)(\.\d*)\\(?:overline|dot|bar)\s*\{?(\d+)\}?", r"\1r\2"), (r"\\measuredangle", "∠"),
      (r"\bm\s*(?=\\angle|\\widehat|\\overarc)|\\(?:over(?:line|arc|rightarrow|leftrightarrow)|hat"
-      r"|widehat|vec|bar)(?=\s*\{?\s*[A-Za-z])|^[\s$]*\\(?:lim|sum|int|prod)(?![a-z])[^=]*=", ""),
+      r"|widehat|vec|bar)(?=\s*\{?\s*[A-Za-z])|^[\s$]*\\(?:lim|sum|int|prod)(?![a-z])[^={]*(?:\{[^{}]*\}[^={]*)*=", ""),
      (r"\\langle", "("), (r"\\rangle", ")"), (r"\\[lr]?vert(?![a-z])|\\mid(?![a-z])", "|"),
      (r"\\begin\{(?:[pb]matrix\}|array\}\s*\{[^{}]*\})", "⟦("),
      (r"(?:\\\\)?\s*\\end\{(?:[pb]matrix|array)\}", ")⟧"), (r"\\\\", "),(")),
@@ -53,7 +54,7 @@ LATEX, SPELLINGS = ([(re.compile(x, re.ASCII), meaning) for x, meaning in table]
      # 0.(3); 2 1/2; a point with its name, A(3, -2); 2 to 3; 20"; 180 (days)
      (r"(?<=\d)(\.\d*)\((\d+)\)", r"\1r\2"), (r"(?<![\d.^_,/])(\d+)\s+(\d+)/(\d+)", r"(\1+\2/\3)"),
      (r"^\s*([A-Z]'*)\s*(?=\([^()]*,)", r"\1="), (r"^(\d+)\s+to\s+(\d+)$", r"\1:\2"),
-     (r"(?<=\d)\"$", " in"), (r"(?<=[\d\s])\(\s*([a-z]{3,}(?: [a-z]+){0,3})\s*\)$", r" \1"),
+     (r"^([^\"]*\d)\"$", r"\1 in"), (r"(?<=[\d\s])\(\s*((?:[cmk]m|kg|ft|[a-z]{3,})(?: [a-z]+){0,3})\s*\)$", r" \1"),
      (r"(?<=\d)~(?=\d)", "-"), (r"\.\.\.|\\[lc]?dots", "…"), (r"\bm\s*(?=∠)|~|&\s*(?=[=<>])", " "), (r"[ \t]{2,}", " "),
      (r"^\W*[Nn]o (?:real )?solutions?\W*$|^无解$", "∅"))))
 MUTE = re.compile(  # says nothing by itself; a command with an argument says what that says
@@ -73,7 +74,7 @@ def says_nothing(answer: str) -> bool:
 
 def unwrapped(text: str) -> str:
     r"""A text without fonts, colours and bold: \text{cm} is cm."""
-    return WRAPPED.sub(r" \1 ", WRAPPED.sub(r" \1 ", text)).replace("**", " ")
+    return BOLD.sub(r"\1", WRAPPED.sub(r" \1 ", WRAPPED.sub(r" \1 ", text)))
 
 
 def spelled(text: str) -> str:
@@ -94,7 +95,8 @@ def spelled(text: str) -> str:
 
 # 100 digits stand for exactness: two different fractions of 40-digit numbers differ by 10^-80 or
 # more, two different a*sqrt(b)/c of 15-digit numbers likewise, so that 90 equal digits mean equal.
-PRECISE = decimal.Context(prec=100, Emax=999, Emin=-999)
+PRECISE = decimal.Context(prec=100, Emax=999, Emin=-999, traps=[
+    decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow, decimal.Underflow])
 TINY = Decimal("1e-90")
 PI = Decimal("3.141592653589793238462643383279502884197169399375"
              "1058209749445923078164062862089986280348253421170680")
@@ -134,10 +136,10 @@ NAME = re.compile(
     r"-?(?:[A-Za-z]'*|[A-Z]*[a-z]?_\w+|\|[A-Z]+\||[A-Z]+\w*(?:\^-1)?(?: \* [A-Z]+\w*(?:\^-1)?)?"
     r"|[a-z]{3,}|[\u4e00-\u9fff]+|\w+\(.*\)|\\(?:sin|cos|tan)\([^a-z]*(?:\\[a-z]+)?\)"
     r"|\\[A-Za-z]+\w*)'*")
-CLOCK = re.compile(rf"(?:[\w{{}}:\\ ]*=)?\s*(?:{TIME.pattern}|\({TIME.pattern}\))\s*", re.I)
+CLOCK = re.compile(rf"(?:[A-Z]\w*(?:_?{{\w+}})?(?::[A-Z]\w*)? ?=)?\s*(?:{TIME.pattern}|\({TIME.pattern}\))\s*", re.I)
 RANGE = re.compile(  # 30-40, 2019-05-12: with blanks around its sign it is a difference
     r"(?:dollar )?\s*\d[\d.,]*%?(?:-(?: dollar)? ?\d[\d.,]*%?)+(?: [a-z].*)?")
-FORMULA = re.compile(r"[\d\\=<>^_|!∅∞+*/]|\w\(|^pi$|\b(?:sin|cos|tan|log|ln) [a-z]\b")
+FORMULA = re.compile(r"[\d\\=<>^_|!∅∞+*/]|[A-Za-z]'(?![a-z])|\w\(|^pi$|\b(?:sin|cos|tan|log|ln) [a-z]\b")
 
 # decimals: as written, 2 in 0.50, and 0 for what is computed; exact: 21\sqrt3 in 21\sqrt3 = 36.37
 # unit: sorted names, "/s" and "cm^2" among them; COUNTED alone where a word says what is counted
@@ -154,7 +156,7 @@ def read(answer: str):
     elif time := CLOCK.fullmatch(answer):
         items = [Group("time", [time[1] or time[3]], (time[2] or time[4] or "").strip().lower())]
     else:
-        tokens = tokenise(answer.lstrip("="))
+        tokens = tokenise(answer)
         tokens = tokens[tokens[:1] == ["="]:]  # \approx 5
         if "±" in tokens:  # two answers, one with each sign
             tokens = [y for s in "+-" for y in [*(s if x == "±" else x for x in tokens), ","]][:-1]
@@ -223,7 +225,7 @@ class Reader:
             token = self.rest[-1]
             beside = token[:1].isalpha() or token[:1] == "\\" or token in ("(", "∞")
             sign = "*" if beside else "^" if token in ("^2", "^3") else token  # 21 \sqrt 3, x^2
-            if BINDS.get(sign, 0) <= binding:
+            if BINDS.get(sign, 0) <= binding or beside and isinstance(left, Number) and left.unit:
                 return left
             if not beside:
                 self.rest[-1:] = token[1:]
@@ -319,6 +321,8 @@ class Reader:
             value = self.expression(BINDS["+"])
             if not isinstance(value, Number):
                 raise ArithmeticError("money of no amount")
+            if value.unit not in ((), (UNITS[token],)):
+                raise ArithmeticError("money in another unit")
             return value._replace(unit=(UNITS[token],))
         if token in ("\\angle", "\\triangle"):
             return token + written(self.factor())
@@ -341,7 +345,8 @@ class Reader:
             else:
                 power = self.factor() if mark == "^" else Number(Decimal(mark[1]))
         inside = self.factor()
-        while self.rest[-1] in ("°", "\\pi") or self.rest[-1].isalpha():  # sin 2x cos y
+        while self.rest[-1] == "°" or self.rest[-1].strip("\\").isalpha() and (
+                self.rest[-1] not in (*FUNCTIONS, "\\frac", "\\sqrt")):  # sin 2x cos y
             inside = self.measured(inside) if self.rest[-1] == "°" and isinstance(
                 inside, Number) else combine(inside, "*", self.factor())
         if isinstance(inside, Number):
@@ -389,7 +394,7 @@ def written(x) -> str:
     """One text for all spellings of a value."""
     if isinstance(x, Group):
         return x.brackets[0] + ",".join(map(written, x.items)) + x.brackets[1]
-    return f"{x.value.normalize():.80g}" if isinstance(x, Number) else x
+    return f"{Decimal(f'{x.value:.80g}').normalize():f}" if isinstance(x, Number) else x
 
 
 def inner(x) -> str:
@@ -397,8 +402,7 @@ def inner(x) -> str:
     return f"({written(x).replace(' ', '')})" if re.search("[ ^/]", written(x)) else written(x)
 
 
-DECIMAL = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
-LONG = re.compile(r"-?\d+\.\d{50,}(?:e[-+]?\d+)?")
+DECIMAL, LONG = re.compile(r"-?\d+(?:\.\d+)?"), re.compile(r"-?\d+\.\d{50,}")
 
 
 def shorter(number: re.Match) -> str:
@@ -411,16 +415,13 @@ def combine(left, sign: str, right):
     if any(isinstance(x, Number) and x.name for x in (left, right)):
         raise ArithmeticError("an equation inside a formula")
     if isinstance(left, Number) and isinstance(right, Number):
-        if sign not in "+-" or left.unit != right.unit:  # 25% of a sum is 0.25
-            left, right = (x._replace(value=x.value / 100, unit=()) if x.unit == ("%",) else x
-                           for x in (left, right))
         unit, alike = left.unit or right.unit, left.unit == right.unit
         if not alike and sign in "+-" and unit != ("°",) or right.unit and (
                 left.unit and (not alike or sign not in "+-") or sign in "/:^") or (
                 left.unit and sign == "^"):
             raise ArithmeticError("a sum of two units, as 5m + 3, or arithmetic with units")
         value = calculate(left.value, sign, right.value)
-        if value and abs(value.adjusted()) > 50:
+        if not value.is_finite() or value and abs(value.adjusted()) > 50:
             raise ArithmeticError("too large or too small")
         return Number(value, 0, unit)
     if any(isinstance(x, Group) or isinstance(x, Number) and x.unit for x in (left, right)):
@@ -451,6 +452,8 @@ def calculate(x: Decimal, sign: str, y: Decimal) -> Decimal:
     if y == Decimal("0.5"):
         return x.sqrt()
     degree = next((n for n in range(1, 13) if abs(y * n - round(y * n)) < TINY), None)
+    if degree and degree % 2 and degree > 1 and x < 0:  # the cube root of -8
+        return calculate(-x, sign, y) * (-1) ** round(y * degree)
     if degree is None or degree > 1 and x < 0:
         raise ArithmeticError("a power that is no root")
     root = x if degree == 1 or not x else Decimal(float(x) ** (1 / degree))

@@ -40,7 +40,7 @@ from decimal import localcontext
 from functools import lru_cache
 
 from answers import (
-    LONGEST_ANSWER, MEASURES, PRECISE, Number, plain, read, same, says_nothing, spelled, unwrapped,
+    BOLD, LONGEST_ANSWER, MEASURES, PRECISE, UNITS, Number, plain, read, same, says_nothing, spelled, unwrapped,
     written)
 
 LONGEST_RESPONSE = 6_000  # characters; of a longer response the end is read
@@ -87,7 +87,7 @@ NOT_THIS = re.compile(  # of D, not B the second goes
     r"|it['’ ])))"
     r"|不[是选選]\s*[A-H\d]+")
 REASON = re.compile(r",?\s+(?:because|since|as(?! (?:well|an?|the|many|much|few)\b))\s.*|[,，]?因为.*", re.S)
-ASIDE = re.compile(r",?\s+which\s.*|\s\([^()\\]*[a-z]{2}[^()\\]*\)\W*$", re.S)
+ASIDE = re.compile(r",?\s+which\s.*|\s\([^()\\]*[a-z]{3}[^()\\]*\)\W*$", re.S)
 YES = re.compile(  # Yes, there is. No there are none.
     r"(yes|no)\b(?![ \t]+(?!there|it|they|he|she|this|that|we|i)\w)[^.\w]*"
     r"([^.;\n]*)((?:\W.*[a-z]{2}.*)?)", re.I | re.S)
@@ -117,25 +117,32 @@ def without_reason(text: str) -> str:
     return text[:aside.start()] if aside and not doubt else text
 
 
+def struck(clause: re.Match) -> str:
+    """What is left of "not B": nothing, but where B stands before it as well."""
+    value = re.sub(r".*(?:not|than|of|outs?|是|选|選) ?", "", clause[0].strip(" ,;("), flags=re.S)
+    return clause[0] if value and value in clause.string[:clause.start()] else ""
+
+
 def counted(words: re.Match) -> str:
     """A number in words as digits: twenty-one, 三十二. What is none (five six) stays as it is."""
-    total = last = 0
+    total = last = unit = 0
     for word in re.findall(rf"{WORD}(?![a-z])|[^\sa-z-]", words[0].lower()):
         n = NUMERALS[word]
         if n < 100 and word != "十":  # it adds to the one before: twenty, one
-            if last and (last < 20 or last % 10 or n > 9):
+            if last and (last < 20 or last % 10 or not 0 < n < 10):
                 return words[0]
-            last += n
-        elif total % (10 * n):
+            last, unit = last + n, 0 if n == 0 else unit
+        elif total % (10 * n) or total and not last:
             return words[0]
         else:  # it multiplies the one before: two, hundred
-            total, last = total + max(last, 1) * n, 0
-    return str(total + last)
+            total, last, unit = total + max(last, 1) * n, 0, n
+    colloquial = last and unit > 10 and not word.isascii()  # 三百五 is 350
+    return words[0] if colloquial else str(total + last)
 
 
 def normalise(answer: str) -> str:
     r"""One spelling, without what says nothing: "So it is $\dfrac12$ cm." is "\dfrac12  cm"."""
-    answer = NOT_THIS.sub("", spelled(answer))
+    answer = NOT_THIS.sub(struck, spelled(answer))
     while lead := FILLER.match(answer) or SUBJECT.match(answer):
         if DENIED.search(lead[0]):
             break
@@ -158,7 +165,8 @@ PHRASE = re.compile(
     r"|答案[\s*]*(?:应?[是为為]|:|：)?[\s:：*】]*|(?<![不别勿没未])(?:[应應][该該]?|故)?[选選](?![项項])"
     r"[择擇]?[\s:：为為*]*", re.I)
 # what ends an answer: a full stop (but C. 120 goes on), a line, a tag
-END = re.compile(r"[.!](?:\s+(?![\s\d\\+-])|$)|[;?](?:\s+(?![\s\d\\($-]|[A-Za-z]\b)|$)|\n|</|<\||[。；]")
+END = re.compile(
+    r"[.!](?:\s+(?![\s\d\\+/=-]|(?:and|or|is|are|not|but|to)\b)|$)|\?(?:\s|$)|;(?:$|\s+[a-z]+ [a-z]+ [a-z])|\n|</|<\||[。；]")
 REMARK = re.compile(
     r"\W*(?:(?:indeed|also|thus)\s)?(?:(?:in)?(?:correct|right|wrong|valid|reasonable)"
     r"|(?:as|given|shown|found|based|consistent|below|above|the same)\b.*)\W*", re.I)
@@ -190,7 +198,7 @@ def extract_answer(text: str) -> str | None:
         return "".join(boxes[-1]).strip()
     if "\\boxed" in text:  # cut off inside its only box: what stands there is not the answer yet
         return None
-    text, words, remark, refused = NOT_THIS.sub("", text.replace("**", "")), None, None, False
+    text, words, remark, refused = NOT_THIS.sub(struck, BOLD.sub(r"\1", text)), None, None, False
     for phrase in [*PHRASE.finditer(text)][:-9:-1]:  # the last eight, from the last on
         before, after = text[:phrase.start()][-60:], text[phrase.end():]
         before = re.search(r"(?:\w+\W+){0,4}$", SENTENCE.split(before)[-1])[0]
@@ -210,7 +218,7 @@ def extract_answer(text: str) -> str | None:
             continue
         letters, value = understand(clause)
         if letters or not isinstance(value, str) or not WORDS.search(clause) or (
-                CHANGES.search(clause)):
+                CHANGES.search(clause) or re.search(r"\band\b|;", clause)):
             return bare(clause)
         if value := last_value(clause):
             return value
@@ -252,7 +260,7 @@ def last_value(text: str) -> str | None:
         at = len("".join(parts[:place or 0]))
         if place is None or chosen and chosen[-1].start() > at:
             at = chosen[-1].start() if chosen else 0
-            two = re.search(r"[A-H]\)?\s*(?:,|or|and|to|unless)\W+[A-H]\b", sentence)
+            two = re.search(r"[A-H]\W*(?:,|or|and|to|unless)\W+[A-H]\b", sentence)
             hedged = not chosen or two or CHANGES.search(sentence[max(0, at - 12):at])
             said = None if hedged else "".join(filter(None, chosen[-1].groups()))
         else:
@@ -272,9 +280,11 @@ def number_at(place: int, parts: list[str]) -> str | None:
             or BEFORE_NO_ANSWER.search(around)
             or CHANGES.search(around + "".join(parts[place:place + 5]))):
         return None
+    if two and before in UNITS:  # 5 hours 30
+        return None
     if two and joins:  # 2 or 3
         return parts[place - 2] + before + said
-    # 5 hours 30, 20 of 30
+    # 20 of 30
     return None if two and "=" not in said and not COPULA.search(before) else said
 
 
@@ -287,13 +297,13 @@ SEVERAL = re.compile(r"\(?[A-H]\)?(?:(?:\s*[,;&和与及]|\s+and\b)+\s*\(?[A-H]\
 # B with what it stands for: B. 45, (B) 45, B 45; or 45 (B)
 BEFORE = re.compile(
     r"(?:\((?P<small>[A-Ha-h])\)|(?P<letter>[A-H])(?:[.:)](?=[\s\d])|\)|\s+-\s+(?=[A-Za-z]{2})"
-    r"|,(?=\s*\d)|(?=\s+(?:[\d(]|\\[dt]?frac|\\sqrt))))\s*(?P<rest>\S.*)", re.S)
+    r"|(?=\s+(?:[\d(]|\\[dt]?frac|\\sqrt))))\s*(?P<rest>\S.*)", re.S)
 BEHIND = re.compile(r"(?P<rest>\S*\d[^=<>]*)\s+\((?P<letter>[A-H])\)")
 OTHER = re.compile(  # a second option: any lone letter but that of a name, as in vitamin C, \angle A
     r"(?<![A-Za-z])[A-H](?:\)|[.:](?=\s|\d))|\\(?!angle|triangle)[a-z]+ ?[A-H]\b"
     r"|(?<![A-Za-z\\])(?<![a-z]{2} )(?!A [a-z])[A-H](?![A-Za-z'’])|(?i:\b(?:and|not|nor|but|vs|then|to"
-    r"|option|choice|unless|maybe))\W+[A-H]\b|(?i:\b(?:or|either)\b|^\W*(?:and|not\W*$|(?:is |was )?(?:wrong"
-    r"|incorrect|not (?:correct|right)))\b|\b(?:is|are|\() ?(?:wrong|incorrect|false|not)\W*$)|\?\W*$|\band\W*$")
+    r"|option|choice|unless|except|maybe))\W+[A-H]\b|(?i:\b(?:or|either)\b|^\W*(?:and|not\W*$|(?:is |was )?(?:wrong"
+    r"|incorrect|not (?:correct|right)))\b|\b(?:is|are|\() ?(?:wrong|incorrect|false)\W*$|\bnot\W*$)|\?\W*$|\band\W*$")
 TOGETHER = re.compile(r"\W*(?:both|neither|all|none|only)\b", re.I)  # C. both A and B
 
 
@@ -312,7 +322,8 @@ def is_equal(prediction: str, reference: str) -> bool:
     (letters, said), (wanted_letters, wanted) = understand(prediction), understand(reference)
     with localcontext(PRECISE):
         if letters and wanted_letters:
-            words = any(x is None or isinstance(x, str) for x in (said, wanted))
+            words = any(x is None or isinstance(x, str) and not re.search(r"\d", x)
+                        for x in (said, wanted))
             return letters == wanted_letters and (words or same(said, wanted))
         return said is not None and wanted is not None and same(said, wanted)
 
@@ -339,7 +350,7 @@ def understand(answer: str) -> tuple:
 def value_of(answer: str):
     """What a normalised answer is worth; where words deny or change it, its plain text."""
     if (yes := YES.fullmatch(answer)) and (not yes[2] or re.search("[a-z]{2}", yes[2] + yes[3])):
-        doubt = any_of("yes but or maybe perhaps nope")
+        doubt = any_of("yes but or if maybe perhaps nope")
         if yes[1][0] in "yY":
             doubt += rf"|\bno\b|{DENIALS}"
         return plain(answer) if re.search(doubt, yes[2], re.I) else yes[1].lower()
