@@ -1,10 +1,10 @@
-"""What an answer says: its text in one spelling, read as a value that can be compared.
+"""What an answer is worth: mathematics as people write it, read as a value that can be compared.
 
-Three steps, each one function: `normalise` takes off what says nothing (fonts, spacing, "the answer
-is"), `read` makes a value of the rest (a number of 100 digits, a list, an interval, a formula's text,
-or the plain text where it is none of these) and `same` compares two values. The policy, point by
-point, stands in reward.py, whose `is_equal` judges by it. Left out on purpose: algebra (nothing is
-expanded, collected, cancelled or solved), conversion of units, eval, sympy, signals, threads.
+Three steps, each one function: `spelled` gives a text one spelling, `read` makes a value of it (a
+number of 100 digits, a list, an interval or a formula; its plain text where it is none of these) and
+`same` compares two values. reward.py, which deals with the words around an answer, has the policy.
+Left out on purpose: algebra (nothing is expanded, collected, cancelled or solved), conversion of
+units, eval, sympy, signals, threads.
 """
 
 import decimal
@@ -19,56 +19,14 @@ LONGEST_ANSWER, MOST_DIGITS, MOST_DEPTH, MOST_POWERS, MOST_ITEMS = 400, 40, 20, 
 
 
 # ---------------------------------------------------------------------------------------------
-# Step 1. Normalise: an answer -> one spelling
+# Step 1. Spell: a text -> one spelling
 
-# words that deny an answer or hedge it, and words that compare with it or change its number
-DENIALS = (
-    r"(?:(?<![\\a-z])(?:not|never|neither|nor|none|cannot|anything|without|except|wrong|incorrect|false"
-    r"|invalid|impossible|unlikely|rather|instead|either|may|maybe|perhaps|possibly|might|could|unsure"
-    r"|guess)(?![a-z])|n['’]t\b|不|错|非|可能|也许)")
-DENIED = re.compile(DENIALS, re.I)
-CHANGES = re.compile(
-    rf"{DENIALS}|(?<![\\a-z])(?:half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|twelf"
-    r"|[a-z]+teen|[a-z]+tie|hundred|thousand|million)ths?|(?:one|two|three|four|five|sixe|seven|eight"
-    r"|nine|ten)s|dozens?|scores?|pairs?|couple|gross|hundred|thousand|[a-z]*illion|lakh|crore|twice"
-    r"|thrice|doubled?|tripled?|times|fold|squared|cubed|root|power|factorial|negative|minus|plus"
-    r"|repeating|recurring|gcd|lcm|mod|max|min|over|under|above|below|beyond|between|from|past|within"
-    r"|until|up|down|off|more|less|fewer|greater|larger|smaller|than|least|most|minimum|maximum|too|many"
-    r"|few|short|missing|extra|exceed[a-z]*|increas[a-z]*|decreas[a-z]*|reduc[a-z]*)(?![a-z])"
-    r"|\d(?:st|nd|rd|th|ish)\b|[或多少倍半至超负]|[大小]于|以[上下内外]", re.I)
-NOT_THIS = re.compile(  # D, not B: what is denied goes
-    r"[,;]?\s*\b(?:(?:and|but)\s+)?(?:not|rather than|instead of|rules? out)\s+(?:be\s+)?"
-    r"(?:(?:option|choice)\s+)?(?:\(?[A-H]\b\)?|-?\d[\d.,]*(?![^\s,.]))(?:\W*but\b)?|不[是选選]\s*[A-H\d]+")
-REASON = re.compile(r",?\s+(?:because|since|as)\s.*|[,，]?因为.*", re.S)
-ASIDE = re.compile(r",?\s+which\s.*|\s\([^()\\]*[a-z]{2}[^()\\]*\)\W*$", re.S)
-
-NUMERALS = {word: n for n, words in [
-    *enumerate("zero零 one一 two二两兩 three三 four四 five五 six六 seven七 eight八 nine九 ten eleven "
-               "twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()),
-    *zip(range(20, 100, 10), "twenty thirty forty fifty sixty seventy eighty ninety".split()),
-    (10, "十"), (100, "hundred百"), (1000, "thousand千"), (10_000, "万"), (10**6, "million")]
-    for word in re.findall("[a-z]+|[^a-z]", words)}
-WORD = f"(?:{'|'.join(filter(str.isascii, NUMERALS))})"
-COUNT = re.compile(  # 一 says one where it counts: 一个, but 一共 is "in all"
-    rf"\b{WORD}(?:(?:(?:(?<=hundred)|(?<=thousand))\s+and)?[\s-]+{WORD})*\b"
-    "|(?<![零一二三四五六七八九两兩十百千万])[零一二三四五六七八九两兩十百千万]{1,9}(?=[个個只隻张張条條块塊辆輛位名枚颗顆种種元度]|\\W*$)", re.I)
-FILLER = re.compile(  # what an answer may open with, and what it may speak of
-    r"[\s*_\"'`]*(?:(?:so|thus|hence|therefore|then|i (?:think|believe)(?: that)?|we (?:get|have|find)"
-    r"|(?:the )?(?:(?:final|correct|right|best) )?(?:answer|option|choice)s?(?: is| are|:)?|they are"
-    r"|(?:it|there|that)(?:['’]s| is| are| were)|(?:a )?total of|only|just|exactly|about|around"
-    r"|approximately|nearly|roughly)\b[\s,:]*|(?:答案|[应應]?[该該]?[选選]|所以|因此|一?共|有|约|大约"
-    r"|[是为為]|等于)[是为為有:：\s]*)", re.I)
-SUBJECT = re.compile(
-    r"(?:the|its?|this|these|that|those|they|he|she|his|her|their|our|my|your)\b[^.;?!=]*?\s(?:is|are"
-    r"|was|were|equals?|=)\s+|[^\d=]*?[\u4e00-\u9fff](?:是|为|為|等于)\s*", re.I)
-TAIL = re.compile(r"\s+(?:is|are)\s+(?:(?:the|my)\s+)?(?:correct|right|final)?(?:\s*(?:answer|option"
-                  r"|choice))?\W*$", re.I)
 WRAPPED = re.compile(
     r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:text|math|mbox|operatorname|underline|boldsymbol)[a-z]*\s*"
     r"\{([^{}]*)\}")
 SIGNS = str.maketrans("−–—×·⋅∗÷∕⁄∶≈∈∪∼⟨⟩、。", "---****///:==,=<>,.", "￥")
 POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9}
-LATEX, SPELLINGS = ([(re.compile(pattern, re.ASCII), meaning) for pattern, meaning in table] for table in (
+LATEX, SPELLINGS = ([(re.compile(x, re.ASCII), meaning) for x, meaning in table] for table in (
     # where a backslash stands: 1,\!234; fonts, sizes and spacing; the empty set; degrees
     ((r"(?<=\d),\\!\s*(?=\d{3}(?!\d))", ""),
      (r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|limits|rm|bf)(?![a-z])|\\!", ""),
@@ -82,7 +40,7 @@ LATEX, SPELLINGS = ([(re.compile(pattern, re.ASCII), meaning) for pattern, meani
      (r"(?<![\d.^_])(\d+)\s*\\[dtc]?frac\s*(\{)?(\d+)(?(2)\})\s*(\{)?(\d+)(?(4)\})", r"(\1+\3/\5)"),
      (r"\\\{\s*\(?([a-z])\)?\s*(?:\\mid|\||:)\s*(.*)\\\}", r"\2"),
      (r"\\langle", "("), (r"\\rangle", ")"), (r"\\[lr]?vert(?![a-z])|\\mid(?![a-z])", "|"),
-     (r"\\begin\{(?:[pb]matrix\}|array\}\s*\{[^{}]*\})", "⟦("), 
+     (r"\\begin\{(?:[pb]matrix\}|array\}\s*\{[^{}]*\})", "⟦("),
      (r"(?:\\\\)?\s*\\end\{(?:[pb]matrix|array)\}", ")⟧"), (r"\\\\", "),(")),
     # everywhere: 1{,}234 and 3{,}14; powers of units and big numbers; 4:30 p.m.
     ((r"(?<=\d)\{,\}(?=\d{3}(?!\d))", ""), (r"\{,\}", "."), (r"\^\s*\{?o\}?(?![a-z])", "°"),
@@ -115,46 +73,15 @@ def unwrapped(text: str) -> str:
     return WRAPPED.sub(r" \1 ", WRAPPED.sub(r" \1 ", text)).replace("**", " ")
 
 
-def without_reason(text: str) -> str:
-    """An answer without "because .." and the like, unless an aside denies it: 20 (wrong)."""
-    text = REASON.split(text)[0]
-    aside = ASIDE.search(text)
-    doubt = aside and (DENIED.search(aside[0]) or re.search(r"\bor\b", aside[0]))
-    return text[:aside.start()] if aside and not doubt else text
-
-
-def counted(words: re.Match) -> str:
-    """A number in words as digits: twenty-one, 三十二. What is none (five six) stays as it is."""
-    total = last = 0
-    for word in re.findall(rf"{WORD}(?![a-z])|[^\sa-z-]", words[0].lower()):
-        n = NUMERALS[word]
-        if n < 100 and word != "十":  # it adds to the one before: twenty, one
-            if last and (last < 20 or last % 10 or n > 9):
-                return words[0]
-            last += n
-        elif total % (10 * n):
-            return words[0]
-        else:  # it multiplies the one before: two, hundred
-            total, last = total + max(last, 1) * n, 0
-    return str(total + last)
-
-
-def normalise(answer: str) -> str:
-    r"""One spelling, without what says nothing: "So it is $\dfrac12 \text{ cm}$." -> \dfrac12 cm."""
-    if not answer.isascii():
-        answer = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", re.sub("[¼-¾⅐-⅞]", r" \g<0>", answer))
-        answer = unicodedata.normalize("NFKC", re.sub("[º˚]", "°", answer)).translate(SIGNS)
-    answer = NOT_THIS.sub("", unwrapped(answer[:2 * LONGEST_ANSWER]))  # one letter can become 18
-    for pattern, meaning in (LATEX if "\\" in answer else []) + SPELLINGS:
-        answer = pattern.sub(meaning, answer)
-    answer = answer.replace("$", " dollar " if answer.count("$") % 2 else " ")  # else it is LaTeX's
-    while lead := FILLER.match(answer) or SUBJECT.match(answer):
-        if DENIED.search(lead[0]):
-            break
-        answer = answer[lead.end():]
-    answer = COUNT.sub(counted, without_reason(TAIL.sub("", answer)))
-    answer = re.sub(r"^\s*(?:negative|minus|负)\s*(?=\d|\\)", "-", answer, flags=re.I)
-    return answer.lstrip(" \t\n*_:=`\"").rstrip(" \t\n*_:.,`\"\\")
+def spelled(text: str) -> str:
+    r"""A text with one spelling of what has several: $\dfrac12\text{ cm}^2$ is \dfrac12  cm^2."""
+    if not text.isascii():
+        text = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text))
+        text = unicodedata.normalize("NFKC", re.sub("[º˚]", "°", text)).translate(SIGNS)
+    text = unwrapped(text[:2 * LONGEST_ANSWER])  # one letter can become eighteen
+    for pattern, meaning in (LATEX if "\\" in text else []) + SPELLINGS:
+        text = pattern.sub(meaning, text)
+    return text.replace("$", " dollar " if text.count("$") % 2 else " ")  # two are LaTeX's
 
 
 # ---------------------------------------------------------------------------------------------
@@ -199,7 +126,7 @@ MEANING = {spelling: meaning for meaning, spellings in {
 NAME = re.compile(
     r"-?(?:[A-Za-z]'*|[A-Za-z]*_\w+|\|[A-Z]+\||[A-Z]+\w*(?:\^-1)?(?: \* [A-Z]+\w*(?:\^-1)?)?|[a-z]{3,}"
     r"|[\u4e00-\u9fff]+|\w+\(.*\)|\\(?:sin|cos|tan)\([^a-z]*(?:\\[a-z]+)?\)|\\[A-Za-z]+\w*)'*")
-YES = re.compile(r"(yes|no)\b(?!\s+\w)\W*((?:.*[a-z]{2}.*)?)", re.I | re.S)
+FORMULA = re.compile(r"[\d\\=<>^_|!∅∞+*/]|\w\(|^pi$")
 
 # decimals: as written, 2 in 0.50, and 0 for what is computed; exact: 21\sqrt3 in 21\sqrt3 = 36.37
 Number = namedtuple("Number", "value decimals unit name exact", defaults=(0, frozenset(), "", None))
@@ -208,16 +135,10 @@ Group = namedtuple("Group", "brackets items name", defaults=("",))  # "{}" is a 
 
 
 def read(answer: str):
-    """The value of a normalised answer: a Number, a Group or a formula; else its plain text."""
-    if yes := YES.fullmatch(answer):  # Yes, there is.
-        doubt = r"\b(?:yes|but|or|maybe|perhaps)\b" + rf"|\bno\b|{DENIALS}" * (yes[1].lower() == "yes")
-        return plain(answer) if re.search(doubt, yes[2], re.I) else yes[1].lower()
-    both = re.search(r"\band\b", answer) and re.search(r"[<>≤≥]|\\[gl]e", answer)
-    if CHANGES.search(answer) or both:  # x > 1 and x < 3 is no union
-        return plain(answer)
-    if not re.search(r"[\d\\=<>^_|!∅∞]", answer) and re.search(r"[^\W\d_]{3}", answer):
+    """The value of a spelled answer: a Number, a Group or a formula; else its plain text."""
+    if re.search(r"[^\W\d_]{2}", answer) and not FORMULA.search(answer):
         items = [plain(item) for item in re.split(r",|;|&|\band\b", answer) if item.strip()]
-    elif time := TIME.fullmatch(answer.rpartition("=")[2].strip()):
+    elif time := TIME.fullmatch(answer.rpartition("=")[2].strip("() ")):
         items = [Group("time", [time[1]], (time[2] or "").strip().lower())]
     else:
         tokens = tokenise(answer.lstrip("="))
@@ -237,14 +158,14 @@ def read(answer: str):
 
 def plain(answer: str) -> str:
     """A text without case, article and punctuation where it is prose; else as it is written."""
-    if re.search(r"[\\=<>^_]", answer) or not re.search(r"[^\W\d_]{3}", answer):
+    if re.search(r"[\\=<>^_|]", answer) or not re.search(r"[^\W\d_]{2}", answer):
         return "".join(tokenise(answer))
     words = re.findall(r"[^\W\d_]+|\d[\d.,]*|[^\s\w,;:'\"()!?]", answer.casefold())
     return " ".join(words[words[0] in ("a", "an", "the") and len(words) > 1:])
 
 
 def tokenise(answer: str) -> list[str]:
-    """Cut a normalised answer into tokens with one meaning each; 3ab is 3, a, b."""
+    """Cut a spelled answer into tokens with one meaning each; 3ab is 3, a, b."""
     tokens = []
     for match in TOKEN.finditer(answer):
         token = MEANING.get(match[0], match[0])
@@ -300,7 +221,7 @@ class Reader:
         words, unit = 0, set(left.unit)
         while token := self.rest[-1]:
             word = token.isalpha() and (token.islower() and len(token) > 2 or token > "\u4e00"
-                                        or words and token in (*SMALL, "in"))
+                                        or (words or token == "of") and token in (*SMALL, "in"))
             if token in UNITS and (not words or token[0] == "^"):
                 unit.update([UNITS[token]] * (not words))
             elif unit == {"°"} and token in ("C", "F"):

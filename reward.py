@@ -40,10 +40,99 @@ from decimal import localcontext
 from functools import lru_cache
 
 from answers import (
-    CHANGES, COUNT, DENIED, LONGEST_ANSWER, NOT_THIS, PRECISE, UNITS, Number, counted, normalise,
-    plain, read, same, says_nothing, unwrapped, without_reason, written)
+    LONGEST_ANSWER, PRECISE, UNITS, Number, plain, read, same, says_nothing, spelled, unwrapped, written)
 
 LONGEST_RESPONSE = 6_000  # characters; of a longer response the end is read
+
+
+# ---------------------------------------------------------------------------------------------
+# Words around an answer
+
+
+def any_of(words: str) -> str:
+    r"""A pattern for one of these words, whole, and no LaTeX command: times, not \times."""
+    return rf"(?<![\\a-z])(?:{'|'.join(words.split())})(?![a-z])"
+
+
+# words that deny an answer or hedge it, and words that compare with it or change its number
+DENIALS = any_of(
+    "not never neither nor none cannot anything without except wrong incorrect false invalid impossible "
+    "unlikely rather instead either may maybe perhaps possibly might could unsure guess"
+) + r"|n['’]t\b|[不错非]|可能|也许"
+DENIED = re.compile(DENIALS, re.I)
+CHANGES = re.compile(DENIALS + "|" + any_of(
+    "half halves thirds? quarters? (?:four|fif|six|seven|eigh|nin|ten|twelf|[a-z]+teen|[a-z]+tie)ths? "
+    "(?:hundred|thousand|million)ths? (?:one|two|three|four|five|sixe|seven|eight|nine|ten)s dozens? "
+    "scores? pairs? couple gross hundred thousand [a-z]*illion lakh crore twice thrice doubled? tripled? "
+    "times fold squared cubed root power factorial negative minus plus repeating recurring gcd lcm mod "
+    "max min over under above below beyond between from past within until up down off more less fewer "
+    "greater larger smaller than least most minimum maximum too many few short missing extra "
+    "(?:exceed|increas|decreas|reduc)[a-z]*"
+) + r"|\d(?:st|nd|rd|th|ish)\b|[或多少倍半至超负]|[大小]于|以[上下内外]", re.I)
+NOT_THIS = re.compile(  # of D, not B the second goes
+    r"[,;]?\s*\b(?:(?:and|but)\s+)?(?:not|rather than|instead of|rules? out)\s+(?:be\s+)?(?:(?:option"
+    r"|choice)\s+)?(?:\(?[A-H]\b\)?|-?\d[\d.,]*(?![^\s,.]))(?:\W*but\b)?|不[是选選]\s*[A-H\d]+")
+REASON = re.compile(r",?\s+(?:because|since|as)\s.*|[,，]?因为.*", re.S)
+ASIDE = re.compile(r",?\s+which\s.*|\s\([^()\\]*[a-z]{2}[^()\\]*\)\W*$", re.S)
+YES = re.compile(r"(yes|no)\b(?!\s+\w)\W*((?:.*[a-z]{2}.*)?)", re.I | re.S)
+
+NUMERALS = {word: n for n, words in [
+    *enumerate("zero零 one一 two二两兩 three三 four四 five五 six六 seven七 eight八 nine九 ten eleven "
+               "twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()),
+    *zip(range(20, 100, 10), "twenty thirty forty fifty sixty seventy eighty ninety".split()),
+    (10, "十"), (100, "hundred百"), (1000, "thousand千"), (10_000, "万"), (10**6, "million")]
+    for word in re.findall("[a-z]+|[^a-z]", words)}
+WORD = f"(?:{'|'.join(filter(str.isascii, NUMERALS))})"
+COUNT = re.compile(  # 一 says one where it counts: 一个, but 一共 is "in all"
+    rf"\b{WORD}(?:(?:(?:(?<=hundred)|(?<=thousand))\s+and)?[\s-]+{WORD})*\b"
+    "|(?<![零一二三四五六七八九两兩十百千万])[零一二三四五六七八九两兩十百千万]{1,9}(?=[个個只隻张張条條块塊辆輛位名枚颗顆种種元度]|\\W*$)", re.I)
+FILLER = re.compile(  # what an answer may open with, and what it may speak of
+    r"[\s*_\"'`]*(?:(?:so|thus|hence|therefore|then|i (?:think|believe)(?: that)?|we (?:get|have|find)"
+    r"|(?:the )?(?:(?:final|correct|right|best) )?(?:answer|option|choice)s?(?: is| are|:)?|they are"
+    r"|(?:it|there|that)(?:['’]s| is| are| were)|(?:a )?total of|only|just|exactly|about|around"
+    r"|approximately|nearly|roughly)\b[\s,:]*|(?:答案|[应應]?[该該]?[选選]|所以|因此|一?共|有|约|大约"
+    r"|[是为為]|等于)[是为為有:：\s]*)", re.I)
+SUBJECT = re.compile(
+    r"(?:the|its?|this|these|that|those|they|he|she|his|her|their|our|my|your)\b[^.;?!=]*?\s(?:is|are"
+    r"|was|were|equals?|=)\s+|[^\d=]*?[\u4e00-\u9fff](?:是|为|為|等于)\s*", re.I)
+TAIL = re.compile(r"\s+(?:is|are)\s+(?:(?:the|my)\s+)?(?:correct|right|final)?(?:\s*(?:answer|option"
+                  r"|choice))?\W*$", re.I)
+
+
+def without_reason(text: str) -> str:
+    """An answer without "because .." and the like, unless an aside denies it: 20 (wrong)."""
+    text = REASON.split(text)[0]
+    aside = ASIDE.search(text)
+    doubt = aside and (DENIED.search(aside[0]) or re.search(r"\bor\b", aside[0]))
+    return text[:aside.start()] if aside and not doubt else text
+
+
+def counted(words: re.Match) -> str:
+    """A number in words as digits: twenty-one, 三十二. What is none (five six) stays as it is."""
+    total = last = 0
+    for word in re.findall(rf"{WORD}(?![a-z])|[^\sa-z-]", words[0].lower()):
+        n = NUMERALS[word]
+        if n < 100 and word != "十":  # it adds to the one before: twenty, one
+            if last and (last < 20 or last % 10 or n > 9):
+                return words[0]
+            last += n
+        elif total % (10 * n):
+            return words[0]
+        else:  # it multiplies the one before: two, hundred
+            total, last = total + max(last, 1) * n, 0
+    return str(total + last)
+
+
+def normalise(answer: str) -> str:
+    r"""One spelling, without what says nothing: "So it is $\dfrac12$ cm." is "\dfrac12  cm"."""
+    answer = NOT_THIS.sub("", spelled(answer))
+    while lead := FILLER.match(answer) or SUBJECT.match(answer):
+        if DENIED.search(lead[0]):
+            break
+        answer = answer[lead.end():]
+    answer = COUNT.sub(counted, without_reason(TAIL.sub("", answer)))
+    answer = re.sub(r"^\s*(?:negative|minus|负)\s*(?=\d|\\)", "-", answer, flags=re.I)
+    return answer.lstrip(" \t\n*_:=`\"").rstrip(" \t\n*_:.,`\"\\")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -69,7 +158,7 @@ WORDS = re.compile(r"((?<![\\A-Za-z\d{])(?!(?:sqrt|frac|pi|exp|sin|cos|tan|log|l
 COPULA = re.compile(r"\b(?:is|are|was|were|equals|gives|=)\b|\d")
 VALUE = re.compile(r"(?<![\^_\w])(?<![\^_]\{)\.?\d")
 CHOSEN = re.compile(r"\(([A-H])\)|\b(?:option|choice|is|be|so)\W{1,4}([A-H])(?![\w'’])", re.ASCII)
-LETTER = re.compile(r"(?<![A-Za-z\d])([B-H]|A(?! [a-z]))(?![A-Za-z\d'’])", re.ASCII)
+LETTER = re.compile(r"(?<![A-Za-z\d])([B-H]|A(?! (?!or\b|and\b)[a-z]))(?![A-Za-z\d'’])", re.ASCII)
 
 
 def extract_answer(text: str) -> str | None:
@@ -90,7 +179,7 @@ def extract_answer(text: str) -> str | None:
             continue
         letters, value = understand(clause)
         if letters or not isinstance(value, str) or CHANGES.search(clause) or not WORDS.search(clause):
-            return clause
+            return bare(clause)
         if value := last_value(clause):
             return value
         words = words or clause  # an answer where no other phrase has a number or a letter
@@ -99,11 +188,18 @@ def extract_answer(text: str) -> str | None:
     letters, value = understand(text) if len(text) <= LONGEST_ANSWER else ("", "")
     if "\n" not in text and (letters or isinstance(value, Number) or not WORDS.search(text)
                              or not isinstance(value, str) and not PROSE.search(text)):
-        return text or None  # a bare answer
+        return bare(text) or None
     if first := re.match(r"(?:Option )?\(?[A-H](?:[.:)]\s[^\n]*|\)?[.:]?(?=\s*\n))", text):
         return first[0].strip()  # the response opens with a choice: B. 12
-    short = len(text) < 100 and not SENTENCE.search(text[:-1]) and not DENIED.search(text)
+    denied = PHRASE.search(text) or DENIED.search(text)
+    short = len(text) < 100 and not SENTENCE.search(text[:-1]) and not denied
     return text if value in ("yes", "no") else last_value(text) or (text if short else None)
+
+
+def bare(text: str) -> str:
+    """What says the value of a text by itself, where that says all of it: 5 of "it is $5$"."""
+    value = last_value(text)
+    return value if value and understand(value) == understand(text) else text
 
 
 def last_value(text: str) -> str | None:
@@ -146,7 +242,8 @@ BEFORE = re.compile(r"(?:\(([A-Ha-h])\)|([A-H])(?:[.:)](?=[\s\d])|\)|(?=\s+(?:[\
                     r"|\\sqrt))))\s*(\S.*)()", re.S)
 BEHIND = re.compile(r"()()(\S*\d.*)\s+\(([A-H])\)", re.S)
 OTHER = re.compile(r"(?<![A-Za-z])[A-H](?:\)|[.:](?=\s|\d|$))|(?:\b(?:and|not|nor)|,)\s*\(?[A-H]\b"
-                   r"|\b(?:or|either)\b|^\W*(?:and|not)\b|^\W*(?:wrong|incorrect|not (?:correct|right))\b", re.I)
+                   r"|\b(?:or|either)\b|^\W*and\b|^\W*(?:wrong|incorrect|not (?:correct|right))\b", re.I)
+TOGETHER = re.compile(r"\W*(?:both|neither|all|none|only)\b", re.I)  # C. both A and B
 
 
 def is_equal(prediction: str, reference: str) -> bool:
@@ -181,10 +278,20 @@ def understand(answer: str) -> tuple:
         return "".join(sorted(set(re.findall("[A-H]", answer)))), None
     choice = BEFORE.fullmatch(answer) or BEHIND.fullmatch(answer)
     if not choice:
-        return "", read(answer)
-    if OTHER.search(choice[3]):  # A. 20 or B. 30
+        return "", value_of(answer)
+    if OTHER.search(choice[3]) and not TOGETHER.match(choice[3]):  # A. 20 or B. 30
         return "", plain(answer)
-    return (choice[1] or choice[2] or choice[4]).upper(), read(choice[3].strip())
+    return (choice[1] or choice[2] or choice[4]).upper(), value_of(choice[3].strip())
+
+
+def value_of(answer: str):
+    """What a normalised answer is worth; where words deny or change it, its plain text."""
+    if yes := YES.fullmatch(answer):  # Yes, there is.
+        doubt = r"\b(?:yes|but|or|maybe|perhaps)\b" + rf"|\bno\b|{DENIALS}" * (yes[1].lower() == "yes")
+        return plain(answer) if re.search(doubt, yes[2], re.I) else yes[1].lower()
+    both = re.search(r"\band\b", answer) and re.search(r"[<>≤≥]|\\[gl]e", answer)
+    # x > 1 and x < 3 is no union
+    return plain(answer) if both or CHANGES.search(answer) else read(answer)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -238,11 +345,14 @@ def audit(path: str) -> dict:
     """
     kinds, rows = {}, 0
     with open(path, encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(filter(str.strip, lines), 1):
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
                 said = row["response" if "response" in row else "prediction"] + ""
-                wanted, equal = row["reference" if "reference" in row else "answer"] + "", row["equal"]
+                wanted = row["reference" if "reference" in row else "answer"] + ""
+                equal = {True: True, False: False}[row["equal"]]
             except (ValueError, KeyError, TypeError, RecursionError):
                 print(f"{path}:{number}: left out: no row of response, reference and equal")
                 continue

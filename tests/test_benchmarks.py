@@ -379,7 +379,7 @@ def test_a_choice_is_right_by_its_letter_and_no_other(options):
 def test_the_text_of_an_option_is_enough_where_that_is_fair():
     said = {options[0]: choice(options, "A") for options in OPTIONS}
     assert {text for text, reference in said.items() if reference != "A"} == {
-        "40", "Yes", "$45^{\\circ}$", "(1, 2)", "1:2", "$20", "blue", "6:30", "27 cm", "[0, 5)", "1"}
+        "40", "Yes", "$45^{\\circ}$", "(1, 2)", "1:2", "$20", "blue", "6:30", "27 cm", "[0, 5)", "1", "x^2+1"}
     assert all(is_equal(text, reference) for text, reference in said.items() if reference != "A")
 
 
@@ -529,7 +529,7 @@ def test_marks_and_pictures(question, images, expected):
 @pytest.mark.parametrize("options, letter, expected", [
     ([4, 5], "B", "B. 5"), ([4.5, 5], "A", "A. 4.5"), (["A. fox", "B. hare"], "B", "B. hare"),
     (["(A) 4", "(B) 5"], "A", "A. 4"), (["A: the fox", "B: the hare"], "b", "B"), (["4 ", " 5"], " b ", "B. 5"),
-    (["4", "5"], "(B)", "B. 5"), (["4", "5"], "B.", "B. 5"), (["A:B", "B:A"], "A", "A"), (("4", "5"), "B", "B. 5"),
+    (["4", "5"], "(B)", "B. 5"), (["4", "5"], "B.", "B. 5"), (["A:B", "B:A"], "A", "A. A:B"), (("4", "5"), "B", "B. 5"),
     (["B. hare", "A. fox"], "A", "letters of their own"), (["4", None], "A", "an option is missing"),
     (["4", " 4"], "A", "two options are the right one"), (["(A) 4", "(B) 4"], "A", "two options are the right one"),
     (["4", "5"], "C", "no option"), (["4", "5"], "AB", "no option"), (["4", "5"], "", "no option"),
