@@ -1,8 +1,8 @@
 """What an answer is worth: mathematics as people write it, read as a value that can be compared.
 
 Three steps, each one function: `spelled` gives a text one spelling, `read` makes a value of it (a
-number of 100 digits, a list, an interval or a formula; its plain text where it is none of these) and
-`same` compares two values. reward.py, which deals with the words around an answer, has the policy.
+number of 100 digits, a list, an interval or a formula; its plain text where it is none of these)
+and `same` compares two values. reward.py, which reads the words around an answer, has the policy.
 Left out on purpose: algebra (nothing is expanded, collected, cancelled or solved), conversion of
 units, eval, sympy, signals, threads.
 """
@@ -81,7 +81,7 @@ def spelled(text: str) -> str:
     text = unwrapped(text[:2 * LONGEST_ANSWER])  # one letter can become eighteen
     for pattern, meaning in (LATEX if "\\" in text else []) + SPELLINGS:
         text = pattern.sub(meaning, text)
-    return text.replace("$", " dollar " if text.count("$") % 2 else " ")  # two are LaTeX's
+    return text.replace("$", " dollar " if text.count("$") == 1 else " ")  # two are LaTeX's
 
 
 # ---------------------------------------------------------------------------------------------
@@ -101,8 +101,8 @@ UNITS = {word + plural: words.split()[0] for words in (
     "% percent percentage pct, ° degree deg 度, mm millimeter millimetre 毫米, m meter metre 米, "
     "cm centimeter centimetre 厘米, dm, km kilometer kilometre 千米 公里, in inch inche, ft foot feet, "
     "yd yard, mi mile, g gram, kg kilogram, mg, L l liter litre, mL ml, s sec second, min minute, "
-    "h hr hour, day, week, month, year, rad radian, lb pound, oz ounce, gallon, pint, dollar, cent, "
-    "euro, yen, 元, N, kN, J, kJ, W watt, kW, MW, Wh, kWh, V volt, kV, mV, mA, Hz, kHz, MHz, GHz, "
+    "h hr hour, day, week, month, year, rad radian, lb pound, oz ounce, gallon, pint, dollar, cent,"
+    " euro, yen, 元, N, kN, J, kJ, W watt, kW, MW, Wh, kWh, V volt, kV, mV, mA, Hz, kHz, MHz, GHz, "
     "Pa, kPa, MPa, eV, cal, kcal, mol, ohm \\Omega, dB, MB, GB, TB, per, ^2 square sq 平方, "
     "^3 cubic 立方").split(", ") for word in words.split() for plural in ("", "s")}
 SMALL = ("a", "an", "the", "of", "on", "at")  # may stand among words that say what is counted
@@ -124,13 +124,14 @@ MEANING = {spelling: meaning for meaning, spellings in {
 }.items() for spelling in spellings.split()} | {x[1:]: x for x in FUNCTIONS}
 # what can be asked for: x, AB, f(2), a_37, |AB|, side length, AB/CD; not 2x, x^2, |x|, \sqrt{x}
 NAME = re.compile(
-    r"-?(?:[A-Za-z]'*|[A-Za-z]*_\w+|\|[A-Z]+\||[A-Z]+\w*(?:\^-1)?(?: \* [A-Z]+\w*(?:\^-1)?)?|[a-z]{3,}"
-    r"|[\u4e00-\u9fff]+|\w+\(.*\)|\\(?:sin|cos|tan)\([^a-z]*(?:\\[a-z]+)?\)|\\[A-Za-z]+\w*)'*")
+    r"-?(?:[A-Za-z]'*|[A-Za-z]*_\w+|\|[A-Z]+\||[A-Z]+\w*(?:\^-1)?(?: \* [A-Z]+\w*(?:\^-1)?)?"
+    r"|[a-z]{3,}|[\u4e00-\u9fff]+|\w+\(.*\)|\\(?:sin|cos|tan)\([^a-z]*(?:\\[a-z]+)?\)"
+    r"|\\[A-Za-z]+\w*)'*")
 FORMULA = re.compile(r"[\d\\=<>^_|!∅∞+*/]|\w\(|^pi$")
 
 # decimals: as written, 2 in 0.50, and 0 for what is computed; exact: 21\sqrt3 in 21\sqrt3 = 36.37
 Number = namedtuple("Number", "value decimals unit name exact", defaults=(0, frozenset(), "", None))
-Group = namedtuple("Group", "brackets items name", defaults=("",))  # "{}" is a set, others have order
+Group = namedtuple("Group", "brackets items name", defaults=("",))  # {} is a set; others keep order
 # A formula is a text: terms parted by " + ", their factors by " * ", both sorted, x^-1 for 1/x.
 
 
@@ -434,7 +435,8 @@ def between(parts: list, signs: list[str]) -> Group | None:
         return None
     name = parts[ends.index(False)]
     low, high = parts[0] if ends[0] else "-1 * ∞", parts[-1] if ends[-1] else "∞"
-    left, right = "[" if ends[0] and signs[0] == "≤" else "(", "]" if ends[-1] and signs[-1] == "≤" else ")"
+    left = "[" if ends[0] and signs[0] == "≤" else "("
+    right = "]" if ends[-1] and signs[-1] == "≤" else ")"
     return Group(left + right, [low, high], name) if NAME.fullmatch(written(name)) else None
 
 

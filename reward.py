@@ -1,7 +1,7 @@
 """Stage: reward. Text in, number out: the teacher of the run, as every false verdict is trained on.
 
-    python reward.py '\\frac{1}{2}' 0.5       # is a RESPONSE, or a bare answer, right for REFERENCE?
-    python reward.py --audit answers.jsonl    # verdicts over rows of response, reference and equal
+    python reward.py '\\frac{1}{2}' 0.5      # is a RESPONSE, or a bare answer, right for REFERENCE?
+    python reward.py --audit answers.jsonl   # verdicts over rows of response, reference and equal
 
 A response's answer is extracted here, read and compared in answers.py. RL finds and exploits what
 is wrongly paid, so where a rule would have to guess the grader refuses. Its policy:
@@ -11,9 +11,9 @@ is wrongly paid, so where a rule would have to guess the grader refuses. Its pol
   makes an answer text, right for that same text alone; but "D, not B" is D.
 - (B), b, B., \\text{B}, Option B, B because .. are choice B; B. 45, B 45 and 45 (B) are 45 too. Two
   letters must agree, and two numbers behind one. A, C is a set; AC, A or C, A square are text.
-- Decimals of a reference (two digits or more) are a rounding: 36.37 accepts 21\\sqrt{3}, not 36.373,
+- A reference's decimals (two digits or more) are a rounding: 36.37 accepts 21\\sqrt{3}, not 36.373,
   and 21\\sqrt{3} refuses 36.37. Seven decimals or more accept their own rounding to six digits.
-- 25\\% is 25, 0.25 and 1/4. Degrees, units and currencies are ignored where one side alone has them;
+- 25\\% is 25, 0.25 and 1/4. Degrees, units and currencies are ignored where one side alone has one;
   two must agree (12 cm is not 120 mm). Up to five plain words after a number say what is counted.
 - A comma before three digits groups thousands, not next to a bracket; 3{,}14 is 3.14; else it makes
   a list. 2 1/2 is 2.5, 0.\\overline{3} is 1/3, twenty-one is 21, 1:2 is 1/2. 4:30 is a time of day.
@@ -21,8 +21,8 @@ is wrongly paid, so where a rule would have to guess the grader refuses. Its pol
   a matrix its rows; x \\geq 3 and x \\in [3, \\infty) are one interval.
 - Sines of multiples of 3 degrees (or of \\pi/60) and logarithms with a base are numbers.
 - x = 5, 5 = x, BC \\approx 5, "the length is 5", A = \\pi r^2 = 25\\pi: the last value counts (and
-  21\\sqrt{3} of 21\\sqrt{3} \\approx 36.37); two names must agree. What does something to an unknown
-  (2x = 10, \\sqrt{x} = 5, n = 3k) stays an equation; numbers that differ (20 = 30) are text.
+  21\\sqrt{3} of 21\\sqrt{3} \\approx 36.37); two names must agree. What does more to an unknown
+  than name it (2x = 10, \\sqrt{x} = 5, n = 3k) stays an equation; 20 = 30 is text.
 - Formulas may differ in spelling and in the order of terms and factors: nothing is expanded,
   collected or cancelled. Texts may differ in case, article and punctuation; "Yes, it is" is yes.
 - Extraction, after all thinking: the last balanced \\boxed{}, even an empty one (a cut-off box is
@@ -40,7 +40,8 @@ from decimal import localcontext
 from functools import lru_cache
 
 from answers import (
-    LONGEST_ANSWER, PRECISE, UNITS, Number, plain, read, same, says_nothing, spelled, unwrapped, written)
+    LONGEST_ANSWER, PRECISE, UNITS, Number, plain, read, same, says_nothing, spelled, unwrapped,
+    written)
 
 LONGEST_RESPONSE = 6_000  # characters; of a longer response the end is read
 
@@ -51,27 +52,28 @@ LONGEST_RESPONSE = 6_000  # characters; of a longer response the end is read
 
 def any_of(words: str) -> str:
     r"""A pattern for one of these words, whole, and no LaTeX command: times, not \times."""
-    return rf"(?<![\\a-z])(?:{'|'.join(words.split())})(?![a-z])"
+    return rf"(?<![\\a-z])(?=[a-z])(?:{'|'.join(words.split())})(?![a-z])"
 
 
 # words that deny an answer or hedge it, and words that compare with it or change its number
 DENIALS = any_of(
-    "not never neither nor none cannot anything without except wrong incorrect false invalid impossible "
-    "unlikely rather instead either may maybe perhaps possibly might could unsure guess"
+    "not never neither nor none cannot anything without except wrong incorrect false invalid "
+    "impossible unlikely rather instead either may maybe perhaps possibly might could unsure guess"
 ) + r"|n['’]t\b|[不错非]|可能|也许"
 DENIED = re.compile(DENIALS, re.I)
 CHANGES = re.compile(DENIALS + "|" + any_of(
-    "half halves thirds? quarters? (?:four|fif|six|seven|eigh|nin|ten|twelf|[a-z]+teen|[a-z]+tie)ths? "
-    "(?:hundred|thousand|million)ths? (?:one|two|three|four|five|sixe|seven|eight|nine|ten)s dozens? "
-    "scores? pairs? couple gross hundred thousand [a-z]*illion lakh crore twice thrice doubled? tripled? "
-    "times fold squared cubed root power factorial negative minus plus repeating recurring gcd lcm mod "
-    "max min over under above below beyond between from past within until up down off more less fewer "
-    "greater larger smaller than least most minimum maximum too many few short missing extra "
-    "(?:exceed|increas|decreas|reduc)[a-z]*"
+    "half halves thirds? quarters? (?:four|fif|six|seven|eigh|nin|ten|twelf|[a-z]+teen|[a-z]+tie"
+    "|hundred|thousand|million)ths? (?:one|two|three|four|five|sixe|seven|eight|nine|ten)s dozens? "
+    "scores? pairs? couple gross hundred thousand [a-z]*illion lakh crore twice thrice doubled? "
+    "tripled? times fold squared cubed root power factorial negative minus plus repeating "
+    "recurring gcd lcm mod max min over under above below beyond between from past within until up "
+    "down off more less fewer greater larger smaller than least most minimum maximum too many few "
+    "short missing extra (?:exceed|increas|decreas|reduc)[a-z]*"
 ) + r"|\d(?:st|nd|rd|th|ish)\b|[或多少倍半至超负]|[大小]于|以[上下内外]", re.I)
 NOT_THIS = re.compile(  # of D, not B the second goes
-    r"[,;]?\s*\b(?:(?:and|but)\s+)?(?:not|rather than|instead of|rules? out)\s+(?:be\s+)?(?:(?:option"
-    r"|choice)\s+)?(?:\(?[A-H]\b\)?|-?\d[\d.,]*(?![^\s,.]))(?:\W*but\b)?|不[是选選]\s*[A-H\d]+")
+    r"[,;]?\s*\b(?:(?:and|but)\s+)?(?:not|rather than|instead of|rules? out)\s+(?:be\s+)?"
+    r"(?:(?:option|choice)\s+)?(?:\(?[A-H]\b\)?|-?\d[\d.,]*(?![^\s,.]))(?:\W*but\b)?"
+    r"|不[是选選]\s*[A-H\d]+")
 REASON = re.compile(r",?\s+(?:because|since|as)\s.*|[,，]?因为.*", re.S)
 ASIDE = re.compile(r",?\s+which\s.*|\s\([^()\\]*[a-z]{2}[^()\\]*\)\W*$", re.S)
 YES = re.compile(r"(yes|no)\b(?!\s+\w)\W*((?:.*[a-z]{2}.*)?)", re.I | re.S)
@@ -87,16 +89,16 @@ COUNT = re.compile(  # 一 says one where it counts: 一个, but 一共 is "in a
     rf"\b{WORD}(?:(?:(?:(?<=hundred)|(?<=thousand))\s+and)?[\s-]+{WORD})*\b"
     "|(?<![零一二三四五六七八九两兩十百千万])[零一二三四五六七八九两兩十百千万]{1,9}(?=[个個只隻张張条條块塊辆輛位名枚颗顆种種元度]|\\W*$)", re.I)
 FILLER = re.compile(  # what an answer may open with, and what it may speak of
-    r"[\s*_\"'`]*(?:(?:so|thus|hence|therefore|then|i (?:think|believe)(?: that)?|we (?:get|have|find)"
-    r"|(?:the )?(?:(?:final|correct|right|best) )?(?:answer|option|choice)s?(?: is| are|:)?|they are"
-    r"|(?:it|there|that)(?:['’]s| is| are| were)|(?:a )?total of|only|just|exactly|about|around"
-    r"|approximately|nearly|roughly)\b[\s,:]*|(?:答案|[应應]?[该該]?[选選]|所以|因此|一?共|有|约|大约"
+    r"[\s*_\"'`]*(?:(?:so|thus|hence|therefore|then|i (?:think|believe)(?: that)?|they are"
+    r"|we (?:get|have|find)|(?:the )?(?:(?:final|correct|right|best) )?(?:answer|option|choice)s?"
+    r"(?: is| are|:)?|(?:it|there|that)(?:['’]s| is| are| were)|(?:a )?total of|only|just|exactly"
+    r"|about|around|approximately|nearly|roughly)\b[\s,:]*|(?:答案|[应應]?[该該]?[选選]|所以|因此|一?共|有|约|大约"
     r"|[是为為]|等于)[是为為有:：\s]*)", re.I)
 SUBJECT = re.compile(
-    r"(?:the|its?|this|these|that|those|they|he|she|his|her|their|our|my|your)\b[^.;?!=]*?\s(?:is|are"
-    r"|was|were|equals?|=)\s+|[^\d=]*?[\u4e00-\u9fff](?:是|为|為|等于)\s*", re.I)
-TAIL = re.compile(r"\s+(?:is|are)\s+(?:(?:the|my)\s+)?(?:correct|right|final)?(?:\s*(?:answer|option"
-                  r"|choice))?\W*$", re.I)
+    r"(?:the|its?|this|these|that|those|they|he|she|his|her|their|our|my|your)\b[^.;?!=]*?"
+    r"\s(?:is|are|was|were|equals?|=)\s+|[^\d=]*?[\u4e00-\u9fff](?:是|为|為|等于)\s*", re.I)
+TAIL = re.compile(r"\s+(?:is|are)\s+(?:(?:the|my)\s+)?(?:correct|right|final)?"
+                  r"(?:\s*(?:answer|option|choice))?\W*$", re.I)
 
 
 def without_reason(text: str) -> str:
@@ -142,7 +144,8 @@ NESTED = r"(?:[^{}]|\{" * 6 + r"[^{}]*" + r"\})*" * 6  # braces in braces, six d
 BOX = re.compile(rf"\\(?:boxed|fbox)\s*(?:\{{({NESTED})\}}|([^\s{{$]+))")
 PHRASE = re.compile(
     r"####|<answer>|\b(?:answer|option|choice)s?(?:\s+(?:to|of|for)\s[\w\s]{1,40}?)?[\s*]*(?::|="
-    r"|\b(?:is|are|(?:seems? to|must|should|would|will) be)\b)(?:[\s:*#_]*\n\s*-\s+|[\s:*#_]*)|\banswer\**\s*\n[\s*#]*(?:-\s+)?"
+    r"|\b(?:is|are|(?:seems? to|must|should|would|will) be)\b)(?:[\s:*#_]*\n\s*-\s+|[\s:*#_]*)"
+    r"|\banswer\**\s*\n[\s*#]*(?:-\s+)?"
     r"|答案[\s*]*(?:应?[是为為]|:|：)?[\s:：*】]*|(?<!不)(?:[应應][该該]?|故)?[选選](?![项項])"
     r"[择擇]?[\s:：为為*]*", re.I)
 # what ends an answer: a full stop (but C. 120 goes on), a line, a tag
@@ -150,7 +153,7 @@ END = re.compile(r"[.!](?:\s+(?![\s\d\\-])|$)|[;?](?:\s+(?![\s\d\\-]|[A-H]\b)|$)
 REMARK = re.compile(
     r"\W*(?:(?:indeed|also|thus)\s)?(?:(?:in)?(?:correct|right|wrong|valid|reasonable)"
     r"|(?:as|given|shown|found|based|consistent|below|above|the same)\b.*)\W*", re.I)
-TAKEN_BACK = re.compile(r"\b(?:wait|actually|however|correction|mistake|is wrong|['’]s wrong)\b", re.I)
+TAKEN_BACK = re.compile(r"\b(?:wait|actually|however|correction|mistake|(?:is|s) wrong)\b", re.I)
 PROSE = re.compile(r"[^\W\d_]{2,}[\s,]+[^\W\d_]{2,}|[\u4e00-\u9fff]{4}")
 SENTENCE = re.compile(r"[.;!?](?=\s|$)|\n|[。；]")
 WORDS = re.compile(r"((?<![\\A-Za-z\d{])(?!(?:sqrt|frac|pi|exp|sin|cos|tan|log|ln)\b)"
@@ -178,16 +181,18 @@ def extract_answer(text: str) -> str | None:
                 TAKEN_BACK.search(after)):
             continue
         letters, value = understand(clause)
-        if letters or not isinstance(value, str) or CHANGES.search(clause) or not WORDS.search(clause):
+        if letters or not isinstance(value, str) or not WORDS.search(clause) or (
+                CHANGES.search(clause)):
             return bare(clause)
         if value := last_value(clause):
             return value
         words = words or clause  # an answer where no other phrase has a number or a letter
     if words:
         return words
-    letters, value = understand(text) if len(text) <= LONGEST_ANSWER else ("", "")
-    if "\n" not in text and (letters or isinstance(value, Number) or not WORDS.search(text)
-                             or not isinstance(value, str) and not PROSE.search(text)):
+    letters, value = understand(text)
+    if "\n" not in text[:LONGEST_ANSWER] == text and (
+            letters or isinstance(value, Number) or not WORDS.search(text)
+            or not isinstance(value, str) and not PROSE.search(text)):
         return bare(text) or None
     if first := re.match(r"(?:Option )?\(?[A-H](?:[.:)]\s[^\n]*|\)?[.:]?(?=\s*\n))", text):
         return first[0].strip()  # the response opens with a choice: B. 12
@@ -204,7 +209,8 @@ def bare(text: str) -> str:
 
 def last_value(text: str) -> str | None:
     """The last number with its formula, or choice, in prose; None where it is denied or changed."""
-    text = re.sub(r"\b(?:the|this|that|which|no|each|another|other)\s+one\b", " ", unwrapped(text))
+    text = re.sub(r"\b(?:the|this|that|which|no|each|another|other)\s+one\b", " ",
+                  unwrapped(text[-2 * LONGEST_ANSWER:]))
     text = re.sub(r"\b(?:negative|minus)\s+(?=\d)", "-", COUNT.sub(counted, text))
     for sentence in reversed(SENTENCE.split(text)):
         parts = WORDS.split(sentence)  # formulas, and between them words
@@ -225,7 +231,8 @@ def last_value(text: str) -> str | None:
             around += "".join(words[last:last + 5])
             if words[last - 1] == "or" or words[last - 1] == "and" and "=" not in said:
                 said = "".join(parts[last - 2:last + 1]) if VALUE.search(parts[last - 2]) else said
-            hedged = hedged or CHANGES.search(around) or words[last + 1] == "or"
+            hedged = hedged or words[last + 1] == "or" or len(said) > LONGEST_ANSWER or (
+                CHANGES.search(around))
         denied = DENIED.search(sentence, sentence.rfind(",", 0, at) + 1)
         return None if hedged or denied else said.strip(" ,:$*_`\n").rstrip("\\") or None
     return None
@@ -242,7 +249,7 @@ BEFORE = re.compile(r"(?:\(([A-Ha-h])\)|([A-H])(?:[.:)](?=[\s\d])|\)|(?=\s+(?:[\
                     r"|\\sqrt))))\s*(\S.*)()", re.S)
 BEHIND = re.compile(r"()()(\S*\d.*)\s+\(([A-H])\)", re.S)
 OTHER = re.compile(r"(?<![A-Za-z])[A-H](?:\)|[.:](?=\s|\d|$))|(?:\b(?:and|not|nor)|,)\s*\(?[A-H]\b"
-                   r"|\b(?:or|either)\b|^\W*and\b|^\W*(?:wrong|incorrect|not (?:correct|right))\b", re.I)
+                   r"|\b(?:or|either)\b|^\W*(?:and|wrong|incorrect|not (?:correct|right))\b", re.I)
 TOGETHER = re.compile(r"\W*(?:both|neither|all|none|only)\b", re.I)  # C. both A and B
 
 
@@ -269,7 +276,7 @@ def is_equal(prediction: str, reference: str) -> bool:
 @lru_cache(maxsize=10_000)  # the responses to one prompt share a reference, and often an answer
 def understand(answer: str) -> tuple:
     """An answer as (its choices or "", its value; None where it has none)."""
-    answer = normalise(answer)
+    answer = normalise(answer) if len(answer) <= LONGEST_ANSWER else ""
     if says_nothing(answer):
         return "", None
     if choice := LONE.fullmatch(answer):
@@ -287,7 +294,7 @@ def understand(answer: str) -> tuple:
 def value_of(answer: str):
     """What a normalised answer is worth; where words deny or change it, its plain text."""
     if yes := YES.fullmatch(answer):  # Yes, there is.
-        doubt = r"\b(?:yes|but|or|maybe|perhaps)\b" + rf"|\bno\b|{DENIALS}" * (yes[1].lower() == "yes")
+        doubt = any_of("yes but or maybe perhaps") + f"|\\bno\\b|{DENIALS}" * (yes[1][0] in "yY")
         return plain(answer) if re.search(doubt, yes[2], re.I) else yes[1].lower()
     both = re.search(r"\band\b", answer) and re.search(r"[<>≤≥]|\\[gl]e", answer)
     # x > 1 and x < 3 is no union
@@ -366,7 +373,7 @@ def audit(path: str) -> dict:
                 counts = kinds.setdefault(kind, Counter({"right": 0, "false +": 0, "false -": 0}))
                 counts.update(("rows", outcome))
     if not rows:
-        refuse(f"{path} has no row to judge: each line must be JSON with response, reference, equal")
+        refuse(f"{path} has no row to judge, JSON with response, reference and equal in each line")
     return kinds
 
 
@@ -387,7 +394,7 @@ def main() -> None:
                 refuse(f"{path} cannot be read: {error.strerror}")
         case [response, reference] if not response.startswith("--"):
             for name, answer in (("answer", extract_answer(response)), ("reference", reference)):
-                choice, value = understand((answer or "")[:LONGEST_ANSWER])
+                choice, value = understand(answer or "")
                 kind = "none" if value is None else f"{type(value).__name__} {written(value)}"
                 print(f"{name} {answer!r} is read as choice {choice or 'none'}, value {kind}")
             print(json.dumps({"equal": bool(accuracy_reward(response, reference))}))

@@ -16,7 +16,7 @@ from test_pages import LESSON, section
 SECTION = section("Copying a stage", LESSON)
 NEEDS = {stage: re.findall(r"`(\w+)\.py`", files)
          for stage, files in re.findall(r"^\| `(\w+)\.py` \| (.+?) \|", SECTION, re.M)}
-PURE = "reward", "evaluate", "signs", "train_grpo"  # their pure functions work beside utils.py alone
+PURE = "answers", "evaluate", "signs", "train_grpo"  # their pure functions work beside utils.py alone
 LITTLE = "--engine hf --max_new_tokens 48".split()
 
 
@@ -71,22 +71,22 @@ def test_with_what_it_needs_it_can_be_imported_and_asked_for_help(tmp_path):
     """The pure ones beside utils.py alone, each in a folder of its own."""
     folders = [copy(tmp_path / stage, stage, *(["utils"] if stage in PURE else NEEDS[stage])) for stage in NEEDS]
     said = "".join(python(folder, f"{folder.name}.py", "--help") for folder in folders)
-    # no commands: pictures, sources, signs, policy, siblings, scoring, benchmarks; reward.py has its own way
-    assert said.count("usage: ") == len(NEEDS) - 8
+    # no commands: pictures, sources, signs, policy, siblings, answers, scoring, benchmarks; reward.py has its own way
+    assert said.count("usage: ") == len(NEEDS) - 9
 
 
 def test_the_snippet_runs_with_utils_alone(tmp_path):
     """The copied advantages, loss and grader, as the lesson calls them."""
     snippet, = re.findall(r"```python\n(.*?)```", SECTION, re.S)
-    folder = copy(tmp_path / "project", "train_grpo", "reward", "utils")
+    folder = copy(tmp_path / "project", "train_grpo", "reward", *NEEDS["reward"], "utils")
     (folder / "theirs.py").write_text(snippet)
     loss, verdict = python(folder, "theirs.py").split()
     # 2 right of 4: (r - 1/2) / 0.57735 = +-0.86603, less a hair for the 1e-4; each row 3 tokens; their sum is 0
     assert abs(float(loss)) < 1e-6 and verdict == "1.0"
 
 
-def test_the_grader_needs_nothing_at_all(tmp_path):
-    folder = copy(tmp_path / "project", "reward")
+def test_the_grader_needs_what_reads_answers_and_nothing_else(tmp_path):
+    folder = copy(tmp_path / "project", "reward", "answers")
     assert json.loads(python(folder, "reward.py", "\\frac{1}{2}", "0.5").splitlines()[-1])["equal"]
 
 

@@ -526,7 +526,7 @@ def test_command_line_help_and_misuse(tmp_path):
     for wrong, sentence in (((), "usage"), (("5",), "usage"), (("--audit",), "usage"), (("a", "b", "c"), "usage"), (("--x", "5"), "usage"),
                             (("--audit", str(tmp_path / "missing.jsonl")), "missing.jsonl cannot be read: No such file or directory"),
                             (("--audit", str(tmp_path)), "cannot be read: Is a directory"),
-                            (("--audit", str(tmp_path / "empty.jsonl")), "empty.jsonl has no row to judge: each line must be JSON with")):
+                            (("--audit", str(tmp_path / "empty.jsonl")), "empty.jsonl has no row to judge, JSON with response")):
         code, out, errors = run(*wrong)
         assert code == 2 and out == "" and sentence in errors and errors.count("\n") == 1
 

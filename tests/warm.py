@@ -10,7 +10,7 @@ import torch.distributed.checkpoint._fsspec_filesystem  # noqa: F401
 from policy import load_model, load_processor
 from runs import ROOT
 
-for stage in ("doctor", "evaluate", "report", "reward", "rollout", "scoring", "siblings", "toy", "train_grpo", "train_sft"):
+for stage in ("answers", "doctor", "evaluate", "report", "reward", "rollout", "scoring", "siblings", "toy", "train_grpo", "train_sft"):
     importlib.import_module(stage)
 torch.set_num_threads(1)
 load_processor(ROOT / "toy_model")
