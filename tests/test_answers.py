@@ -96,7 +96,7 @@ def test_without_reason(answer, wanted):
     ("一百二十三", "123"), ("一千零一", "1001"), ("两千", "2000"), ("三万", "30000"), ("三万二千", "32000"), ("两個", "2個"),
     ("一个", "1个"), ("十二条边", "12条边"), ("五度", "5度"), ("九辆车", "9辆车"), ("三。", "3。"),
     ("一共", "一共"), ("五六", "五六"), ("三角形", "三角形"), ("二次函数", "二次函数"), ("一百一百", "一百一百"),
-    ("一百二十三万零四百五十个", "一百二十三万零四百五十个")])
+    ("十三万四千五百六十二个", "十三万四千五百六十二个")])
 def test_number_words(answer, wanted):
     assert reward.COUNT.sub(reward.counted, answer) == wanted
 
@@ -444,7 +444,8 @@ def test_read_text(answer, wanted):
     (r"\frac{x}{2}", "0.5 * x"), (r"\frac x2", "0.5 * x"),
     ("2/x", "2 * x^-1"), ("1/x", "x^-1"), (r"\frac{1}{2x}", "(2*x)^-1"), ("1/2x", "0.5 * x"), ("x/y/z", "x * y^-1 * z^-1"),
     ("x/(y/z)", "(y*z^-1)^-1 * x"), ("x:y", "x * y^-1"),
-    (r"\sqrt{x}", "x^0.5"), (r"\sqrt x", "x^0.5"), (r"2\sqrt{x + 1}", "(1+x)^0.5 * 2"), (r"\sqrt[4]{x}", "x^0.25"),
+    (r"\sqrt{x}", "x^0.5"), (r"\sqrt x", "x^0.5"), ("sqrt(x)", "x^0.5"), ("sin(x)", r"\sin(x)"),
+    (r"2\sqrt{x + 1}", "(1+x)^0.5 * 2"), (r"\sqrt[4]{x}", "x^0.25"),
     (r"x\sqrt{4}", "2 * x"), ("x^{1/2}", "x^0.5"),
     (r"\alpha\beta", r"\alpha * \beta"), ("AB' + 1", "1 + AB'"), ("AB + CD", "AB + CD"), (r"\triangle ABC", r"\triangleABC"),
     ("∠1", r"\angle1"),
@@ -472,7 +473,8 @@ def test_what_units_and_words_do_not_make_a_number():
 
 def test_read_numbers_that_no_decimal_can_write():
     half_pi = "1.570796326794896619231321691639751442099"  # 40 digits
-    for answer, wanted in ((r"\pi/2", half_pi), ("π/2", half_pi), ("pi/2", half_pi), (r"1/2\pi", half_pi),
+    for answer, wanted in ((r"\pi/2", half_pi), ("pi", "3.141592653589793238462643383279502884197"), ("π/2", half_pi),
+                           ("pi/2", half_pi), (r"1/2\pi", half_pi),
                            (r"\frac{\pi}{2}", half_pi), ("0.(142857)", "0.1428571428571428571428571428571428571429"),
                            (r"\frac{1+\sqrt5}{2}", "1.618033988749894848204586834365638117720"),
                            (r"\sin 60^\circ", "0.8660254037844386467637231707529361834714"),
