@@ -22,15 +22,15 @@ LONGEST_ANSWER, MOST_DIGITS, MOST_DEPTH, MOST_POWERS, MOST_ITEMS = 400, 40, 20, 
 # Step 1. Spell: a text -> one spelling
 
 WRAPPED = re.compile(
-    r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:text|math|mbox|operatorname|underline|boldsymbol)[a-z]*\s*"
-    r"\{([^{}]*)\}")
+    r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:(?:text|math)(?:normal|rm|bf|it|sf|tt|bb|cal|up|md)?|mbox|hbox"
+    r"|operatorname\*?|underline|boldsymbol)\s*\{([^{}]*)\}")
 SIGNS = str.maketrans("−–—×·⋅∗÷∕⁄∶≈∈∪∼⟨⟩、。", "---****///:==,=<>,.", "￥")
-POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9}
+POWERS = {"hundred": 2, "百": 2, "thousand": 3, "千": 3, "万": 4, "million": 6, "亿": 8, "billion": 9}
 LATEX, SPELLINGS = ([(re.compile(x, re.ASCII), meaning) for x, meaning in table] for table in (
     # where a backslash stands: 1,\!234; fonts, sizes and spacing; the empty set; degrees
     ((r"(?<=\d),\\!\s*(?=\d{3}(?!\d))", ""),
      (r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|limits|rm|bf)(?![a-z])|\\!", ""),
-     (r"\\(?:emptyset|varnothing)(?![a-z])|\\\{\s*\\\}", "∅"), (r"\\\$", " dollar "),
+     (r"\\(?:emptyset|varnothing)(?![a-z])|\\\{\s*\\\}", "∅"),
      (r"\\q?quad(?![a-z])|\\[,;:()\[\]]|(?<!\\)\\ |\\\\\s*$", " "),
      (r"(?:\{\})?\^\s*\{\s*\\circ\s*\}|\^?\s*\\(?:circ|degree)(?![a-z])", "°"),
      # 0.1\overline{6}; names of segments and angles; mixed numbers; sets and matrices
@@ -38,21 +38,23 @@ LATEX, SPELLINGS = ([(re.compile(x, re.ASCII), meaning) for x, meaning in table]
      (r"\bm\s*(?=\\angle|\\widehat|\\overarc)|\\(?:over(?:line|arc|rightarrow|leftrightarrow)|hat"
       r"|widehat|vec|bar)(?=\s*\{?\s*[A-Za-z])|^[\s$]*\\(?:lim|sum|int|prod)(?![a-z])[^=]*=", ""),
      (r"(?<![\d.^_])(\d+)\s*\\[dtc]?frac\s*(\{)?(\d+)(?(2)\})\s*(\{)?(\d+)(?(4)\})", r"(\1+\3/\5)"),
-     (r"\\\{\s*\(?([a-z])\)?\s*(?:\\mid|\||:)\s*(.*)\\\}", r"\2"),
      (r"\\langle", "("), (r"\\rangle", ")"), (r"\\[lr]?vert(?![a-z])|\\mid(?![a-z])", "|"),
      (r"\\begin\{(?:[pb]matrix\}|array\}\s*\{[^{}]*\})", "⟦("),
      (r"(?:\\\\)?\s*\\end\{(?:[pb]matrix|array)\}", ")⟧"), (r"\\\\", "),(")),
     # everywhere: 1{,}234 and 3{,}14; powers of units and big numbers; 4:30 p.m.
-    ((r"(?<=\d)\{,\}(?=\d{3}(?!\d))", ""), (r"\{,\}", "."), (r"\^\s*\{?o\}?(?![a-z])", "°"),
+    ((r"(?<=\d)\{,\}(?=\d{3}(?!\d))", ""), (r"\{,\}", "."), (r"\^\s*\{?\s*o\s*\}?(?![a-z])", "°"),
      (r"\s*\^\s*(?:\{\s*(\d)\s*\}(?!\s*\d))?", r"^\1"),  # cm ^ {2} is cm^2
      (r"\bper cent\b", "percent"), (r"\bmph\b", "mi per h"), (r"(?<=[a-z]{2})\.(?=\s)", ""),
-     (r"(?<=\d)\s*(hundred|thousand|million|billion)\b", lambda m: f"*10^{POWERS[m[1]]}"),
+     (r"(?<=\d)\s*(hundred\b|thousand\b|million\b|billion\b|[百千万亿](?![克米瓦]))",
+      lambda m: f"*10^{POWERS[m[1]]}"), (r"(?<=[a-z]) squared\b", "^2"), (r"(?<=[a-z]) cubed\b", "^3"),
      (r"(?<=\d)\s*x\s*(?=10\s*\^)", "*"), (r"(?<=:\d\d)\s*([aApP])\.?\s?[mM]\b\.?", r" \1m"),
+     (r"\\?\{\s*\(?([a-z])\)?\s*(?:\\mid|\||:)\s*(.*?)\\?\}", r"\2"),  # {x | x > 3}
+     (r"^\s*([a-z]|[A-Za-z]{2,})\s*:\s+(?=[-\d\\])", r"\1="),  # x: 45
      # 0.(3); 2 1/2; a point with its name, A(3, -2); 2 to 3; 20"; 180 (days)
      (r"(?<=\d)(\.\d*)\((\d+)\)", r"\1r\2"), (r"(?<![\d.^_,/])(\d+)\s+(\d+)/(\d+)", r"(\1+\2/\3)"),
      (r"^\s*([A-Z]'*)\s*(?=\([^()]*,)", r"\1="), (r"(?<=\d)\s+to\s+(?=\d)", ":"),
      (r"(?<=\d)\"$", " in"), (r"(?<=[\d\s])\(\s*([a-z]{3,}(?: [a-z]+){0,3})\s*\)$", r" \1"),
-     (r"\bm\s*(?=∠)|~|&\s*(?=[=<>])", " "), (r"^\W*[Nn]o (?:real )?solutions?\W*$|^无解$", "∅"))))
+     (r"(?<=\d)~(?=\d)", "-"), (r"\.\.\.|\\[lc]?dots", "…"), (r"\bm\s*(?=∠)|~|&\s*(?=[=<>])", " "), (r"^\W*[Nn]o (?:real )?solutions?\W*$|^无解$", "∅"))))
 MUTE = re.compile(  # says nothing by itself; a command with an argument says what that says
     r"\\(?:[hv]?(?:space|phantom)|(?:text)?color|begin|end)\*?\s*\{[^{}]*\}|\\[A-Za-z]+\s*(?=\{)"
     r"|\\(?:[a-z]*(?:quad|space|skip|style|box|boxed|dots|fill|line)|(?:text|math)[a-z]*|left|right"
@@ -76,12 +78,14 @@ def unwrapped(text: str) -> str:
 def spelled(text: str) -> str:
     r"""A text with one spelling of what has several: $\dfrac12\text{ cm}^2$ is \dfrac12  cm^2."""
     if not text.isascii():
-        text = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text))
-        text = unicodedata.normalize("NFKC", re.sub("[º˚]", "°", text)).translate(SIGNS)
-    text = unwrapped(text[:2 * LONGEST_ANSWER])  # one letter can become eighteen
+        text = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", re.sub("[¼-¾⅐-⅞①-⑳]", r" \g<0>", text))
+        text = re.sub("[₀-₉]+", r"_{\g<0>}", re.sub("[º˚]", "°", text))
+        text = unicodedata.normalize("NFKC", text).translate(SIGNS)
+    text = unwrapped(text[:2 * LONGEST_ANSWER]).replace("\\$", " dollar ")  # one letter can become 18
+    text = text.replace("$", " dollar " if text.count("$") == 1 else "")  # two are LaTeX's
     for pattern, meaning in (LATEX if "\\" in text else []) + SPELLINGS:
         text = pattern.sub(meaning, text)
-    return text.replace("$", " dollar " if text.count("$") == 1 else " ")  # two are LaTeX's
+    return text
 
 
 # ---------------------------------------------------------------------------------------------
@@ -100,19 +104,21 @@ CURRENCIES = ("dollar", "cent", "euro", "pound", "yen")
 UNITS = {word + plural: words.split()[0] for words in (
     "% percent percentage pct, ° degree deg 度, mm millimeter millimetre 毫米, m meter metre 米, "
     "cm centimeter centimetre 厘米, dm, km kilometer kilometre 千米 公里, in inch inche, ft foot feet, "
-    "yd yard, mi mile, g gram, kg kilogram, mg, L l liter litre, mL ml, s sec second, min minute, "
-    "h hr hour, day, week, month, year, rad radian, lb pound, oz ounce, gallon, pint, dollar, cent,"
-    " euro, yen, 元, N, kN, J, kJ, W watt, kW, MW, Wh, kWh, V volt, kV, mV, mA, Hz, kHz, MHz, GHz, "
+    "yd yard, mi mile, g gram 克, kg kilogram 千克 公斤, mg, t ton tonne, L l liter litre, mL ml, "
+    "s sec second 秒, ms millisecond, min minute 分钟, h hr hour 小时, day 天, week, month, year 年, "
+    "decade, century, acre, hectare, C celsius, F fahrenheit, rad radian, lb pound, oz ounce, gallon, pint, dollar, cent,"
+    " euro, yen, 元, 角, N kN, J, kJ, W watt, kW, MW, Wh, kWh, V volt, kV, mV, mA, Hz, kHz, MHz, GHz, "
     "Pa, kPa, MPa, eV, cal, kcal, mol, ohm \\Omega, dB, MB, GB, TB, per, ^2 square sq 平方, "
     "^3 cubic 立方").split(", ") for word in words.split() for plural in ("", "s")}
+MEASURES = "个個只隻张張条條块塊辆輛位名枚颗顆种種人件支本棵朵"  # stand between a number and what is counted
 SMALL = ("a", "an", "the", "of", "on", "at")  # may stand among words that say what is counted
 KEPT = {*UNITS, *SMALL}  # of short words, these are no product of letters
 GROUPING = str.maketrans("", "", ",~ \\")  # what stands between the thousands
 TOKEN = re.compile(
     r"(?<![(\[{\d,.])[1-9]\d{0,2}(?:(?:,|\\,|~| )\d{3})+(?![\d)\]},])(?:\.\d*)?"  # 1,234
     r"|\d*\.\d*r\d+|\d+\.?\d*(?:[eE][-+]?[0-4]?\d(?!\d))?|\.\d+"  # 0.1r6, 1.2e3, .5
-    r"|(?<=[a-z])(?<!pi)\^[23](?!\d)|\\not\s*=|[<>!]=|\\[A-Za-z]+|\\.|\*\*|[A-Za-z]+'*"
-    r"|平方|立方|[厘毫千公]?[米里]|\S", re.ASCII)
+    r"|(?<=[a-z])(?<!pi)\^[23](?!\d)|\\not\s*=|[<>]=|(?<!\d)!=|\\[A-Za-z]+|\\.|\*\*|[A-Za-z]+'*"
+    r"|平方|立方|小时|分钟|千克|公斤|[厘毫千公]?[米里]|\S", re.ASCII)
 TIME = re.compile(r"(?<![\d:.])0?((?:1?\d|2[0-4]):[0-5]\d(?::[0-5]\d)?)(\s*[ap]m)?(?![\d:.])", re.I)
 MEANING = {spelling: meaning for meaning, spellings in {
     r"\frac": r"\dfrac \tfrac \cfrac dfrac frac", r"\binom": r"\dbinom \tbinom", r"\angle": "∠",
@@ -127,10 +133,14 @@ NAME = re.compile(
     r"-?(?:[A-Za-z]'*|[A-Za-z]*_\w+|\|[A-Z]+\||[A-Z]+\w*(?:\^-1)?(?: \* [A-Z]+\w*(?:\^-1)?)?"
     r"|[a-z]{3,}|[\u4e00-\u9fff]+|\w+\(.*\)|\\(?:sin|cos|tan)\([^a-z]*(?:\\[a-z]+)?\)"
     r"|\\[A-Za-z]+\w*)'*")
-FORMULA = re.compile(r"[\d\\=<>^_|!∅∞+*/]|\w\(|^pi$")
+RANGE = re.compile(  # 30-40, 2019-05-12: with blanks around its sign it is a difference
+    r"(?:dollar )?\s*\d[\d.,]*%?(?:-(?: dollar)? ?\d[\d.,]*%?)+(?: [a-z].*)?")
+FORMULA = re.compile(r"[\d\\=<>^_|!∅∞+*/]|\w\(|^pi$|\b(?:sin|cos|tan|log|ln) [a-z]\b")
 
 # decimals: as written, 2 in 0.50, and 0 for what is computed; exact: 21\sqrt3 in 21\sqrt3 = 36.37
-Number = namedtuple("Number", "value decimals unit name exact", defaults=(0, frozenset(), "", None))
+# unit: sorted names, "/s" and "cm^2" among them; COUNTED alone where a word says what is counted
+Number = namedtuple("Number", "value decimals unit name exact", defaults=(0, (), "", None))
+COUNTED = ("",)
 Group = namedtuple("Group", "brackets items name", defaults=("",))  # {} is a set; others keep order
 # A formula is a text: terms parted by " + ", their factors by " * ", both sorted, x^-1 for 1/x.
 
@@ -147,7 +157,7 @@ def read(answer: str):
         if "±" in tokens:  # two answers, one with each sign
             tokens = [y for s in "+-" for y in [*(s if x == "±" else x for x in tokens), ","]][:-1]
         work = sum(4 * (x in FUNCTIONS) + (x in ("^", "\\sqrt")) for x in tokens)
-        if work > MOST_POWERS or re.search(r":[^:=,]*:", answer) or TIME.search(answer):
+        if work > MOST_POWERS or RANGE.fullmatch(answer) or re.search(r":[^:=,]*:", answer) or TIME.search(answer):
             return plain(answer)  # 1:2:3 is no quotient
         try:
             with decimal.localcontext(PRECISE):
@@ -204,7 +214,7 @@ class Reader:
 
     def expression(self, binding: int):
         """Precedence climbing: read what binds tighter than binding."""
-        left = self.factor()
+        left = self.factor(binding)
         while True:
             if isinstance(left, Number) and binding < BINDS["^"] - 1:  # h in r^2 h is no unit of 2
                 left = self.measured(left)
@@ -219,29 +229,35 @@ class Reader:
 
     def measured(self, left: Number) -> Number:
         """A number with its units, and without the words that say what is counted."""
-        words, unit = 0, set(left.unit)
+        words, per, power, units = 0, "", "", [*left.unit]
         while token := self.rest[-1]:
-            word = token.isalpha() and (token.islower() and len(token) > 2 or token > "\u4e00"
-                                        or (words or token == "of") and token in (*SMALL, "in"))
-            if token in UNITS and (not words or token[0] == "^"):
-                unit.update([UNITS[token]] * (not words))
-            elif unit == {"°"} and token in ("C", "F"):
-                unit.add(token)
-            elif token in ("/", "*") and unit and self.rest[-2] in UNITS:
-                unit.update(["per"] * (token == "/"))
-            elif not word or words == 5:
+            word = token.isalpha() and (token.islower() and len(token) > 2 or token in MEASURES
+                                        or words and (token > "\u4e00" or token in (*SMALL, "in"))
+                                        or token == "of")
+            if token in ("^2", "^3") and units:
+                units[-1] += token
+            elif UNITS.get(token, "")[:1] == "^":  # square cm
+                power = UNITS[token]
+            elif token == "per" or token == "/" and units and self.rest[-2] in UNITS:
+                per = "/"
+            elif token in UNITS and not words:
+                units.append(per + UNITS[token] + power)
+                power = ""
+            elif units == ["°"] and token in ("C", "F"):
+                units.append(token)
+            elif not word and not (token == "*" and units and self.rest[-2] in UNITS) or words == 5:
                 break
             else:
-                words += 1
+                words += word
             self.rest.pop()
-        return left._replace(unit=frozenset(unit))
+        return left._replace(unit=tuple(sorted(units)) or COUNTED * (words > 0))
 
-    def factor(self):
+    def factor(self, binding: int = 0):
         """What one sign joins to the next, with the marks behind it: 5!, a_{37}, 4210_5."""
         token, self.depth = self.rest.pop(), self.depth + 1
         if self.depth > MOST_DEPTH or len(token) > MOST_DIGITS:
             raise ArithmeticError("nested too deep, or too many digits")
-        value = self.atom(token)
+        value = self.atom(token, binding)
         while self.rest[-1] in ("!", "_"):
             if self.rest.pop() == "_":
                 value = f"{inner(value)}_{inner(self.factor())}"
@@ -251,13 +267,13 @@ class Reader:
         self.depth -= 1
         return value
 
-    def atom(self, token: str):
+    def atom(self, token: str, binding: int):
         """A number, a bracket, a command with its arguments or a name."""
         if token[:1].isdigit() or token[:1] == "." != token:
             return repeating(token) if "r" in token else Number(
                 Decimal(token), max(0, -Decimal(token).as_tuple().exponent))
         if token in ("-", "+"):
-            value = self.expression(BINDS["+"])
+            value = self.expression(max(BINDS["+"], binding))  # of 2^-1*4 the 1 alone
             if isinstance(value, Number):  # -1.41 has two decimals
                 return value if token == "+" else value._replace(value=-value.value)
             return value if token == "+" else combine(Number(-ONE), "*", value)
@@ -287,7 +303,9 @@ class Reader:
             return self.function(token)
         if token in CURRENCIES:
             value = self.expression(BINDS["+"])
-            return combine(value, "*", Number(ONE, unit=frozenset({token})))
+            if not isinstance(value, Number):
+                raise ArithmeticError("money of no amount")
+            return value._replace(unit=(UNITS[token],))
         if token in ("\\angle", "\\triangle"):
             return token + written(self.factor())
         if not (token.strip("'").isalpha() or token[:1] == "\\" or token == "∞"):
@@ -321,9 +339,12 @@ class Reader:
 
 def computed(name: str, inside: Number, base: Number | None) -> Decimal:
     """A logarithm with its base, or the sine of a multiple of 3 degrees; no other has one value."""
-    if name == "\\log" and isinstance(base, Number) or name == "\\ln":
+    if name in ("\\log", "\\ln"):
+        if (base is None) == (name == "\\log") or not all(
+                isinstance(x, Number) and x.value > 0 for x in (inside, base or inside)):
+            raise ArithmeticError("a logarithm without a base, or of no positive number")
         return inside.value.ln() / (base.value.ln() if base else ONE)
-    turns = inside.value / (360 if inside.unit == {"°"} else 2 * PI)
+    turns = inside.value / (360 if inside.unit == ("°",) else 2 * PI)
     if name not in ("\\sin", "\\cos", "\\tan") or abs(turns * 120 - round(turns * 120)) > TINY:
         raise ArithmeticError("a function's value that we do not compute")
     waves = []
@@ -354,7 +375,7 @@ def written(x) -> str:
     """One text for all spellings of a value."""
     if isinstance(x, Group):
         return x.brackets[0] + ",".join(map(written, x.items)) + x.brackets[1]
-    return f"{x.value.normalize():.40g}" if isinstance(x, Number) else x
+    return f"{x.value.normalize():.80g}" if isinstance(x, Number) else x
 
 
 def inner(x) -> str:
@@ -362,15 +383,25 @@ def inner(x) -> str:
     return f"({written(x).replace(' ', '')})" if re.search("[ ^/]", written(x)) else written(x)
 
 
+DECIMAL = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+
+
+def thirty_digits(number: re.Match) -> str:
+    """A formula's numbers are products of rounded ones: of 80 digits 30 are safe."""
+    return f"{Decimal(f'{Decimal(number[0]):.30g}').normalize()}"
+
+
 def combine(left, sign: str, right):
     """left sign right, of numbers and formulas: a number, or a formula's text."""
     if isinstance(left, Number) and isinstance(right, Number):
-        if sign in "+-" and left.unit != right.unit and (left.unit | right.unit) - {"°", "%"}:
-            raise ArithmeticError("two units in one sum, as 5m + 3 has")
+        unit, alike = left.unit or right.unit, left.unit == right.unit
+        if not alike and sign in "+-" and unit not in (("°",), ("%",)) or right.unit and (
+                left.unit and (not alike or sign not in "+-") or sign in "/:^"):
+            raise ArithmeticError("a sum of two units, as 5m + 3, or arithmetic with units")
         value = calculate(left.value, sign, right.value)
         if value and abs(value.adjusted()) > 50:
             raise ArithmeticError("too large or too small")
-        return Number(value, 0, left.unit | right.unit)
+        return Number(value, 0, unit)
     if any(isinstance(x, Group) or isinstance(x, Number) and x.unit for x in (left, right)):
         raise ArithmeticError("no formula has a unit or a list")
     if sign == "^":
@@ -384,7 +415,12 @@ def combine(left, sign: str, right):
         [inner(x)] if sign == "*" and " + " in written(x) else written(x).split(f" {sign} "))]
     if len(parts) > MOST_ITEMS:
         raise ArithmeticError("a formula too long")
-    return f" {sign} ".join(sorted(part for part in parts if (sign, part) != ("*", "1")))
+    numbers = [Decimal(part) for part in parts if DECIMAL.fullmatch(part)]
+    number = sum(numbers, start=ONE - ONE) if sign == "+" else math.prod(numbers, start=ONE)
+    parts = sorted(part for part in parts if not DECIMAL.fullmatch(part))
+    if number != (0 if sign == "+" else 1):
+        parts.insert(0, written(Number(number)))
+    return f" {sign} ".join(parts)
 
 
 def calculate(x: Decimal, sign: str, y: Decimal) -> Decimal:
@@ -449,10 +485,14 @@ def same(said, wanted) -> bool:
     left, right = (x.items if isinstance(x, Group) and x.brackets == "{}" else [x]
                    for x in (said, wanted))
     if len(left) > 1 or len(right) > 1:  # sets: "7.5 or 15/2" is the set {7.5}
+        names = [{x.name for x in items if not isinstance(x, str)} - {""} for items in (left, right)]
+        if sorted(len(x) > 1 for x in names) == [False, True] and set() in names:  # x = 3, y = -2
+            return len(left) == len(right) and all(map(same, left, right))
         return (all(any(same(x, y) for x in left) for y in right)
                 and all(any(same(x, y) for y in right) for x in left))
     if type(said) is not type(wanted) or isinstance(said, str):
-        return said == wanted
+        return said == wanted or isinstance(said, str) is isinstance(wanted, str) is True and (
+            DECIMAL.sub(thirty_digits, said) == DECIMAL.sub(thirty_digits, wanted))
     if said.name and wanted.name and said.name != wanted.name:
         return False
     if isinstance(said, Group):
@@ -473,6 +513,6 @@ def rounds(value: Decimal, wanted: Number) -> bool:
         return True
     _, digits, exponent = value.as_tuple()
     if len(digits) > 90:  # no decimal can write it: 1/3, \sqrt 3, \pi
-        precise = wanted.decimals > 0 and len(wanted.value.as_tuple().digits) > 1
+        precise = wanted.decimals > 0 and len(wanted.value.normalize().as_tuple().digits) > 1
         return precise and 2 * gap <= Decimal(1).scaleb(-wanted.decimals)
     return wanted.decimals > 6 and len(digits) > 5 and 2 * gap <= Decimal(1).scaleb(exponent)

@@ -40,7 +40,7 @@ from decimal import localcontext
 from functools import lru_cache
 
 from answers import (
-    LONGEST_ANSWER, PRECISE, UNITS, Number, plain, read, same, says_nothing, spelled, unwrapped,
+    LONGEST_ANSWER, MEASURES, PRECISE, Number, plain, read, same, says_nothing, spelled, unwrapped,
     written)
 
 LONGEST_RESPONSE = 6_000  # characters; of a longer response the end is read
@@ -57,26 +57,30 @@ def any_of(words: str) -> str:
 
 # words that deny an answer or hedge it, and words that compare with it or change its number
 DENIALS = any_of(
-    "not never neither nor none cannot anything without except wrong incorrect false invalid "
-    "impossible unlikely rather instead either may maybe perhaps possibly might could unsure guess"
-) + r"|n['’]t\b|[不错非]|可能|也许"
+    "not never neither nor none nobody cannot anything everything without except wrong incorrect "
+    "untrue false invalid impossible unlikely doubtful hardly rarely unless longer rather instead "
+    "either may maybe perhaps possibly might could unsure guess suppose whether (?:exclu|elimina)[a-z]*"
+) + r"|n['’]t\b|ruled? out|all but|[不错非若勿]|(?<![区特分])别|可能|也许|还是|如果|排除"
 DENIED = re.compile(DENIALS, re.I)
 CHANGES = re.compile(DENIALS + "|" + any_of(
-    "half halves thirds? quarters? (?:four|fif|six|seven|eigh|nin|ten|twelf|[a-z]+teen|[a-z]+tie"
-    "|hundred|thousand|million)ths? (?:one|two|three|four|five|sixe|seven|eight|nine|ten)s dozens? "
-    "scores? pairs? couple gross hundred thousand [a-z]*illion lakh crore twice thrice doubled? "
-    "tripled? times fold squared cubed root power factorial negative minus plus repeating "
-    "recurring gcd lcm mod max min over under above below beyond between from past within until up "
-    "down off more less fewer greater larger smaller than least most minimum maximum too many few "
-    "short missing extra (?:exceed|increas|decreas|reduc)[a-z]*"
-) + r"|\d(?:st|nd|rd|th|ish)\b|[或多少倍半至超负]|[大小]于|以[上下内外]", re.I)
+    "half (?:halv|doubl|tripl|trebl|quadrupl|quintupl|increas|decreas|reduc|exceed)[a-z]* thirds? "
+    "quarters? (?:four|fif|six|seven|eigh|nin|ten|twelf|[a-z]+teen|[a-z]+tie)ths? (?:hundred|thousand"
+    "|[a-z]*illion|lakh|crore)(?:s|ths?)? (?:one|two|three|four|five|sixe|seven|eight|nine|ten)s "
+    "dozens? pairs? couple gross grand kilo twice thrice times [a-z]*fold squared cubed [a-z]*root "
+    "power factorial reciprocal inverse opposite negative minus plus repeating recurring binary hex "
+    "points mod over under above below beyond between among from past within until "
+    "up down upwards? onwards? off more less fewer greater larger smaller than least most minimum "
+    "maximum too many few short missing extra odd something sometimes multiple divisible mid sub"
+) + r"|(?:square|cube|log|sin|cos|tan)[a-z]* of|out of|and/or|\d(?:st|nd|rd|th|ish)\b|[或多少倍半至超负几余]|[大小]于|以[上下内外]|…", re.I)
 NOT_THIS = re.compile(  # of D, not B the second goes
     r"[,;]?\s*\b(?:(?:and|but)\s+)?(?:not|rather than|instead of|rules? out)\s+(?:be\s+)?"
     r"(?:(?:option|choice)\s+)?(?:\(?[A-H]\b\)?|-?\d[\d.,]*(?![^\s,.]))(?:\W*but\b)?"
     r"|不[是选選]\s*[A-H\d]+")
-REASON = re.compile(r",?\s+(?:because|since|as)\s.*|[,，]?因为.*", re.S)
+REASON = re.compile(r",?\s+(?:because|since|as(?! (?:well|an?|the|many|much|few)\b))\s.*|[,，]?因为.*", re.S)
 ASIDE = re.compile(r",?\s+which\s.*|\s\([^()\\]*[a-z]{2}[^()\\]*\)\W*$", re.S)
-YES = re.compile(r"(yes|no)\b(?!\s+\w)\W*((?:.*[a-z]{2}.*)?)", re.I | re.S)
+YES = re.compile(  # Yes, there is. No there are none.
+    r"(yes|no)\b(?![ \t]+(?!there|it|they|he|she|this|that|we|i)\w)[^.\w]*"
+    r"([^.;\n]*)((?:\W.*[a-z]{2}.*)?)", re.I | re.S)
 
 NUMERALS = {word: n for n, words in [
     *enumerate("zero零 one一 two二两兩 three三 four四 five五 six六 seven七 eight八 nine九 ten eleven "
@@ -85,18 +89,19 @@ NUMERALS = {word: n for n, words in [
     (10, "十"), (100, "hundred百"), (1000, "thousand千"), (10_000, "万"), (10**6, "million")]
     for word in re.findall("[a-z]+|[^a-z]", words)}
 WORD = f"(?:{'|'.join(filter(str.isascii, NUMERALS))})"
+CJK = "".join(word for word in NUMERALS if not word.isascii())
 COUNT = re.compile(  # 一 says one where it counts: 一个, but 一共 is "in all"
     rf"\b{WORD}(?:(?:(?:(?<=hundred)|(?<=thousand))\s+and)?[\s-]+{WORD})*\b"
-    "|(?<![零一二三四五六七八九两兩十百千万])[零一二三四五六七八九两兩十百千万]{1,9}(?=[个個只隻张張条條块塊辆輛位名枚颗顆种種元度]|\\W*$)", re.I)
+    f"|(?<![\\d{CJK}])[{CJK}]{{1,9}}(?=[{MEASURES}元度]|\\W*$)", re.I)
 FILLER = re.compile(  # what an answer may open with, and what it may speak of
     r"[\s*_\"'`]*(?:(?:so|thus|hence|therefore|then|i (?:think|believe)(?: that)?|they are"
     r"|we (?:get|have|find)|(?:the )?(?:(?:final|correct|right|best) )?(?:answer|option|choice)s?"
     r"(?: is| are|:)?|(?:it|there|that)(?:['’]s| is| are| were)|(?:a )?total of|only|just|exactly"
-    r"|about|around|approximately|nearly|roughly)\b[\s,:]*|(?:答案|[应應]?[该該]?[选選]|所以|因此|一?共|有|约|大约"
+    r"|about|around|approximately|nearly|roughly)\b[\s,:]*|(?:[∴⇒→✅✓]|=>|\\therefore|\\implies)\s*|(?:答案|[应應]?[该該]?[选選]|所以|因此|一?共|有|约|大约"
     r"|[是为為]|等于)[是为為有:：\s]*)", re.I)
 SUBJECT = re.compile(
     r"(?:the|its?|this|these|that|those|they|he|she|his|her|their|our|my|your)\b[^.;?!=]*?"
-    r"\s(?:is|are|was|were|equals?|=)\s+|[^\d=]*?[\u4e00-\u9fff](?:是|为|為|等于)\s*", re.I)
+    r"\s(?:is|are|was|were|equals?|=)\s+|[^\d=]*?[\u4e00-\u9fff](?<![还若果要而就不])(?:是|为|為|等于)\s*", re.I)
 TAIL = re.compile(r"\s+(?:is|are)\s+(?:(?:the|my)\s+)?(?:correct|right|final)?"
                   r"(?:\s*(?:answer|option|choice))?\W*$", re.I)
 
@@ -105,7 +110,8 @@ def without_reason(text: str) -> str:
     """An answer without "because .." and the like, unless an aside denies it: 20 (wrong)."""
     text = REASON.split(text)[0]
     aside = ASIDE.search(text)
-    doubt = aside and (DENIED.search(aside[0]) or re.search(r"\bor\b", aside[0]))
+    doubt = aside and (DENIED.search(aside[0]) or re.search(r"\bor\b", aside[0]) or (
+        CHANGES.search(aside[0]) and not re.search(r"\d", aside[0])))  # but (half of 10 cm)
     return text[:aside.start()] if aside and not doubt else text
 
 
@@ -132,9 +138,10 @@ def normalise(answer: str) -> str:
         if DENIED.search(lead[0]):
             break
         answer = answer[lead.end():]
-    answer = COUNT.sub(counted, without_reason(TAIL.sub("", answer)))
+    answer = COUNT.sub(counted, TAIL.sub("", without_reason(answer)))
     answer = re.sub(r"^\s*(?:negative|minus|负)\s*(?=\d|\\)", "-", answer, flags=re.I)
-    return answer.lstrip(" \t\n*_:=`\"").rstrip(" \t\n*_:.,`\"\\")
+    answer = re.sub(r"\b(\d+) \(\1\)", r"\1", answer)  # five (5)
+    return answer.lstrip(" \t\n*_:=,`\"'").rstrip(" \t\n*_:.,`\"\\✓✅")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -143,24 +150,31 @@ def normalise(answer: str) -> str:
 NESTED = r"(?:[^{}]|\{" * 6 + r"[^{}]*" + r"\})*" * 6  # braces in braces, six deep
 BOX = re.compile(rf"\\(?:boxed|fbox)\s*(?:\{{({NESTED})\}}|([^\s{{$]+))")
 PHRASE = re.compile(
-    r"####|<answer>|\b(?:answer|option|choice)s?(?:\s+(?:to|of|for)\s[\w\s]{1,40}?)?[\s*]*(?::|="
+    r"####|<answer>|\b(?:answer|option|choice)s?(?:\s+(?:to|of|for)\s[\w\s]{1,40}?)?[\s*\"']*(?::|="
     r"|\b(?:is|are|(?:seems? to|must|should|would|will) be)\b)(?:[\s:*#_]*\n\s*-\s+|[\s:*#_]*)"
     r"|\banswer\**\s*\n[\s*#]*(?:-\s+)?"
-    r"|答案[\s*]*(?:应?[是为為]|:|：)?[\s:：*】]*|(?<!不)(?:[应應][该該]?|故)?[选選](?![项項])"
+    r"|答案[\s*]*(?:应?[是为為]|:|：)?[\s:：*】]*|(?<![不别勿没未])(?:[应應][该該]?|故)?[选選](?![项項])"
     r"[择擇]?[\s:：为為*]*", re.I)
 # what ends an answer: a full stop (but C. 120 goes on), a line, a tag
 END = re.compile(r"[.!](?:\s+(?![\s\d\\-])|$)|[;?](?:\s+(?![\s\d\\-]|[A-H]\b)|$)|\n|</|<\||[。；]")
 REMARK = re.compile(
     r"\W*(?:(?:indeed|also|thus)\s)?(?:(?:in)?(?:correct|right|wrong|valid|reasonable)"
     r"|(?:as|given|shown|found|based|consistent|below|above|the same)\b.*)\W*", re.I)
-TAKEN_BACK = re.compile(r"\b(?:wait|actually|however|correction|mistake|(?:is|s) wrong)\b", re.I)
-PROSE = re.compile(r"[^\W\d_]{2,}[\s,]+[^\W\d_]{2,}|[\u4e00-\u9fff]{4}")
+TAKEN_BACK = re.compile(  # somewhere after an answer: the writer has changed their mind
+    r"\b(?:wait|actually|however|correction|mistake|sorry|oops|scratch|(?:is|s) wrong)\b"
+    r"|[.;!?…]\W*(?:no[,.]|or\b)", re.I)
+OPTION = re.compile(r"^\W*([A-H])(?:[.:)].*|\W*)$", re.M)
 SENTENCE = re.compile(r"[.;!?](?=\s|$)|\n|[。；]")
 WORDS = re.compile(r"((?<![\\A-Za-z\d{])(?!(?:sqrt|frac|pi|exp|sin|cos|tan|log|ln)\b)"
                    r"[A-Za-z]*[a-z]{2}[A-Za-z'’]*|[\u4e00-\u9fff]+)")
-COPULA = re.compile(r"\b(?:is|are|was|were|equals|gives|=)\b|\d")
+COPULA = re.compile(r"\b(?:is|are|was|were|equals|gives|makes)\b|=|\d")
+BEFORE_NO_ANSWER = re.compile(  # page 5, Vitamin D
+    r"\b(?:but|page|step|figure|fig|table|question|problem|example|theorem|max|min|gcd|lcm|log)\W*$", re.I)
 VALUE = re.compile(r"(?<![\^_\w])(?<![\^_]\{)\.?\d")
-CHOSEN = re.compile(r"\(([A-H])\)|\b(?:option|choice|is|be|so)\W{1,4}([A-H])(?![\w'’])", re.ASCII)
+CHOSEN = re.compile(
+    r"\(([A-H])\)|(?:\b(?:option|choice|answer|is|be|so|thus|hence|therefore|leaving|leaves|choose|pick"
+    r"|select|conclude|think|say|with)|['’]s)\W{1,4}([A-H])(?![\w'’])|^\W*([A-H])(?:\W*$|(?= is "
+    r"(?:correct|right|the )))|(?<=, )([A-H])(?= is (?:correct|right|the ))", re.ASCII)
 LETTER = re.compile(r"(?<![A-Za-z\d])([B-H]|A(?! (?!or\b|and\b)[a-z]))(?![A-Za-z\d'’])", re.ASCII)
 
 
@@ -172,13 +186,21 @@ def extract_answer(text: str) -> str | None:
         return "".join(boxes[-1]).strip()
     if "\\boxed" in text:  # cut off inside its only box: what stands there is not the answer yet
         return None
-    text, words = NOT_THIS.sub("", text.replace("**", "")), None
-    for phrase in reversed([*PHRASE.finditer(text)]):
-        before, after = SENTENCE.split(text[:phrase.start()])[-1], text[phrase.end():]
+    text, words, remark, refused = NOT_THIS.sub("", text.replace("**", "")), None, None, False
+    for phrase in [*PHRASE.finditer(text)][:-9:-1]:  # the last eight, from the last on
+        before, after = text[:phrase.start()][-60:], text[phrase.end():]
+        before = re.search(r"(?:\w+\W+){0,4}$", SENTENCE.split(before)[-1])[0]
         clause = re.sub(r"\\[()\[\]]|`+", " ", after[:LONGEST_ANSWER]).strip()
-        clause = without_reason(END.split(clause)[0]).strip(" \t,*_")
-        if says_nothing(clause) or REMARK.fullmatch(clause) or DENIED.search(before) or (
-                TAKEN_BACK.search(after)):
+        end = END.search(clause)
+        clause = without_reason(END.split(clause)[0]).strip(" \t,*_\"")
+        clause = clause if "{" in clause else clause.rstrip("\"} ")  # of {"answer": 45}
+        if says_nothing(clause) or TAKEN_BACK.search(after):
+            continue
+        if end and end[0][0] == "?" or CHANGES.search(before):  # is the answer 5?
+            refused = True
+            continue
+        if REMARK.fullmatch(clause):
+            remark = remark or clause
             continue
         letters, value = understand(clause)
         if letters or not isinstance(value, str) or not WORDS.search(clause) or (
@@ -187,18 +209,20 @@ def extract_answer(text: str) -> str | None:
         if value := last_value(clause):
             return value
         words = words or clause  # an answer where no other phrase has a number or a letter
-    if words:
+    if words or refused:
         return words
-    letters, value = understand(text)
-    if "\n" not in text[:LONGEST_ANSWER] == text and (
-            letters or isinstance(value, Number) or not WORDS.search(text)
-            or not isinstance(value, str) and not PROSE.search(text)):
+    letters, value = understand(text) if len(text) <= LONGEST_ANSWER else ("", "")
+    if value in ("yes", "no"):
+        return text
+    if "\n" not in text and (letters or isinstance(value, Number) or not WORDS.search(text)):
         return bare(text) or None
-    if first := re.match(r"(?:Option )?\(?[A-H](?:[.:)]\s[^\n]*|\)?[.:]?(?=\s*\n))", text):
+    if len({*OPTION.findall(text)}) > 1:  # options, said over again
+        text = OPTION.sub("", text)
+    elif first := re.match(r"(?:Option )?\(?[A-H](?:[.:)]\s[^\n]*|\)?[.:]?(?=\s*\n))", text):
         return first[0].strip()  # the response opens with a choice: B. 12
-    denied = PHRASE.search(text) or DENIED.search(text)
+    denied = PHRASE.search(text) or DENIED.search(text) and (VALUE.search(text) or LETTER.search(text))
     short = len(text) < 100 and not SENTENCE.search(text[:-1]) and not denied
-    return text if value in ("yes", "no") else last_value(text) or (text if short else None)
+    return last_value(text) or remark or (text if short else None)
 
 
 def bare(text: str) -> str:
@@ -211,6 +235,7 @@ def last_value(text: str) -> str | None:
     """The last number with its formula, or choice, in prose; None where it is denied or changed."""
     text = re.sub(r"\b(?:the|this|that|which|no|each|another|other)\s+one\b", " ",
                   unwrapped(text[-2 * LONGEST_ANSWER:]))
+    text = re.sub(r"(?<=[a-z]{2})(?:[-–—]|\s+[-–—]\s+)(?=\d)|^\s*(?:[-–—•]|\d+[.)])\s+", " ", text, flags=re.M)
     text = re.sub(r"\b(?:negative|minus)\s+(?=\d)", "-", COUNT.sub(counted, text))
     for sentence in reversed(SENTENCE.split(text)):
         parts = WORDS.split(sentence)  # formulas, and between them words
@@ -220,19 +245,19 @@ def last_value(text: str) -> str | None:
             continue
         at = len("".join(parts[:last or 0]))
         if last is None or chosen and chosen[-1].start() > at:
-            said = chosen[-1][1] or chosen[-1][2] if chosen else min(letters)
-            at = chosen[-1].start() if chosen else sentence.index(said)
-            hedged = len(letters) > 1 and (not chosen or re.search(r"\bor\b", sentence)) or (
-                not chosen and not re.search(rf"\b{said}\b(?:[,:)]|\W*$)", sentence, re.ASCII))
+            at = chosen[-1].start() if chosen else 0
+            said = "".join(filter(None, chosen[-1].groups())) if chosen else ""
+            hedged = not chosen or len(letters) > 1 and re.search(r"\bor\b", sentence)
         else:
             words, said = [*parts, "", ""], parts[last]
-            hedged = words[last - 1] in UNITS and VALUE.search(words[last - 2])  # 5 hours 30
             around = COPULA.split("".join(words[max(0, last - 5):last]))[-1]
-            around += "".join(words[last:last + 5])
-            if words[last - 1] == "or" or words[last - 1] == "and" and "=" not in said:
-                said = "".join(parts[last - 2:last + 1]) if VALUE.search(parts[last - 2]) else said
-            hedged = hedged or words[last + 1] == "or" or len(said) > LONGEST_ANSWER or (
-                CHANGES.search(around))
+            hedged = (words[last + 1] == "or" or len(said) > LONGEST_ANSWER
+                      or BEFORE_NO_ANSWER.search(around)
+                      or CHANGES.search(around + "".join(words[last:last + 5])))
+            if last > 1 and VALUE.search(parts[last - 2]) and not re.match(r"\s*[:,;$=(]", said):  # 2 or 3; but 5 hours 30, 20 of 30
+                joins = words[last - 1] == "or" or words[last - 1] == "and" and "=" not in said
+                said = "".join(parts[last - 2:last + 1]) if joins else said
+                hedged = hedged or not joins and "=" not in said and not COPULA.search(words[last - 1])
         denied = DENIED.search(sentence, sentence.rfind(",", 0, at) + 1)
         return None if hedged or denied else said.strip(" ,:$*_`\n").rstrip("\\") or None
     return None
@@ -242,14 +267,16 @@ def last_value(text: str) -> str | None:
 # Judge: answer -> choices and value; two answers -> equal or not
 
 PLAIN = re.compile(r"-?\d{1,9}(?:\.\d{1,6})?", re.ASCII)  # read in a microsecond, without parsing
-LONE = re.compile(r"\(([A-Ha-h])\)|([A-Ha-h])[.:)]?")
+LONE = re.compile(r"[(\[]([A-Ha-h])[)\]]|([A-Ha-h])[.:)'’]?")
 SEVERAL = re.compile(r"\(?[A-H]\)?(?:(?:\s*[,;&和与及]|\s+and\b)+\s*\(?[A-H]\)?)+")
 # B with what it stands for: B. 45, (B) 45, B 45; or 45 (B)
-BEFORE = re.compile(r"(?:\(([A-Ha-h])\)|([A-H])(?:[.:)](?=[\s\d])|\)|(?=\s+(?:[\d(]|\\[dt]?frac"
-                    r"|\\sqrt))))\s*(\S.*)()", re.S)
-BEHIND = re.compile(r"()()(\S*\d.*)\s+\(([A-H])\)", re.S)
-OTHER = re.compile(r"(?<![A-Za-z])[A-H](?:\)|[.:](?=\s|\d|$))|(?:\b(?:and|not|nor)|,)\s*\(?[A-H]\b"
-                   r"|\b(?:or|either)\b|^\W*(?:and|wrong|incorrect|not (?:correct|right))\b", re.I)
+BEFORE = re.compile(
+    r"(?:\((?P<small>[A-Ha-h])\)|(?P<letter>[A-H])(?:[.:)](?=[\s\d])|\)|\s+-\s+(?=[A-Za-z]{2})"
+    r"|,(?=\s*\d)|(?=\s+(?:[\d(]|\\[dt]?frac|\\sqrt))))\s*(?P<rest>\S.*)", re.S)
+BEHIND = re.compile(r"(?P<rest>\S*\d.*)\s+\((?P<letter>[A-H])\)", re.S)
+OTHER = re.compile(  # a second option: any lone letter but that of a name, as in vitamin C, \angle A
+    r"(?<![A-Za-z\\])(?<![a-z]{2} )(?!A [a-z])[A-H](?![A-Za-z'’])|(?i:\b(?:and|not|nor|but|vs|then))\W+[A-H]\b"
+    r"|(?i:\b(?:or|either)\b|^\W*(?:and|wrong|incorrect|not (?:correct|right))\b)")
 TOGETHER = re.compile(r"\W*(?:both|neither|all|none|only)\b", re.I)  # C. both A and B
 
 
@@ -286,19 +313,22 @@ def understand(answer: str) -> tuple:
     choice = BEFORE.fullmatch(answer) or BEHIND.fullmatch(answer)
     if not choice:
         return "", value_of(answer)
-    if OTHER.search(choice[3]) and not TOGETHER.match(choice[3]):  # A. 20 or B. 30
+    found = choice.groupdict()
+    if OTHER.search(found["rest"]) and not TOGETHER.match(found["rest"]):  # A. 20 or B. 30
         return "", plain(answer)
-    return (choice[1] or choice[2] or choice[4]).upper(), value_of(choice[3].strip())
+    return (found["letter"] or found["small"]).upper(), value_of(found["rest"].strip())
 
 
 def value_of(answer: str):
     """What a normalised answer is worth; where words deny or change it, its plain text."""
-    if yes := YES.fullmatch(answer):  # Yes, there is.
-        doubt = any_of("yes but or maybe perhaps") + f"|\\bno\\b|{DENIALS}" * (yes[1][0] in "yY")
+    if (yes := YES.fullmatch(answer)) and (not yes[2] or re.search("[a-z]{2}", yes[2] + yes[3])):
+        doubt = any_of("yes but or maybe perhaps nope")
+        if yes[1][0] in "yY":
+            doubt += rf"|\bno\b|{DENIALS}"
         return plain(answer) if re.search(doubt, yes[2], re.I) else yes[1].lower()
-    both = re.search(r"\band\b", answer) and re.search(r"[<>≤≥]|\\[gl]e", answer)
-    # x > 1 and x < 3 is no union
-    return plain(answer) if both or CHANGES.search(answer) else read(answer)
+    both = re.search(r"\band\b", answer) and re.search(r"[<>≤≥]|\\[gl]e", answer)  # is no union
+    twice = re.search(r"\d\s+\(\s*[\d.]+\s*\)", answer)  # 20 (30) is no product
+    return plain(answer) if both or twice or CHANGES.search(answer) else read(answer)
 
 
 # ---------------------------------------------------------------------------------------------
