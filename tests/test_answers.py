@@ -288,6 +288,7 @@ def test_plain(answer, wanted):
     (r"\sin(\pi/6)", number("0.5")),
     (r"\sin\frac{\pi}{6}", number("0.5")), (r"\sin 2\pi", number(0)), (r"\sin^2 30^\circ", number("0.25")),
     (r"\sin^{2} 30^\circ", number("0.25")), (r"\sin^3 30^\circ", number("0.125")), ("1 + 1:4", number("1.25")),
+    ("2^-1*4", number(2)),
     (r"2\sin 30^\circ", number(1)), (r"\log_2 8", number(3)), (r"\log_{10} 1000", number(3)), (r"\log_2(4+4)", number(3)),
     (r"\tan 45^\circ", number(1)),
     (r"\tan^{-1} 45^\circ", number(1))])
@@ -397,7 +398,8 @@ def test_read_keeps_the_exact_part_of_an_approximation():
     ("4:30 p.m.", group("time", "4:30", name="pm")),
     ("4:30AM", group("time", "4:30", name="am")), ("t = 4:30", group("time", "4:30")), ("24:59", group("time", "24:59")),
     ("25:10", number("2.5")), ("4:3", number(4) and "4/3"),
-    ("4:60", "1/15"), ("4:30 + 1", "4:30+1"), ("1:2:3", "1:2:3"), ("1:2, 3:4", "1/2 3/4"),
+    ("4:60", "1/15"), ("4:30 + 1", "4:30+1"), ("1:2:3", "1:2:3"), ("30-40", "30-40"), ("30 - 40", number(-10)),
+    ("1:2, 3:4", "1/2 3/4"),
     # no brackets that fit
     ("(1, 2", "(1,2"), ("1, 2)", "1,2)"), ("()", "()"), ("(1, 2}", "(1,2}"), ("]1, 2[", "]1,2["), (r"\{1, 2)", "{1,2)"),
     ("(]", "(]"), ("1,", number(1))])
@@ -509,7 +511,8 @@ def test_combine_numbers():
     assert combine(two, "*", number(3)) == number(6, 0, "cm")
     assert combine(number(90, 0, "°"), "-", number(45)) == number(45, 0, "°") and combine(number(5, 0, "%"),
     "+", number(3)) == number(8, 0, "%")
-    for left, sign, right in ((two, "+", number(3)), (two, "^", number(2, 0, "cm")), (number(6), "/", two), (number(3),
+    for left, sign, right in ((two, "+", number(3)), (two, "^", number(2, 0, "cm")), (number(2), "^", two), (number(6),
+                              "/", two), (number(3),
                               "-", two), (two, "+", number(3, 0, "mm")), (number("1e30"),
                               "*", number("1e21")), (number("1e-30"), "/", number("1e21")),
                               (number(1), "/", number(0)), (number(0), "/", number(0)), (number(0), "^", number(0)), (number(-1),
@@ -616,6 +619,8 @@ def test_what_is_not_computed():
                          (r"\arcsin", number(0)), (r"\arctan", number(0)), (r"\log", number(100)), (r"\ln", number(-1)),
                          (r"\sin", number("0.523598775598", 12)), (r"\sin", number("3.00001", 5, "°"))):
         refuses(answers.computed, name, inside, None)
+    refuses(answers.computed, r"\ln", number(0), None)
+    refuses(answers.computed, r"\log", number(0), number(2))
     refuses(answers.computed, r"\log", number(5), number(1))
     refuses(answers.computed, r"\log", number(5), number(-2))
     refuses(answers.computed, r"\log", number(5), "b")
@@ -722,7 +727,9 @@ def test_between(inequality, wanted):
     ("7.5 or 15/2", "7.5", True), ("7.5", "7.5 or 15/2", True), ("1, 1, 2", "1, 2", True), ("1, 2", "1", False),
     ("1", "1, 2", False), ("red and blue", "blue, red", True), ("red and blue", "red or blue", False),
     (r"\frac{1}{3}, 2", "2, 0.33", True), ("2, 0.33", r"\frac{1}{3}, 2", False), ("x = 1, y = 2", "y = 2, x = 1", True),
-    ("x = 1, y = 2", "x = 2, y = 1", False), ("1, 2", "(1, 2)", False), ("3 cm, 5 cm", "5, 3", True),
+    ("x = 1, y = 2", "x = 2, y = 1", False), ("x = 1, y = 2", "1, 2", True), ("2, 1", "x = 1, y = 2", False),
+    (r"\frac13 \pi r * 2", r"\frac{2\pi}{3} r", True), ("3.14r", "3.1415r", False),
+    (r"\frac17 r \pi \cdot \frac13 * 11", r"\frac{11\pi}{21} r", True), ("1, 2", "(1, 2)", False), ("3 cm, 5 cm", "5, 3", True),
     # order and brackets
     ("(1, 2)", "(1, 2)", True), ("(1, 2)", "(2, 1)", False), ("(1, 2)", "[1, 2]", False), ("(1, 2)", "(1, 2, 3)", False),
     ("(1, 2, 3)", "(1, 2)", False), ("(0.5, 2)", r"(\frac12, 2)", True), ("A(1, 2)", "(1, 2)", True),
