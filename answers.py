@@ -55,7 +55,7 @@ LATEX, SPELLINGS = ([(re.compile(x, re.ASCII), meaning) for x, meaning in table]
      (r"(?<=\d)(\.\d*)\((\d+)\)", r"\1r\2"), (r"(?<![\d.^_,/])(\d+)\s+(\d+)/(\d+)", r"(\1+\2/\3)"),
      (r"^\s*([A-Z]'*)\s*(?=\([^()]*,)", r"\1="), (r"^(\d+)\s+to\s+(\d+)$", r"\1:\2"),
      (r"^([^\"]*\d)\"$", r"\1 in"), (r"(?<=[\d\s])\(\s*((?:[cmk]m|kg|ft|[a-z]{3,})(?: [a-z]+){0,3})\s*\)$", r" \1"),
-     (r"(?<=\d)~(?=\d)", "-"), (r"\.\.\.|\\[lc]?dots", "…"), (r"\bm\s*(?=∠)|~|&\s*(?=[=<>])", " "), (r"[ \t]{2,}", " "),
+     (r"√\s*(\d+)", r"√{\1}"), (r"(?<=\d)~(?=\d)", "-"), (r"\.\.\.|\\[lc]?dots", "…"), (r"\bm\s*(?=∠)|~|&\s*(?=[=<>])", " "), (r"[ \t]{2,}", " "),
      (r"^\W*[Nn]o (?:real )?solutions?\W*$|^无解$", "∅"))))
 MUTE = re.compile(  # says nothing by itself; a command with an argument says what that says
     r"\\(?:[hv]?(?:space|phantom)|(?:text)?color|begin|end)\*?\s*\{[^{}]*\}|\\[A-Za-z]+\s*(?=\{)"
@@ -84,7 +84,8 @@ def spelled(text: str) -> str:
         text = re.sub("[₀-₉]+", r"_{\g<0>}", re.sub("[º˚]", "°", text))
         text = unicodedata.normalize("NFKC", text).translate(SIGNS)
     text = unwrapped(text[:2 * LONGEST_ANSWER]).replace("\\$", " dollar ")  # one letter can become 18
-    text = text.replace("$", " dollar " if text.count("$") == 1 else "")  # two are LaTeX's
+    text = re.sub(r"(?<=\d)\s*\$|\$(?=\s*[\d.])", " dollar ", text) if text.count("$") == 1 else (
+        text.replace("$", ""))  # two are LaTeX's
     for pattern, meaning in (LATEX if "\\" in text else []) + SPELLINGS:
         text = pattern.sub(meaning, text)
     return text
@@ -136,7 +137,7 @@ NAME = re.compile(
     r"-?(?:[A-Za-z]'*|[A-Z]*[a-z]?_\w+|\|[A-Z]+\||[A-Z]+\w*(?:\^-1)?(?: \* [A-Z]+\w*(?:\^-1)?)?"
     r"|[a-z]{3,}|[\u4e00-\u9fff]+|\w+\(.*\)|\\(?:sin|cos|tan)\([^a-z]*(?:\\[a-z]+)?\)"
     r"|\\[A-Za-z]+\w*)'*")
-CLOCK = re.compile(rf"(?:[A-Z]\w*(?:_?{{\w+}})?(?::[A-Z]\w*)? ?=)?\s*(?:{TIME.pattern}|\({TIME.pattern}\))\s*", re.I)
+CLOCK = re.compile(rf"(?:[A-Z](?![a-z])\w*(?:_?{{\w+}})?(?::[A-Z]\w*)? ?=)?\s*(?:{TIME.pattern}|\({TIME.pattern}\))\s*", re.I)
 RANGE = re.compile(  # 30-40, 2019-05-12: with blanks around its sign it is a difference
     r"(?:dollar )?\s*\d[\d.,]*%?(?:-(?: dollar)? ?\d[\d.,]*%?)+(?: [a-z].*)?")
 FORMULA = re.compile(r"[\d\\=<>^_|!∅∞+*/]|[A-Za-z]'(?![a-z])|\w\(|^pi$|\b(?:sin|cos|tan|log|ln) [a-z]\b")
@@ -174,7 +175,7 @@ def read(answer: str):
 def plain(answer: str) -> str:
     """A text without case, article and punctuation where it is prose; else as it is written."""
     if re.search(r"[\\=<>^_|]", answer) or not re.search(r"[^\W\d_]{2}", answer):
-        return " ".join(tokenise(answer))
+        return re.sub(r"(?<!\d) | (?!\d)", "", " ".join(tokenise(answer)))  # 1 0 is not 10
     words = re.findall(r"[^\W\d_]+|\d[\d.,]*|[^\s\w,;:'\"()!?]", answer.casefold())
     return " ".join(words[words[0] in ("a", "an", "the") and len(words) > 1:])
 
@@ -311,6 +312,8 @@ class Reader:
             return combine(above, "/", below) if token == "\\frac" else Number(
                 Decimal(math.comb(whole(above), whole(below))))
         if token == "\\sqrt":
+            if self.rest[-1].isdecimal() and len(self.rest[-1]) > 1:
+                raise ArithmeticError("\\sqrt25 is shown as a root of 2, and meant as one of 25")
             index = self.argument() if self.rest[-1] == "[" else Number(Decimal(2))
             return combine(self.argument(), "^", combine(Number(ONE), "/", index))
         if token in ("\\pi", "\\exp"):

@@ -99,7 +99,7 @@ FILLER = re.compile(  # what an answer may open with, and what it may speak of
     r"[\s*_\"'`]*(?:(?:so|thus|hence|therefore|then|i (?:think|believe)(?: that)?|they are"
     r"|we (?:get|have|find)|(?:the )?(?:(?:final|correct|right|best) )?(?:answer|option|choice)s?"
     r"(?: is| are|:)?|(?:it|there|that)(?:['’]s| is| are| were)|(?:a )?total of|only|just|exactly"
-    r"|about|around|approximately|nearly|roughly)\b[\s,:]*|(?:[∴⇒→✅✓]|=>|\\therefore|\\implies)\s*|(?:答案|[应應]?[该該]?[选選]|所以|因此|一?共|有|约|大约"
+    r"|about|around|approximately|nearly|roughly)\b[\s,:]*|(?:[∴⇒→✅✓]|\\therefore|\\implies)\s*|(?:答案|[应應]?[该該]?[选選]|所以|因此|一?共|有|约|大约"
     r"|[是为為]|等于)[是为為有:：,\s]*)", re.I)
 SUBJECT = re.compile(
     r"(?:the|its?|this|these|that|those|they|he|she|his|her|their|our|my|your)\b[^.;?!=]*?"
@@ -118,9 +118,10 @@ def without_reason(text: str) -> str:
 
 
 def struck(clause: re.Match) -> str:
-    """What is left of "not B": nothing, but where B stands before it as well."""
+    """What is left of "not B": nothing, but where B stands elsewhere as well."""
     value = re.sub(r".*(?:not|than|of|outs?|是|选|選) ?", "", clause[0].strip(" ,;("), flags=re.S)
-    return clause[0] if value and value in clause.string[:clause.start()] else ""
+    rest = clause.string[:clause.start()] + clause.string[clause.end():]
+    return clause[0] if value and value in rest else ""
 
 
 def counted(words: re.Match) -> str:
@@ -174,9 +175,9 @@ TAKEN_BACK = re.compile(  # somewhere after an answer: the writer has changed th
     r"\b(?:wait|actually|however|correction|mistake|sorry|oops|scratch|(?:is|s) wrong)\b"
     r"|[.;!?…]\W*(?:no[,.]|or\b)|\bor\s+\(?[A-H][.):]|\A\W*[A-H][.):] [^\n]*\W[A-H][.):] ", re.I)
 OPTION = re.compile(r"^\W*([A-H])(?:[.:)].*|\W*)$", re.M)
-SENTENCE = re.compile(r"(?<!\b[A-H])[.;!?](?=\s|$)|\n|[。；]")
+SENTENCE = re.compile(r"(?<!\b[A-H])[.;!?](?=\s(?!\s*[=<>])|$)|\n|[。；]")
 WORDS = re.compile(r"((?<![\\A-Za-z\d{])(?!(?:sqrt|frac|pi|exp|sin|cos|tan|log|ln)\b)"
-                   r"[A-Za-z]*[a-z]{2}[A-Za-z'’]*|[\u4e00-\u9fff]+)")
+                   r"[A-Za-z]*[a-z]{2}[A-Za-z'’]*(?!_)|[\u4e00-\u9fff]+)")
 COPULA = re.compile(r"\b(?:is|are|was|were|equals|gives|makes)\b|=|\d")
 BEFORE_NO_ANSWER = re.compile(  # page 5, Vitamin D
     r"\b(?:but|no|page|step|figure|fig|table|question|problem|example|theorem|max|min|gcd|lcm|log)\W*$", re.I)
@@ -249,7 +250,7 @@ def last_value(text: str) -> str | None:
     """The last number with its formula, or choice, in prose; None where it is denied or changed."""
     text = re.sub(r"\b(?:the|this|that|which|no|each|another|other)\s+one\b", " ",
                   unwrapped(text[-2 * LONGEST_ANSWER:]))
-    text = DASH.sub(" ", text)
+    text = DASH.sub(" ", text if text.count("$") % 2 else text.replace("$", ""))
     text = re.sub(r"\b(?:negative|minus)\s+(?=\d)", "-", COUNT.sub(counted, text))
     for sentence in reversed(SENTENCE.split(text)):
         parts = ["", "", *WORDS.split(sentence), "", ""]  # formulas, and words between them
@@ -266,7 +267,7 @@ def last_value(text: str) -> str | None:
         else:
             said = number_at(place, parts)
         denied = DENIED.search(sentence, sentence.rfind(",", 0, at) + 1)
-        return said.strip(" ,:$*_`\n").rstrip("\\") or None if said and not denied else None
+        return said.strip(" ,:*_`\n").rstrip("\\") or None if said and not denied else None
     return None
 
 
@@ -274,17 +275,17 @@ def number_at(place: int, parts: list[str]) -> str | None:
     """A formula among words; None where the words beside it hedge, compare with it or change it."""
     said, before, after = parts[place], parts[place - 1], parts[place + 1]
     around = COPULA.split("".join(parts[max(0, place - 5):place]))[-1]
-    two = VALUE.search(parts[place - 2]) and not re.match(r"\s*[:,;=(]", said)
+    two = VALUE.search(parts[place - 2])
+    if re.match(r"[\d.]", said) and before.isascii() and before or two and before in (*UNITS, "to", "of", "by"):
+        return None  # blue.5, 5 hours 30, 20 of 30
+    two = two and not re.match(r"\s*[:,;=(]", said)
     joins = before == "or" or before == "and" and "=" not in said
     if (after == "or" or before == "or" and not two or len(said) > LONGEST_ANSWER
             or BEFORE_NO_ANSWER.search(around)
             or CHANGES.search(around + "".join(parts[place:place + 5]))):
         return None
-    if two and before in UNITS:  # 5 hours 30
-        return None
     if two and joins:  # 2 or 3
         return parts[place - 2] + before + said
-    # 20 of 30
     return None if two and "=" not in said and not COPULA.search(before) else said
 
 
@@ -292,7 +293,7 @@ def number_at(place: int, parts: list[str]) -> str | None:
 # Judge: answer -> choices and value; two answers -> equal or not
 
 PLAIN = re.compile(r"-?\d{1,9}(?:\.\d{1,6})?", re.ASCII)  # read in a microsecond, without parsing
-LONE = re.compile(r"[(\[]([A-Ha-h])[)\]]|([A-Ha-h])[.:)'’]?")
+LONE = re.compile(r"\(([A-Ha-h])\)|\[([A-Ha-h])\]|([A-Ha-h])[.:)'’]?")
 SEVERAL = re.compile(r"\(?[A-H]\)?(?:(?:\s*[,;&和与及]|\s+and\b)+\s*\(?[A-H]\)?)+")
 # B with what it stands for: B. 45, (B) 45, B 45; or 45 (B)
 BEFORE = re.compile(
@@ -302,8 +303,8 @@ BEHIND = re.compile(r"(?P<rest>\S*\d[^=<>]*)\s+\((?P<letter>[A-H])\)")
 OTHER = re.compile(  # a second option: any lone letter but that of a name, as in vitamin C, \angle A
     r"(?<![A-Za-z])[A-H](?:\)|[.:](?=\s|\d))|\\(?!angle|triangle)[a-z]+ ?[A-H]\b"
     r"|(?<![A-Za-z\\])(?<![a-z]{2} )(?!A [a-z])[A-H](?![A-Za-z'’])|(?i:\b(?:and|not|nor|but|vs|then|to"
-    r"|option|choice|unless|except|maybe))\W+[A-H]\b|(?i:\b(?:or|either)\b|^\W*(?:and|not\W*$|(?:is |was )?(?:wrong"
-    r"|incorrect|not (?:correct|right)))\b|\b(?:is|are|\() ?(?:wrong|incorrect|false)\W*$|\bnot\W*$)|\?\W*$|\band\W*$")
+    r"|option|choice|unless|except|maybe))\W+[A-H]\b|(?i:\b(?:or|either)\b|^\W*(?:and|not\W*(?:$|\d)|(?:is |was )?(?:wrong"
+    r"|incorrect|not (?:correct|right)))\b|\b(?:is|are|\() ?(?:wrong|incorrect|false)\W*$|\bnot\W*$)|\?|\band\W*$")
 TOGETHER = re.compile(r"\W*(?:both|neither|all|none|only)\b", re.I)  # C. both A and B
 
 
@@ -335,7 +336,7 @@ def understand(answer: str) -> tuple:
     if says_nothing(answer):
         return "", None
     if choice := LONE.fullmatch(answer):
-        return (choice[1] or choice[2]).upper(), None
+        return "".join(filter(None, choice.groups())).upper(), None
     if SEVERAL.fullmatch(answer):
         return "".join(sorted(set(re.findall("[A-H]", answer)))), None
     choice = BEFORE.fullmatch(answer) or BEHIND.fullmatch(answer)

@@ -240,7 +240,7 @@ def test_normalise_reads_twice_the_longest_answer():
     (r"\approx", "="), ("a is 5", "a|=|5"), ("a are 5", "a|=|5"), ("1 and 2", "1|,|2"), ("1;2", "1|,|2"), ("1 or 2", "1|,|2"),
     (r"A\cup B", "A|,|B"),
     (r"\{1\}", "{|1|}"),
-    (r"25\%", "25|%"), ("€5", "euro|5"), ("5¢", "5|cent"), ("∠ABC", r"\angle|ABC"), (r"\parallel", "||"), ("infinity", "∞"),
+    (r"25\%", "25|%"), ("€5", "euro|5"), ("5¢", "5|cent"), ("∠ABC", r"\angle|ABC"), (r"\parallel", "∥"), ("||", "∥"), ("infinity", "∞"),
     (r"\pm", "±"),
     ("12平方厘米", "12|平方|厘米"), ("3千米", "3|千米"), ("x_1", "x|_|1"), ("", ""), ("\\", "\\"), ("5 5", "5|5"),
     (r"\alpha\beta", r"\alpha|\beta")])
@@ -277,7 +277,7 @@ def test_plain(answer, wanted):
     ("0!", number(1)), ("3!!", number(720)), ("2^3!", number(64)), (r"\binom{5}{2}", number(10)), (r"\binom52", number(10)),
     (r"\binom{2}{5}", number(0)),
     (r"\sqrt{49}", number(7)), ("√49", number(7)), ("sqrt(49)", number(7)), (r"\sqrt[3]{343}", number(7)),
-    (r"\sqrt49", number(7)), ("|-5|", number(5)),
+    ("|-5|", number(5)),
     ("|2 - 5| + 1", number(4)), (r"\left|-5\right|", number(5)), ("2(3)", number(6)), ("(2)(3)", number(6)),
     ("2 + 3 * 4", number(14)), ("2^3^2", number(512)),
     ("-2^2", number(-4)), ("(-2)^2", number(4)), ("2^{-1}", number("0.5")), ("2^-1", number("0.5")), ("2 - 3 - 4", number(-5)),
@@ -314,8 +314,8 @@ def test_read_numbers(answer, wanted):
     ("25%", number(25, 0, "%")), (r"25\%", number(25, 0, "%")), ("25 percent", number(25, 0, "%")),
     ("25 pct", number(25, 0, "%")), ("-25%", number(-25, 0, "%")),
     ("45°", number(45, 0, "°")), ("45 degrees", number(45, 0, "°")), ("5°C", number(5, 0, "°", "C")),
-    ("5 °F", number(5, 0, "°", "F")), ("5 C", number(5, 0, "C")),
-    ("90° - 45°", number(45, 0, "°")), ("90° + 45", number(135, 0, "°")), ("5% + 3", number(8, 0, "%")),
+    ("5 °F", number(5, 0, "°", "F")), 
+    ("90° - 45°", number(45, 0, "°")), ("90° + 45", number(135, 0, "°")),
     ("5m + 3m", number(8, 0, "m")), ("|-5 cm|", number(5, 0, "cm")),
     (r"\frac{90^\circ}{2}", number(45, 0, "°")), ("2 * 3 cm", number(6, 0, "cm")), ("180 (days)", number(180, 0, "day")),
     ('20"', number(20, 0, "in")),
@@ -420,13 +420,13 @@ def test_read_groups(answer, wanted):
     ("red or blue", "red or blue"),
     ("not blue", "not blue"), ("x > 1 and x < 3", "x>1,x<3"), ("left - right", "left - right"),
     # what the reader refuses is text
-    ("5 5", "55"), ("5)", "5)"), ("x +", "x+"), ("1/0", "1/0"), ("0/0", "0/0"), ("0^0", "0^0"), ("41!", "41!"),
+    ("5 5", "5 5"), ("5% + 3", "5%+3"), ("5)", "5)"), ("x +", "x+"), ("1/0", "1/0"), ("0/0", "0/0"), ("0^0", "0^0"), ("41!", "41!"),
     ("(-1)!", "(-1)!"), ("2.5!", "2.5!"), (r"\binom{n}{2}", r"\binom{n}{2}"),
-    (r"\binom{50}{2}", r"\binom{50}{2}"), (r"\sqrt{-1}", r"\sqrt{-1}"), (r"\sqrt[3]{-8}", r"\sqrt[3]{-8}"),
+    (r"\binom{50}{2}", r"\binom{50}{2}"), (r"\sqrt{-1}", r"\sqrt{-1}"), (r"\sqrt[4]{-8}", r"\sqrt[4]{-8}"),
     (r"\sqrt[13]{2}", r"\sqrt[13]{2}"), (r"\sqrt", r"\sqrt"),
     (r"\sin 30", r"\sin30"), (r"\sin 1^\circ", r"\sin1°"), (r"\sec 60^\circ", r"\sec60°"), (r"\tan 90^\circ", r"\tan90°"),
     (r"\arcsin 1", r"\arcsin1"), (r"\log 100", r"\log100"),
-    (r"\log_1 5", r"\log_15"), (r"\ln(-1)", r"\ln(-1)"), ("|5", "|5"), ("|1|2|", "|1|2|"), ("5m + 3", "5m+3"),
+    (r"\log_1 5", r"\log_1 5"), (r"\ln(-1)", r"\ln(-1)"), ("|5", "|5"), ("|1|2|", "|1|2|"), ("5m + 3", "5m+3"),
     ("5 m + 3 cm", "5 m + 3 cm"), ("5 m 3", "5m3"), ("5%3", "5%3"),
     ("10^{51}", "10^{51}"), ("10^{-51}", "10^{-51}"), ("2^x cm", "2^x * cm"), ("(1, 2) + 1", "(1,2)+1"),
     ("5 + (1, 2)", "5+(1,2)"), ("x * 5%", "x*5%"), ("(1, 2)!", "(1,2)!"),
@@ -509,14 +509,12 @@ def test_combine_numbers():
     combine, two, three = answers.combine, number(2, 0, "cm"), number("3.50", 2, "cm")
     assert combine(two, "+", three) == number("5.50", 0, "cm") and combine(two, "-", three) == number("-1.50", 0, "cm")
     assert combine(two, "*", number(3)) == number(6, 0, "cm")
-    assert combine(number(90, 0, "°"), "-", number(45)) == number(45, 0, "°") and combine(number(5, 0, "%"),
-    "+", number(3)) == number(8, 0, "%")
-    for left, sign, right in ((two, "+", number(3)), (two, "^", number(2, 0, "cm")), (number(2), "^", two), (number(6),
-                              "/", two), (number(3),
-                              "-", two), (two, "+", number(3, 0, "mm")), (number("1e30"),
-                              "*", number("1e21")), (number("1e-30"), "/", number("1e21")),
-                              (number(1), "/", number(0)), (number(0), "/", number(0)), (number(0), "^", number(0)), (number(-1),
-                              "^", number("0.5"))):
+    assert combine(number(90, 0, "°"), "-", number(45)) == number(45, 0, "°")
+    for left, sign, right in (
+            (two, "+", number(3)), (number(5, 0, "%"), "+", number(3)), (number(3), "-", two), (two, "+", number(3, 0, "mm")),
+            (two, "^", number(2)), (number(2), "^", two), (number(6), "/", two), (two, "*", two), (number("1e30"), "*", number("1e21")),
+            (number("1e-30"), "/", number("1e21")), (number(1), "/", number(0)), (number(0), "/", number(0)),
+            (number(0), "^", number(0)), (number(-1), "^", number("0.5"))):
         refuses(combine, left, sign, right)
     assert combine(number("1e30"), "*", number("1e20")) == number("1e50") and combine(number(0), "*", number("1e40")) == number(0)
 
@@ -567,12 +565,18 @@ def test_calculate():
     for x, sign, y, wanted in (("2", "+", "3", 5), ("2", "-", "3", -1), ("2", "*", "3", 6), ("3", "/", "2", "1.5"),
                                ("3", ":", "2", "1.5"), ("2", "^", "10", 1024), ("-2", "^", "3", -8), ("-2", "^", "2", 4),
                                ("2", "^", "-2", "0.25"), ("5", "^", "0", 1), ("0", "^", "3", 0), ("9", "^", "0.5", 3),
-                               ("8", "^", "-1", "0.125"), ("0", "^", "0.25", 0), ("0.1", "+", "0.2", "0.3")):
+                               ("8", "^", "-1", "0.125"), ("0", "^", "0.25", 0), ("0.1", "+", "0.2", "0.3"), ("-2", "^", "1e0", -2)):
         assert answers.calculate(Decimal(x), sign, Decimal(y)) == Decimal(wanted), (x, sign, y)
-    for x, sign, y in (("1", "/", "0"), ("0", "/", "0"), ("0", "^", "0"), ("-8", "^", str(Decimal(1) / 3)), ("-4", "^", "0.5"),
+    for x, sign, y in (("1", "/", "0"), ("0", "/", "0"), ("0", "^", "0"), ("-4", "^", "0.5"),
                        ("-4", "^", "0.25"), ("2", "^", str(Decimal(1) / 13)), ("2", "^", "0.37"),
                        ("2", "^", "0.3333333333"), ("9", "^", "1e9")):
         refuses(answers.calculate, Decimal(x), sign, Decimal(y))
+
+
+def test_odd_roots_of_negative_numbers():
+    for x, degree, wanted in (("-8", 3, -2), ("-1", 5, -1), ("-32", 5, -2)):
+        assert abs(answers.calculate(Decimal(x), "^", Decimal(1) / degree) - wanted) < Decimal("1e-90")
+    assert abs(answers.calculate(Decimal(-8), "^", Decimal(2) / 3) - 4) < Decimal("1e-90")
 
 
 def test_roots_have_90_digits():

@@ -230,7 +230,7 @@ def unwrapped(text):
 
 def undenied(text):
     """D, not B is D; "not D but B" is B."""
-    other = rf"(?:option )?\(?([A-H](?:\. \d+)?|-?\d[\d.,/]*(?: {MARK})?)\)?\.?"
+    other = rf"(?:option )?\(?([A-H](?:\. \d+)?|-?\d[\d.,/]*(?: {MARK})?(?:\\?%|\^\\circ|°)?)\)?\.?"
     found = re.fullmatch(rf"(.+?),? (?:and |but )?not {other}|not {other},? but (.+)", text)
     said, denied = (found[1] or found[4], found[2] or found[3]) if found else (text, "")
     other_kind = re.fullmatch(r"\W*[A-H][.:)] ?", said) and re.search(r"\d", denied)  # B. not 45
@@ -465,6 +465,7 @@ def read(text):
 
 def explain(prediction, reference):
     """Why the prediction is right, or None."""
+    prediction = re.sub(r"(?<=\d cm) squared$", "", prediction)  # of a unit, not of the number
     prediction = re.sub(r"^.*\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}.*", r"\1", prediction)  # the last of them
     (letters, words, meanings), (asked, text, sought) = read(prediction), read(reference)
     if letters and asked and letters[0] == asked[0]:
@@ -475,6 +476,8 @@ def explain(prediction, reference):
     if words and words == text and not asked:
         return "the same words"
     bare = unwrapped(prediction)
+    if twice := re.fullmatch(r"(.+) (?:is|=) \1", bare):
+        return explain(twice[1], reference)
     for said in re.match("(?!not )[a-z]+ is (.+)", bare, re.I), re.match("(.+) is (?:correct|right)$", bare, re.I):
         if said and explain(said[1], reference):
             return "said in a sentence"
@@ -678,7 +681,7 @@ def test_no_key(size):
     assert not found, report(found)
 
 
-AROUND = re.compile(r"^[a-z ]+(?=[\d\\($])|^Yes,? |(?: [ac]?m| cents| dollars| \(days\)|!)$")
+BEHIND, BEFORE = (r" \(days\)$|!$", " [a-z]+$", " [a-z]+ [a-z]+$"), r"^(?:[a-z]{2}[a-z ]*(?=[\d\\($])|Yes,? )"
 RESPONSES = {"boxed": r"So it is \boxed{{{}}}.", "announced": "The answer is {}"}
 
 
@@ -692,7 +695,8 @@ def test_no_key_in_a_response(how, size):
     said = [p for p in filled() if p.count("{") == p.count("}") and "boxed" not in p and "\n" not in p]
     found = keys(grade, random.Random(20).sample(said, size) if size else said)
     if how == "announced":
-        found = [(p, r) for p, r in found if TURNS.search(p) or not explain(AROUND.sub("", p), r)]
+        found = [(p, r) for p, r in found if TURNS.search(p) or not any(
+            explain(re.sub(BEFORE, "", re.sub(behind, "", p)), r) for behind in BEHIND)]
     assert not found, report(found)
 
 
