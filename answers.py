@@ -55,7 +55,7 @@ LATEX, SPELLINGS = ([(re.compile(x, re.ASCII), meaning) for x, meaning in table]
      (r"(?<=\d)(\.\d*)\((\d+)\)", r"\1r\2"), (r"(?<![\d.^_,/])(\d+)\s+(\d+)/(\d+)", r"(\1+\2/\3)"),
      (r"^\s*([A-Z]'*)\s*(?=\([^()]*,)", r"\1="), (r"^(\d+)\s+to\s+(\d+)$", r"\1:\2"),
      (r"^([^\"]*\d)\"$", r"\1 in"), (r"(?<=[\d\s])\(\s*((?:[cmk]m|kg|ft|[a-z]{3,})(?: [a-z]+){0,3})\s*\)$", r" \1"),
-     (r"√\s*(\d+)", r"√{\1}"), (r"(?<=\d)~(?=\d)", "-"), (r"\.\.\.|\\[lc]?dots", "…"), (r"\bm\s*(?=∠)|~|&\s*(?=[=<>])", " "), (r"[ \t]{2,}", " "),
+     (r"√\s*(\d+)", r"√{\1}"), (r"(?<!\d)~|~(?!\d)", " "), (r"\.\.\.|\\[lc]?dots", "…"), (r"\bm\s*(?=∠)|&\s*(?=[=<>])", " "), (r"[ \t]{2,}", " "),
      (r"^\W*[Nn]o (?:real )?solutions?\W*$|^无解$", "∅"))))
 MUTE = re.compile(  # says nothing by itself; a command with an argument says what that says
     r"\\(?:[hv]?(?:space|phantom)|(?:text)?color|begin|end)\*?\s*\{[^{}]*\}|\\[A-Za-z]+\s*(?=\{)"
@@ -84,8 +84,8 @@ def spelled(text: str) -> str:
         text = re.sub("[₀-₉]+", r"_{\g<0>}", re.sub("[º˚]", "°", text))
         text = unicodedata.normalize("NFKC", text).translate(SIGNS)
     text = unwrapped(text[:2 * LONGEST_ANSWER]).replace("\\$", " dollar ")  # one letter can become 18
-    text = re.sub(r"(?<=\d)\s*\$|\$(?=\s*[\d.])", " dollar ", text) if text.count("$") == 1 else (
-        text.replace("$", ""))  # two are LaTeX's
+    text = re.sub(r"(?<=\d)\s*\$(?!\^)|\$(?=\s*[\d.])", " dollar ", text) if text.count("$") == 1 else (
+        text.replace("$", " "))  # two are LaTeX's
     for pattern, meaning in (LATEX if "\\" in text else []) + SPELLINGS:
         text = pattern.sub(meaning, text)
     return text
@@ -117,9 +117,9 @@ UNITS = {word + plural: words.split()[0] for words in (
 MEASURES = "个個只隻张張条條块塊辆輛位名枚颗顆种種人件支本棵朵"  # stand between a number and what is counted
 SMALL = ("a", "an", "the", "of", "on", "at")  # may stand among words that say what is counted
 KEPT = {*UNITS, *SMALL}  # of short words, these are no product of letters
-GROUPING = str.maketrans("", "", ",~ \\")  # what stands between the thousands
+GROUPING = str.maketrans("", "", ", \\")  # what stands between the thousands
 TOKEN = re.compile(
-    r"(?<![(\[{\d,.])[1-9]\d{0,2}(?:(?:,|\\,|~| )\d{3})+(?![\d)\]},])(?:\.\d*)?"  # 1,234
+    r"(?<![(\[{\d,.])[1-9]\d{0,2}(?:(?:,|\\,| )\d{3})+(?![\d)\]},])(?:\.\d*)?"  # 1,234
     r"|\d*\.\d*r\d+|\d+\.?\d*(?:[eE][-+]?[0-4]?\d(?!\d))?|\.\d+"  # 0.1r6, 1.2e3, .5
     r"|(?<=[a-z])(?<!pi)\^[23](?!\d)|\\not\s*=|\|\||[<>]=|(?<!\d)!=|\\[A-Za-z]+|\\.|\*\*|[A-Za-z]+'*"
     r"|平方|立方|小时|分钟|千克|公斤|[厘毫千公]?[米里]|\S", re.ASCII)
@@ -134,8 +134,8 @@ MEANING = {spelling: meaning for meaning, spellings in {
 }.items() for spelling in spellings.split()} | {x[1:]: x for x in FUNCTIONS}
 # what can be asked for: x, AB, f(2), a_37, |AB|, side length, AB/CD; not 2x, x^2, |x|, \sqrt{x}
 NAME = re.compile(
-    r"-?(?:[A-Za-z]'*|[A-Z]*[a-z]?_\w+|\|[A-Z]+\||[A-Z]+\w*(?:\^-1)?(?: \* [A-Z]+\w*(?:\^-1)?)?"
-    r"|[a-z]{3,}|[\u4e00-\u9fff]+|\w+\(.*\)|\\(?:sin|cos|tan)\([^a-z]*(?:\\[a-z]+)?\)"
+    r"-?(?:[A-Za-z]'*|[A-Z]*[a-z]?_\w+|\|[A-Z]+\||[A-Z][A-Z\d]*(?:\^-1)?(?: \* [A-Z][A-Z\d]*(?:\^-1)?)?"
+    r"|[A-Z]?[a-z]{3,}|[\u4e00-\u9fff]+|\w+\(.*\)|\\(?:sin|cos|tan)\([^a-z]*(?:\\[a-z]+)?\)"
     r"|\\[A-Za-z]+\w*)'*")
 CLOCK = re.compile(rf"(?:[A-Z](?![a-z])\w*(?:_?{{\w+}})?(?::[A-Z]\w*)? ?=)?\s*(?:{TIME.pattern}|\({TIME.pattern}\))\s*", re.I)
 RANGE = re.compile(  # 30-40, 2019-05-12: with blanks around its sign it is a difference
@@ -159,10 +159,12 @@ def read(answer: str):
     else:
         tokens = tokenise(answer)
         tokens = tokens[tokens[:1] == ["="]:]  # \approx 5
+        if tokens.count("±") > 1 and ("=" in tokens or "\\pm\\pm" in answer):
+            return plain(answer)
         if "±" in tokens:  # two answers, one with each sign
             tokens = [y for s in "+-" for y in [*(s if x == "±" else x for x in tokens), ","]][:-1]
         work = sum(4 * (x in FUNCTIONS) + (x in ("^", "\\sqrt")) for x in tokens)
-        if work > MOST_POWERS or "\\pm\\pm" in answer or RANGE.fullmatch(answer) or re.search(r":[^:=,]*:", answer) or TIME.search(answer):
+        if work > MOST_POWERS or RANGE.fullmatch(answer) or re.search(r":[^:=,]*:", answer) or TIME.search(answer):
             return plain(answer)  # 1:2:3 is no quotient
         try:
             with decimal.localcontext(PRECISE):
@@ -419,7 +421,8 @@ def combine(left, sign: str, right):
         raise ArithmeticError("an equation inside a formula")
     if isinstance(left, Number) and isinstance(right, Number):
         unit, alike = left.unit or right.unit, left.unit == right.unit
-        if not alike and sign in "+-" and unit != ("°",) or right.unit and (
+        if not alike and sign in "+-" and unit != ("°",) or "%" in unit and (
+                not alike or sign not in "+-") or right.unit and (
                 left.unit and (not alike or sign not in "+-") or sign in "/:^") or (
                 left.unit and sign == "^"):
             raise ArithmeticError("a sum of two units, as 5m + 3, or arithmetic with units")

@@ -83,7 +83,7 @@ CHANGES = re.compile(DENIALS + "|" + any_of(
 ) + rf"|\d{WORD}" + r"|(?:square|cube|log|sin|cos|tan)[a-z]* of|out of|and/or|\d(?:st|nd|rd|th|ish)\b|[或多少倍半至超负几余]|[大小]于|以[上下内外]|…", re.I)
 NOT_THIS = re.compile(  # of D, not B the second goes
     r"[,;]?\s*\b(?:(?:and|but)\s+)?(?:not|rather than|instead of|rules? out)\s+(?:be\s+)?"
-    r"(?:(?:option|choice)\s+)?(?:\(?[A-H]\b\)?|-?\d+(?:[.,]\d+)*)(?:\W*but\b|(?=\s*(?:$|[,;](?!\s*\(?[A-H]\b)|\.(?!\s*\d)"
+    r"(?:(?:option|choice)\s+)?(?P<value>\(?[A-H]\b\)?|-?\d+(?:[.,]\d+)*)(?:\W*but\b|(?=\s*(?:$|[,;](?!\s*\(?[A-H]\b)|\.(?!\s*\d)"
     r"|it['’ ])))"
     r"|不[是选選]\s*[A-H\d]+")
 REASON = re.compile(r",?\s+(?:because|since|as(?! (?:well|an?|the|many|much|few)\b))\s.*|[,，]?因为.*", re.S)
@@ -118,10 +118,10 @@ def without_reason(text: str) -> str:
 
 
 def struck(clause: re.Match) -> str:
-    """What is left of "not B": nothing, but where B stands elsewhere as well."""
-    value = re.sub(r".*(?:not|than|of|outs?|是|选|選) ?", "", clause[0].strip(" ,;("), flags=re.S)
-    rest = clause.string[:clause.start()] + clause.string[clause.end():]
-    return clause[0] if value and value in rest else ""
+    """What is left of "not B": nothing, but where B stands elsewhere too, or "A. not 5" is an option."""
+    before, value = clause.string[:clause.start()], (clause["value"] or "\0").strip("()")
+    stays = value in before + clause.string[clause.end():] or re.search(r"\b[A-H][.):]\s*$", before)
+    return clause[0] if stays else ""
 
 
 def counted(words: re.Match) -> str:
@@ -167,7 +167,8 @@ PHRASE = re.compile(
     r"[择擇]?[\s:：为為*]*", re.I)
 # what ends an answer: a full stop (but C. 120 goes on), a line, a tag
 END = re.compile(
-    r"[.!](?:\s+(?![\s\d\\+/=-]|(?:and|or|is|are|not|but|to)\b)|$)|\?(?:\s|$)|;(?:$|\s+[a-z]+ [a-z]+ [a-z])|\n|</|<\||[。；]")
+    r"[.!](?:\s+(?![\s\d\\+/=-]|(?:and|or|is|are|not|but|to|unless|except)\b"
+    r"|\(?(?:Option )?[A-H]\b(?! [a-z]))|$)|\?(?:\s|$)|;(?:$|\s+[a-z]+ [a-z]+ [a-z])|\n|</|<\||[。；]")
 REMARK = re.compile(
     r"\W*(?:(?:indeed|also|thus)\s)?(?:(?:in)?(?:correct|right|wrong|valid|reasonable)"
     r"|(?:as|given|shown|found|based|consistent|below|above|the same)\b.*)\W*", re.I)
@@ -176,8 +177,8 @@ TAKEN_BACK = re.compile(  # somewhere after an answer: the writer has changed th
     r"|[.;!?…]\W*(?:no[,.]|or\b)|\bor\s+\(?[A-H][.):]|\A\W*[A-H][.):] [^\n]*\W[A-H][.):] ", re.I)
 OPTION = re.compile(r"^\W*([A-H])(?:[.:)].*|\W*)$", re.M)
 SENTENCE = re.compile(r"(?<!\b[A-H])[.;!?](?=\s(?!\s*[=<>])|$)|\n|[。；]")
-WORDS = re.compile(r"((?<![\\A-Za-z\d{])(?!(?:sqrt|frac|pi|exp|sin|cos|tan|log|ln)\b)"
-                   r"[A-Za-z]*[a-z]{2}[A-Za-z'’]*(?!_)|[\u4e00-\u9fff]+)")
+WORDS = re.compile(r"((?<![\\A-Za-z\d{])(?![A-Za-z]*_)(?!(?:sqrt|frac|pi|exp|sin|cos|tan|log|ln)\b)"
+                   r"[A-Za-z]*[a-z]{2}[A-Za-z'’]*|[\u4e00-\u9fff]+)")
 COPULA = re.compile(r"\b(?:is|are|was|were|equals|gives|makes)\b|=|\d")
 BEFORE_NO_ANSWER = re.compile(  # page 5, Vitamin D
     r"\b(?:but|no|page|step|figure|fig|table|question|problem|example|theorem|max|min|gcd|lcm|log)\W*$", re.I)
@@ -219,7 +220,7 @@ def extract_answer(text: str) -> str | None:
             continue
         letters, value = understand(clause)
         if letters or not isinstance(value, str) or not WORDS.search(clause) or (
-                CHANGES.search(clause) or re.search(r"\band\b|;", clause)):
+                CHANGES.search(clause) or re.search(r"\band\b|(?<!equal )\bto\b|;", clause)):
             return bare(clause)
         if value := last_value(clause):
             return value
@@ -261,7 +262,7 @@ def last_value(text: str) -> str | None:
         at = len("".join(parts[:place or 0]))
         if place is None or chosen and chosen[-1].start() > at:
             at = chosen[-1].start() if chosen else 0
-            two = re.search(r"[A-H]\W*(?:,|or|and|to|unless)\W+[A-H]\b", sentence)
+            two = re.search(r"\b[A-H]\W{1,4}(?:(?:or|and|to|unless|except|Option)\W+)?[A-H]\b", sentence)
             hedged = not chosen or two or CHANGES.search(sentence[max(0, at - 12):at])
             said = None if hedged else "".join(filter(None, chosen[-1].groups()))
         else:
@@ -276,7 +277,7 @@ def number_at(place: int, parts: list[str]) -> str | None:
     said, before, after = parts[place], parts[place - 1], parts[place + 1]
     around = COPULA.split("".join(parts[max(0, place - 5):place]))[-1]
     two = VALUE.search(parts[place - 2])
-    if re.match(r"[\d.]", said) and before.isascii() and before or two and before in (*UNITS, "to", "of", "by"):
+    if re.match(r"[\d.+*/^_-]", said) and before.isascii() and before or two and before in (*UNITS, "to", "of", "by"):
         return None  # blue.5, 5 hours 30, 20 of 30
     two = two and not re.match(r"\s*[:,;=(]", said)
     joins = before == "or" or before == "and" and "=" not in said
