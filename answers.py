@@ -22,8 +22,8 @@ LONGEST_ANSWER, MOST_DIGITS, MOST_DEPTH, MOST_POWERS, MOST_ITEMS = 400, 40, 20, 
 # Step 1. Spell: a text -> one spelling
 
 WRAPPED = re.compile(
-    r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:(?:text|math)(?:normal|rm|bf|it|sf|tt|bb|cal|up|md)?|mbox|hbox"
-    r"|operatorname\*?|underline|boldsymbol)\s*\{([^{}]*)\}")
+    r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:(?:text|math)(?:normal|rm|bf|it|sf|tt|bb|cal|up|md)?|mbox"
+    r"|hbox|operatorname\*?|underline|boldsymbol)\s*\{([^{}]*)\}")
 BOLD = re.compile(r"\*\*(?=\S)(.+?)(?<=\S)\*\*", re.S)
 SIGNS = str.maketrans("−–—×·⋅∗÷∕⁄∶≈∈∪∼⟨⟩、。", "---****///:==,=<>,.")
 POWERS = {"hundred": 2, "百": 2, "thousand": 3, "千": 3, "万": 4, "million": 6, "亿": 8, "billion": 9}
@@ -37,39 +37,31 @@ LATEX, SPELLINGS = ([(re.compile(x, re.ASCII), meaning) for x, meaning in table]
      # 0.1\overline{6}; names of segments and angles; mixed numbers; sets and matrices
      (r"(?<=\d)(\.\d*)\\(?:overline|dot|bar)\s*\{?(\d+)\}?", r"\1r\2"), (r"\\measuredangle", "∠"),
      (r"\bm\s*(?=\\angle|\\widehat|\\overarc)|\\(?:over(?:line|arc|rightarrow|leftrightarrow)|hat"
-      r"|widehat|vec|bar)(?=\s*\{?\s*[A-Za-z])|^[\s$]*\\(?:lim|sum|int|prod)(?![a-z])[^={]*(?:\{[^{}]*\}[^={]*)*=", ""),
+      r"|widehat|vec|bar)(?=\s*\{?\s*[A-Za-z])", ""),
+     (r"^\s*\\(?:lim|sum|int|prod)(?![a-z])[^={]*(?:\{[^{}]*\}[^={]*)*=", ""),  # \lim_{x \to 0} = 1
      (r"\\langle", "("), (r"\\rangle", ")"), (r"\\[lr]?vert(?![a-z])|\\mid(?![a-z])", "|"),
      (r"\\begin\{(?:[pb]matrix\}|array\}\s*\{[^{}]*\})", "⟦("),
      (r"(?:\\\\)?\s*\\end\{(?:[pb]matrix|array)\}", ")⟧"), (r"\\\\", "),(")),
     # everywhere: 1{,}234 and 3{,}14; powers of units and big numbers; 4:30 p.m.
     ((r"(?<=\d)\{,\}(?=\d{3}(?!\d))", ""), (r"\{,\}", "."), (r"\^\s*\{?\s*o\s*\}?(?![a-z])", "°"),
      (r"\s*\^\s*(?:\{\s*(\d)\s*\}(?!\s*\d))?", r"^\1"),  # cm ^ {2} is cm^2
-     (r"(?<![\d.^_])(\d+)\s*\\?[dtc]?frac\s*(\{)?(\d+)(?(2)\})\s*(\{)?(\d+)(?(4)\})", r"(\1+\3/\5)"),
+     (r"(?<![\d.^_])(\d+)\s*\\?[dtc]?frac\s*(\{)?(\d+)(?(2)\})\s*(\{)?(\d+)(?(4)\})",
+      r"(\1+\3/\5)"),
      (r"\bper cent\b", "percent"), (r"\bmph\b", "mi per h"), (r"(?<=[a-z]{2})\.(?=\s)", ""),
      (r"(?<=\d)\s*(hundred\b|thousand\b|million\b|billion\b|[百千万亿](?![克米瓦]))",
-      lambda m: f"*10^{POWERS[m[1]]}"), (r"(?<=[a-z]) squared\b", "^2"), (r"(?<=[a-z]) cubed\b", "^3"),
+      lambda m: f"*10^{POWERS[m[1]]}"),
+     (r"(?<=[a-z]) squared\b", "^2"), (r"(?<=[a-z]) cubed\b", "^3"),
      (r"(?<=\d)\s*x\s*(?=10\s*\^)", "*"), (r"(?<=:\d\d)\s*([aApP])\.?\s?[mM]\b\.?", r" \1m"),
      (r"\\?\{\s*\(?([a-z])\)?\s*(?:\\mid|\||:)\s*(.*?)\\?\}", r"\2"),  # {x | x > 3}
      (r"^\s*([a-z]|[A-Za-z]{2,})\s*:\s+(?=[-\d\\])", r"\1="),  # x: 45
      # 0.(3); 2 1/2; a point with its name, A(3, -2); 2 to 3; 20"; 180 (days)
      (r"(?<=\d)(\.\d*)\((\d+)\)", r"\1r\2"), (r"(?<![\d.^_,/])(\d+)\s+(\d+)/(\d+)", r"(\1+\2/\3)"),
      (r"^\s*([A-Z]'*)\s*(?=\([^()]*,)", r"\1="), (r"^(\d+)\s+to\s+(\d+)$", r"\1:\2"),
-     (r"^([^\"]*\d)\"$", r"\1 in"), (r"(?<=[\d\s])\(\s*((?:[cmk]m|kg|ft|[a-z]{3,})(?: [a-z]+){0,3})\s*\)$", r" \1"),
-     (r"√\s*(\d+)", r"√{\1}"), (r"(?<!\d)~|~(?!\d)", " "), (r"\.\.\.|\\[lc]?dots", "…"), (r"\bm\s*(?=∠)|&\s*(?=[=<>])", " "), (r"[ \t]{2,}", " "),
+     (r"^([^\"]*\d)\"$", r"\1 in"),
+     (r"(?<=[\d\s])\(\s*((?:[cmk]m|kg|ft|[a-z]{3,})(?: [a-z]+){0,3})\s*\)$", r" \1"),
+     (r"√\s*(\d+)", r"√{\1}"), (r"(?<!\d)~|~(?!\d)", " "), (r"\.\.\.|\\[lc]?dots", "…"),
+     (r"\bm\s*(?=∠)|&\s*(?=[=<>])", " "), (r"[ \t]{2,}", " "),
      (r"^\W*[Nn]o (?:real )?solutions?\W*$|^无解$", "∅"))))
-MUTE = re.compile(  # says nothing by itself; a command with an argument says what that says
-    r"\\(?:[hv]?(?:space|phantom)|(?:text)?color|begin|end)\*?\s*\{[^{}]*\}|\\[A-Za-z]+\s*(?=\{)"
-    r"|\\(?:[a-z]*(?:quad|space|skip|style|box|boxed|dots|fill|line)|(?:text|math)[a-z]*|left|right"
-    r"|middle|[bB]igg?[lrm]?|limits|rm|bf|it|sf|tt|[dtc]?frac|sqrt|cdot|ast|circ|bullet|prime|mid"
-    r"|[lr]?[vV]ert|[lL]arge|small|null|strut|relax)(?![A-Za-z])"
-    r"|\\[^A-Za-z{}]|[−∗∘∙⋅∶∣⋮-⋱\u115f\u1160\u3164\uffa0]")
-# a letter or a digit; a sign, an arrow, a shape, an emoji; the empty set
-SAYS = re.compile(r"[^\W_]|[<=>+×÷±¬℀-⏿■-⟿⤀-⯿🀀-🫿]|\\\{\s*\\\}")
-
-
-def says_nothing(answer: str) -> bool:
-    """Is there no letter, digit or sign in an answer, LaTeX's spacing, fonts and frames aside?"""
-    return not SAYS.search(MUTE.sub(" ", answer))
 
 
 def unwrapped(text: str) -> str:
@@ -83,9 +75,10 @@ def spelled(text: str) -> str:
         text = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", re.sub("[¼-¾⅐-⅞①-⑳]", r" \g<0>", text))
         text = re.sub("[₀-₉]+", r"_{\g<0>}", re.sub("[º˚]", "°", text))
         text = unicodedata.normalize("NFKC", text).translate(SIGNS)
-    text = unwrapped(text[:2 * LONGEST_ANSWER]).replace("\\$", " dollar ")  # one letter can become 18
-    text = re.sub(r"(?<=\d)\s*\$(?!\^)|\$(?=\s*[\d.])", " dollar ", text) if text.count("$") == 1 else (
-        text.replace("$", " "))  # two are LaTeX's
+    text = unwrapped(text[:2 * LONGEST_ANSWER]).replace("\\$", " dollar ")  # one letter becomes 18
+    if text.count("$") == 1:
+        text = re.sub(r"(?<=\d)\s*\$(?!\^)|\$(?=\s*[\d.])", " dollar ", text)
+    text = text.replace("$", " " if text.count("$") > 1 else "$")  # two are LaTeX's
     for pattern, meaning in (LATEX if "\\" in text else []) + SPELLINGS:
         text = pattern.sub(meaning, text)
     return text
@@ -106,14 +99,15 @@ BINDS = {"+": 1, "-": 1, "*": 2, "/": 2, ":": 2, "^": 4}  # how tightly a sign b
 FUNCTIONS = tuple(f"\\{x}" for x in "sin cos tan sec csc cot log ln arcsin arccos arctan".split())
 CURRENCIES = ("dollar", "cent", "euro", "pound", "yen")
 UNITS = {word + plural: words.split()[0] for words in (
-    "% percent percentage pct, ° degree deg 度, mm millimeter millimetre 毫米, m meter metre 米, "
-    "cm centimeter centimetre 厘米, dm, km kilometer kilometre 千米 公里, in inch inche, ft foot feet, "
-    "yd yard, mi mile, g gram 克, kg kilogram 千克 公斤, mg, t ton tonne, L l liter litre, mL ml, "
-    "s sec second 秒, ms millisecond, min minute 分钟, h hr hour 小时, day 天, week, month, year 年, "
-    "decade, century, acre, hectare, celsius, fahrenheit, rad radian, lb pound, oz ounce, gallon, pint, dollar, cent,"
-    " euro, yen, 元, 角, N kN, J, kJ, W watt, kW, MW, Wh, kWh, V volt, kV, mV, mA, Hz, kHz, MHz, GHz, "
-    "Pa, kPa, MPa, eV, cal, kcal, mol, ohm \\Omega, dB, MB, GB, TB, per, ^2 square sq 平方, "
-    "^3 cubic 立方").split(", ") for word in words.split() for plural in ("", "s")}
+    "% percent percentage pct, ° degree deg 度, celsius, fahrenheit, rad radian, per, dB, mol, "
+    "mm millimeter millimetre 毫米, cm centimeter centimetre 厘米, dm, m meter metre 米, acre, "
+    "km kilometer kilometre 千米 公里, in inch inche, ft foot feet, yd yard, mi mile, hectare, "
+    "g gram 克, kg kilogram 千克 公斤, mg, t ton tonne, lb pound, oz ounce, gallon, pint, L l liter "
+    "litre, mL ml, ms millisecond, s sec second 秒, min minute 分钟, h hr hour 小时, day 天, week, "
+    "month, year 年, decade, century, dollar, cent, euro, yen, 元, 角, N, kN, J, kJ, W watt, kW, MW, "
+    "Wh, kWh, V volt, kV, mV, mA, Hz, kHz, MHz, GHz, Pa, kPa, MPa, eV, cal, kcal, ohm \\Omega, MB, "
+    "GB, TB, ^2 square sq 平方, ^3 cubic 立方").split(", ") for word in words.split()
+    for plural in ("", "s")}
 MEASURES = "个個只隻张張条條块塊辆輛位名枚颗顆种種人件支本棵朵"  # stand between a number and what is counted
 SMALL = ("a", "an", "the", "of", "on", "at")  # may stand among words that say what is counted
 KEPT = {*UNITS, *SMALL}  # of short words, these are no product of letters
@@ -121,7 +115,8 @@ GROUPING = str.maketrans("", "", ", \\")  # what stands between the thousands
 TOKEN = re.compile(
     r"(?<![(\[{\d,.])[1-9]\d{0,2}(?:(?:,|\\,| )\d{3})+(?![\d)\]},])(?:\.\d*)?"  # 1,234
     r"|\d*\.\d*r\d+|\d+\.?\d*(?:[eE][-+]?[0-4]?\d(?!\d))?|\.\d+"  # 0.1r6, 1.2e3, .5
-    r"|(?<=[a-z])(?<!pi)\^[23](?!\d)|\\not\s*=|\|\||[<>]=|(?<!\d)!=|\\[A-Za-z]+|\\.|\*\*|[A-Za-z]+'*"
+    r"|(?<=[a-z])(?<!pi)\^[23](?!\d)|\\not\s*=|\|\||[<>]=|(?<!\d)!=|\\[A-Za-z]+|\\.|\*\*"
+    r"|[A-Za-z]+'*"
     r"|平方|立方|小时|分钟|千克|公斤|[厘毫千公]?[米里]|\S", re.ASCII)
 TIME = re.compile(r"(?<![\d:.])0?((?:1?\d|2[0-4]):[0-5]\d(?::[0-5]\d)?)(\s*[ap]m)?(?![\d:.])", re.I)
 MEANING = {spelling: meaning for meaning, spellings in {
@@ -134,13 +129,16 @@ MEANING = {spelling: meaning for meaning, spellings in {
 }.items() for spelling in spellings.split()} | {x[1:]: x for x in FUNCTIONS}
 # what can be asked for: x, AB, f(2), a_37, |AB|, side length, AB/CD; not 2x, x^2, |x|, \sqrt{x}
 NAME = re.compile(
-    r"-?(?:[A-Za-z]'*|[A-Z]*[a-z]?_\w+|\|[A-Z]+\||[A-Z][A-Z\d]*(?:\^-1)?(?: \* [A-Z][A-Z\d]*(?:\^-1)?)?"
-    r"|[A-Z]?[a-z]{3,}|[\u4e00-\u9fff]+|\w+\(.*\)|\\(?:sin|cos|tan)\([^a-z]*(?:\\[a-z]+)?\)"
-    r"|\\[A-Za-z]+\w*)'*")
-CLOCK = re.compile(rf"(?:[A-Z](?![a-z])\w*(?:_?{{\w+}})?(?::[A-Z]\w*)? ?=)?\s*(?:{TIME.pattern}|\({TIME.pattern}\))\s*", re.I)
+    r"-?(?:[A-Za-z]'*|[A-Z]*[a-z]?_\w+|\|[A-Z]+\||[A-Z][A-Z\d]*(?:\^-1)?(?: \* [A-Z][A-Z\d]*"
+    r"(?:\^-1)?)?|[A-Z]?[a-z]{3,}|[\u4e00-\u9fff]+|\w+\(.*\)"
+    r"|\\(?:sin|cos|tan)\([^a-z]*(?:\\[a-z]+)?\)|\\[A-Za-z]+\w*)'*")
+CLOCK = re.compile(  # alone, in brackets, behind a name
+    rf"(?:[A-Z](?![a-z])\w*(?:_?{{\w+}})?(?::[A-Z]\w*)? ?=)?\s*"
+    rf"(?:{TIME.pattern}|\({TIME.pattern}\))\s*", re.I)
 RANGE = re.compile(  # 30-40, 2019-05-12: with blanks around its sign it is a difference
     r"(?:dollar )?\s*\d[\d.,]*%?(?:-(?: dollar)? ?\d[\d.,]*%?)+(?: [a-z].*)?")
-FORMULA = re.compile(r"[\d\\=<>^_|!∅∞+*/]|[A-Za-z]'(?![a-z])|\w\(|^pi$|\b(?:sin|cos|tan|log|ln) [a-z]\b")
+FORMULA = re.compile(
+    r"[\d\\=<>^_|!∅∞+*/]|[A-Za-z]'(?![a-z])|\w\(|^pi$|\b(?:sin|cos|tan|log|ln) [a-z]\b")
 
 # decimals: as written, 2 in 0.50, and 0 for what is computed; exact: 21\sqrt3 in 21\sqrt3 = 36.37
 # unit: sorted names, "/s" and "cm^2" among them; COUNTED alone where a word says what is counted
@@ -164,8 +162,9 @@ def read(answer: str):
         if "±" in tokens:  # two answers, one with each sign
             tokens = [y for s in "+-" for y in [*(s if x == "±" else x for x in tokens), ","]][:-1]
         work = sum(4 * (x in FUNCTIONS) + (x in ("^", "\\sqrt")) for x in tokens)
-        if work > MOST_POWERS or RANGE.fullmatch(answer) or re.search(r":[^:=,]*:", answer) or TIME.search(answer):
-            return plain(answer)  # 1:2:3 is no quotient
+        if work > MOST_POWERS or RANGE.fullmatch(answer) or TIME.search(answer) or (
+                re.search(r":[^:=,]*:", answer)):  # 1:2:3 is no quotient
+            return plain(answer)
         try:
             with decimal.localcontext(PRECISE):
                 items, _ = Reader(tokens).items(("",))
@@ -516,7 +515,8 @@ def same(said, wanted) -> bool:
     left, right = (x.items if isinstance(x, Group) and x.brackets == "{}" else [x]
                    for x in (said, wanted))
     if len(left) > 1 or len(right) > 1:  # sets: "7.5 or 15/2" is the set {7.5}
-        names = [{x.name for x in items if not isinstance(x, str)} - {""} for items in (left, right)]
+        names = [{x.name for x in items if not isinstance(x, str)} - {""}
+                 for items in (left, right)]
         if sorted(len(x) > 1 for x in names) == [False, True] and set() in names:  # x = 3, y = -2
             return len(left) == len(right) and all(map(same, left, right))
         return (all(any(same(x, y) for x in left) for y in right)

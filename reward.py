@@ -40,7 +40,7 @@ from decimal import localcontext
 from functools import lru_cache
 
 from answers import (
-    BOLD, LONGEST_ANSWER, MEASURES, PRECISE, UNITS, Number, plain, read, same, says_nothing, spelled, unwrapped,
+    BOLD, LONGEST_ANSWER, MEASURES, PRECISE, UNITS, Number, plain, read, same, spelled, unwrapped,
     written)
 
 LONGEST_RESPONSE = 6_000  # characters; of a longer response the end is read
@@ -68,25 +68,37 @@ CJK = "".join(word for word in NUMERALS if not word.isascii())
 DENIALS = any_of(
     "not never neither nor none nobody cannot anything everything without except wrong incorrect "
     "untrue false invalid impossible unlikely doubtful likely probably hardly rarely unless longer "
-    "rather instead nope isnt either may maybe perhaps possibly might could unsure guess suppose whether (?:exclu|elimina)[a-z]*"
+    "rather instead nope isnt either may maybe perhaps possibly might could unsure guess suppose "
+    "whether (?:exclu|elimina)[a-z]*"
 ) + r"|n['’]t\b|ruled? out|all but|[不错非若勿]|(?<![区特分])别|可能|也许|还是|如果|排除"
 DENIED = re.compile(DENIALS, re.I)
 CHANGES = re.compile(DENIALS + "|" + any_of(
-    "[a-z]*(?:half|dozen)[a-z]* (?:halv|negat|invert|repeat|doubl|tripl|trebl|quadrupl|quintupl|increas|decreas|reduc|exceed)[a-z]* thirds? "
-    "quarters? (?:four|fif|six|seven|eigh|nin|ten|twelf|[a-z]+teen|[a-z]+tie)ths? (?:hundred|thousand"
-    "|[a-z]*illion|lakh|crore)(?:s|ths?)? (?:one|two|three|four|five|sixe|seven|eight|nine|ten)s "
-    "pairs? couple gross grand kilo twice thrice times [a-z]*fold percentile inclusive further additional squared cubed [a-z]*root "
-    "power factorial reciprocal inverse opposite negative minus plus repeating recurring binary hex "
-    "points mod over under above below beyond between among from past within until "
+    "[a-z]*(?:half|dozen)[a-z]* (?:halv|negat|invert|repeat|doubl|tripl|trebl|quadrupl|quintupl"
+    "|increas|decreas|reduc|exceed)[a-z]* thirds? quarters? (?:four|fif|six|seven|eigh|nin|ten"
+    "|twelf|[a-z]+teen|[a-z]+tie)ths? (?:hundred|thousand|[a-z]*illion|lakh|crore)(?:s|ths?)? "
+    "(?:one|two|three|four|five|sixe|seven|eight|nine|ten)s pairs? couple gross grand kilo twice "
+    "thrice times [a-z]*fold percentile inclusive further additional squared cubed [a-z]*root "
+    "power factorial reciprocal inverse opposite negative minus plus repeating recurring binary "
+    "hex points mod over under above below beyond between among from past within until "
     "up down upwards? onwards? off more less fewer greater larger smaller than least most minimum "
     "maximum too many few short missing extra odd something sometimes multiple divisible mid sub"
-) + rf"|\d{WORD}" + r"|(?:square|cube|log|sin|cos|tan)[a-z]* of|out of|and/or|\d(?:st|nd|rd|th|ish)\b|[或多少倍半至超负几余]|[大小]于|以[上下内外]|…", re.I)
+) + rf"|\d{WORD}" + r"|(?:square|cube|log|sin|cos|tan)[a-z]* of|out of|and/or|…"
+    r"|\d(?:st|nd|rd|th|ish)\b|[或多少倍半至超负几余]|[大小]于|以[上下内外]", re.I)
 NOT_THIS = re.compile(  # of D, not B the second goes
     r"[,;]?\s*\b(?:(?:and|but)\s+)?(?:not|rather than|instead of|rules? out)\s+(?:be\s+)?"
-    r"(?:(?:option|choice)\s+)?(?P<value>\(?[A-H]\b\)?|-?\d+(?:[.,]\d+)*)(?:\W*but\b|(?=\s*(?:$|[,;](?!\s*\(?[A-H]\b)|\.(?!\s*\d)"
-    r"|it['’ ])))"
+    r"(?:(?:option|choice)\s+)?(?P<value>\(?[A-H]\b\)?|-?\d+(?:[.,]\d+)*)"
+    r"(?:\W*but\b|(?=\s*(?:$|[,;](?!\s*\(?[A-H]\b)|\.(?!\s*\d)|it['’ ])))"
     r"|不[是选選]\s*[A-H\d]+")
-REASON = re.compile(r",?\s+(?:because|since|as(?! (?:well|an?|the|many|much|few)\b))\s.*|[,，]?因为.*", re.S)
+MUTE = re.compile(  # says nothing by itself; a command with an argument says what that says
+    r"\\(?:[hv]?(?:space|phantom)|(?:text)?color|begin|end)\*?\s*\{[^{}]*\}|\\[A-Za-z]+\s*(?=\{)"
+    r"|\\(?:[a-z]*(?:quad|space|skip|style|box|boxed|dots|fill|line)|(?:text|math)[a-z]*|left|right"
+    r"|middle|[bB]igg?[lrm]?|limits|rm|bf|it|sf|tt|[dtc]?frac|sqrt|cdot|ast|circ|bullet|prime|mid"
+    r"|[lr]?[vV]ert|[lL]arge|small|null|strut|relax)(?![A-Za-z])"
+    r"|\\[^A-Za-z{}]|[−∗∘∙⋅∶∣⋮-⋱\u115f\u1160\u3164\uffa0]")
+# a letter or a digit; a sign, an arrow, a shape, an emoji; the empty set
+SAYS = re.compile(r"[^\W_]|[<=>+×÷±¬℀-⏿■-⟿⤀-⯿🀀-🫿]|\\\{\s*\\\}")
+REASON = re.compile(
+    r",?\s+(?:because|since|as(?! (?:well|an?|the|many|much|few)\b))\s.*|[,，]?因为.*", re.S)
 ASIDE = re.compile(r",?\s+which\s.*|\s\([^()\\]*[a-z]{3}[^()\\]*\)\W*$", re.S)
 YES = re.compile(  # Yes, there is. No there are none.
     r"(yes|no)\b(?![ \t]+(?!there|it|they|he|she|this|that|we|i)\w)[^.\w]*"
@@ -99,13 +111,20 @@ FILLER = re.compile(  # what an answer may open with, and what it may speak of
     r"[\s*_\"'`]*(?:(?:so|thus|hence|therefore|then|i (?:think|believe)(?: that)?|they are"
     r"|we (?:get|have|find)|(?:the )?(?:(?:final|correct|right|best) )?(?:answer|option|choice)s?"
     r"(?: is| are|:)?|(?:it|there|that)(?:['’]s| is| are| were)|(?:a )?total of|only|just|exactly"
-    r"|about|around|approximately|nearly|roughly)\b[\s,:]*|(?:[∴⇒→✅✓]|\\therefore|\\implies)\s*|(?:答案|[应應]?[该該]?[选選]|所以|因此|一?共|有|约|大约"
+    r"|about|around|approximately|nearly|roughly)\b[\s,:]*|(?:[∴⇒→✅✓]|\\therefore|\\implies)\s*"
+    r"|(?:答案|[应應]?[该該]?[选選]|所以|因此|一?共|有|约|大约"
     r"|[是为為]|等于)[是为為有:：,\s]*)", re.I)
 SUBJECT = re.compile(
     r"(?:the|its?|this|these|that|those|they|he|she|his|her|their|our|my|your)\b[^.;?!=]*?"
-    r"\s(?:is|are|was|were|equals?|=)\s+|[^\d=]*?[\u4e00-\u9fff](?<![还若果要而就不])(?:是|为|為|等于)\s*", re.I)
+    r"\s(?:is|are|was|were|equals?|=)\s+"
+    r"|[^\d=]*?[\u4e00-\u9fff](?<![还若果要而就不])(?:是|为|為|等于)\s*", re.I)
 TAIL = re.compile(r"\s+(?:is|are)\s+(?:(?:the|my)\s+)?(?:correct|right|final)?"
                   r"(?:\s*(?:answer|option|choice))?\W*$", re.I)
+
+
+def says_nothing(answer: str) -> bool:
+    """Is there no letter, digit or sign in an answer, LaTeX's spacing, fonts and frames aside?"""
+    return not SAYS.search(MUTE.sub(" ", answer))
 
 
 def without_reason(text: str) -> str:
@@ -118,7 +137,7 @@ def without_reason(text: str) -> str:
 
 
 def struck(clause: re.Match) -> str:
-    """What is left of "not B": nothing, but where B stands elsewhere too, or "A. not 5" is an option."""
+    """What is left of "not B": nothing; but B may stand elsewhere, and "A. not 5" is an option."""
     before, value = clause.string[:clause.start()], (clause["value"] or "\0").strip("()")
     stays = value in before + clause.string[clause.end():] or re.search(r"\b[A-H][.):]\s*$", before)
     return clause[0] if stays else ""
@@ -168,7 +187,8 @@ PHRASE = re.compile(
 # what ends an answer: a full stop (but C. 120 goes on), a line, a tag
 END = re.compile(
     r"[.!](?:\s+(?![\s\d\\+/=-]|(?:and|or|is|are|not|but|to|unless|except)\b"
-    r"|\(?(?:Option )?[A-H]\b(?! [a-z]))|$)|\?(?:\s|$)|;(?:$|\s+[a-z]+ [a-z]+ [a-z])|\n|</|<\||[。；]")
+    r"|\(?(?:Option )?[A-H]\b(?! [a-z]))|$)|\?(?:\s|$)|;(?:$|\s+[a-z]+ [a-z]+ [a-z])|\n|</|<\|"
+    r"|[。；]")
 REMARK = re.compile(
     r"\W*(?:(?:indeed|also|thus)\s)?(?:(?:in)?(?:correct|right|wrong|valid|reasonable)"
     r"|(?:as|given|shown|found|based|consistent|below|above|the same)\b.*)\W*", re.I)
@@ -181,14 +201,16 @@ WORDS = re.compile(r"((?<![\\A-Za-z\d{])(?![A-Za-z]*_)(?!(?:sqrt|frac|pi|exp|sin
                    r"[A-Za-z]*[a-z]{2}[A-Za-z'’]*|[\u4e00-\u9fff]+)")
 COPULA = re.compile(r"\b(?:is|are|was|were|equals|gives|makes)\b|=|\d")
 BEFORE_NO_ANSWER = re.compile(  # page 5, Vitamin D
-    r"\b(?:but|no|page|step|figure|fig|table|question|problem|example|theorem|max|min|gcd|lcm|log)\W*$", re.I)
+    r"\b(?:but|no|page|step|figure|fig|table|question|problem|example|theorem|max|min|gcd|lcm|log)"
+    r"\W*$", re.I)
 DASH = re.compile(  # no minus: Dogs - 45, mid-20, and the mark of a list
     r"(?<=[a-z]{2})(?:[-–—]|\s+[-–—]\s+)(?=\d)|^\s*(?:[-–—•]|\d+[.)])\s+", re.M)
 VALUE = re.compile(r"(?<![\^_\w])(?<![\^_]\{)\.?\d")
 CHOSEN = re.compile(
-    r"\(([A-H])\)|(?:\b(?:option|choice|answer|is|be|so|thus|hence|therefore|leaving|leaves|choose|pick"
-    r"|select|conclude|think|say|with)|['’]s)\W{1,4}([A-H])(?![\w'’])|^\W*([A-H])(?:\W*$|(?= is "
-    r"(?:correct|right|the )))|(?<=, )([A-H])(?= is (?:correct|right|the ))", re.ASCII)
+    r"\(([A-H])\)|(?:\b(?:option|choice|answer|is|be|so|thus|hence|therefore|leaving|leaves|choose"
+    r"|pick|select|conclude|think|say|with)|['’]s)\W{1,4}([A-H])(?![\w'’])|^\W*([A-H])(?:\W*$"
+    r"|(?= is (?:correct|right|the )))|(?<=, )([A-H])(?= is (?:correct|right|the ))", re.ASCII)
+TWO = re.compile(r"\b[A-H]\W{1,4}(?:(?:or|and|to|unless|except|Option)\W+)?[A-H]\b")
 LETTER = re.compile(r"(?<![A-Za-z\d])([B-H]|A(?! (?!or\b|and\b)[a-z]))(?![A-Za-z\d'’])", re.ASCII)
 
 
@@ -236,7 +258,8 @@ def extract_answer(text: str) -> str | None:
         text = OPTION.sub("", text)
     elif first := re.match(r"(?:Option )?\(?[A-H](?:[.:)]\s[^\n]*|\)?[.:]?(?=\s*\n))", text):
         return first[0].strip()  # the response opens with a choice: B. 12
-    denied = PHRASE.search(text) or DENIED.search(text) and (VALUE.search(text) or LETTER.search(text))
+    denied = PHRASE.search(text) or DENIED.search(text) and (
+        VALUE.search(text) or LETTER.search(text))
     short = len(text) < 100 and not SENTENCE.search(text[:-1]) and not denied
     return last_value(text) or remark or (text if short else None)
 
@@ -262,7 +285,7 @@ def last_value(text: str) -> str | None:
         at = len("".join(parts[:place or 0]))
         if place is None or chosen and chosen[-1].start() > at:
             at = chosen[-1].start() if chosen else 0
-            two = re.search(r"\b[A-H]\W{1,4}(?:(?:or|and|to|unless|except|Option)\W+)?[A-H]\b", sentence)
+            two = TWO.search(sentence)
             hedged = not chosen or two or CHANGES.search(sentence[max(0, at - 12):at])
             said = None if hedged else "".join(filter(None, chosen[-1].groups()))
         else:
@@ -277,8 +300,9 @@ def number_at(place: int, parts: list[str]) -> str | None:
     said, before, after = parts[place], parts[place - 1], parts[place + 1]
     around = COPULA.split("".join(parts[max(0, place - 5):place]))[-1]
     two = VALUE.search(parts[place - 2])
-    if re.match(r"[\d.+*/^_-]", said) and before.isascii() and before or two and before in (*UNITS, "to", "of", "by"):
-        return None  # blue.5, 5 hours 30, 20 of 30
+    glued = before and before.isascii() and re.match(r"[\d.+*/^_-]", said)  # blue.5
+    if glued or two and before in (*UNITS, "to", "of", "by"):  # 5 hours 30, 20 of 30
+        return None
     two = two and not re.match(r"\s*[:,;=(]", said)
     joins = before == "or" or before == "and" and "=" not in said
     if (after == "or" or before == "or" and not two or len(said) > LONGEST_ANSWER
@@ -301,11 +325,13 @@ BEFORE = re.compile(
     r"(?:\((?P<small>[A-Ha-h])\)|(?P<letter>[A-H])(?:[.:)](?=[\s\d])|\)|\s+-\s+(?=[A-Za-z]{2})"
     r"|(?=\s+(?:[\d(]|\\[dt]?frac|\\sqrt))))\s*(?P<rest>\S.*)", re.S)
 BEHIND = re.compile(r"(?P<rest>\S*\d[^=<>]*)\s+\((?P<letter>[A-H])\)")
-OTHER = re.compile(  # a second option: any lone letter but that of a name, as in vitamin C, \angle A
+OTHER = re.compile(  # a second option: any lone letter but that of a name, vitamin C, \angle A
     r"(?<![A-Za-z])[A-H](?:\)|[.:](?=\s|\d))|\\(?!angle|triangle)[a-z]+ ?[A-H]\b"
-    r"|(?<![A-Za-z\\])(?<![a-z]{2} )(?!A [a-z])[A-H](?![A-Za-z'’])|(?i:\b(?:and|not|nor|but|vs|then|to"
-    r"|option|choice|unless|except|maybe))\W+[A-H]\b|(?i:\b(?:or|either)\b|^\W*(?:and|not\W*(?:$|\d)|(?:is |was )?(?:wrong"
-    r"|incorrect|not (?:correct|right)))\b|\b(?:is|are|\() ?(?:wrong|incorrect|false)\W*$|\bnot\W*$)|\?|\band\W*$")
+    r"|(?<![A-Za-z\\])(?<![a-z]{2} )(?!A [a-z])[A-H](?![A-Za-z'’])"
+    r"|(?i:\b(?:and|not|nor|but|vs|then|to|option|choice|unless|except|maybe))\W+[A-H]\b"
+    r"|(?i:\b(?:or|either)\b|^\W*(?:and|not\W*(?:$|\d)|(?:is |was )?(?:wrong|incorrect"
+    r"|not (?:correct|right)))\b|\b(?:is|are|\() ?(?:wrong|incorrect|false)\W*$"
+    r"|\b(?:not|and)\W*$)|\?")
 TOGETHER = re.compile(r"\W*(?:both|neither|all|none|only)\b", re.I)  # C. both A and B
 
 
@@ -357,7 +383,7 @@ def value_of(answer: str):
             doubt += rf"|\bno\b|{DENIALS}"
         return plain(answer) if re.search(doubt, yes[2], re.I) else yes[1].lower()
     both = re.search(r"\band\b", answer) and re.search(r"[<>≤≥]|\\[gl]e", answer) or (
-        re.search(r"[(\[][^()\[\]]*\bor\b", answer))  # neither x > 1 and x < 3 nor (1 or 2) is a list
+        re.search(r"[(\[][^()\[\]]*\bor\b", answer))  # x > 1 and x < 3, (1 or 2): no lists
     twice = re.search(r"\d\s+\(\s*[\d.]+\s*\)", answer)  # 20 (30) is no product
     return plain(answer) if both or twice or CHANGES.search(answer) else read(answer)
 
