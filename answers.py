@@ -53,7 +53,7 @@ LATEX, SPELLINGS = ([(re.compile(x, re.ASCII), meaning) for x, meaning in table]
      (r"(?<=[a-z]) squared\b", "^2"), (r"(?<=[a-z]) cubed\b", "^3"),
      (r"(?<=\d)\s*x\s*(?=10\s*\^)", "*"), (r"(?<=:\d\d)\s*([aApP])\.?\s?[mM]\b\.?", r" \1m"),
      (r"\\?\{\s*\(?([a-z])\)?\s*(?:\\mid|\||:)\s*(.*?)\\?\}", r"\2"),  # {x | x > 3}
-     (r"^\s*([a-z]|[A-Za-z]{2,})\s*:\s+(?=[-\d\\])", r"\1="),  # x: 45
+     (r"^\s*([a-z]|[A-Za-z]{2,}):\s+(?=[-\d\\])", r"\1="),  # x: 45
      # 0.(3); 2 1/2; a point with its name, A(3, -2); 2 to 3; 20"; 180 (days)
      (r"(?<=\d)(\.\d*)\((\d+)\)", r"\1r\2"), (r"(?<![\d.^_,/])(\d+)\s+(\d+)/(\d+)", r"(\1+\2/\3)"),
      (r"^\s*([A-Z]'*)\s*(?=\([^()]*,)", r"\1="), (r"^(\d+)\s+to\s+(\d+)$", r"\1:\2"),
@@ -102,7 +102,7 @@ UNITS = {word + plural: words.split()[0] for words in (
     "% percent percentage pct, ° degree deg 度, celsius, fahrenheit, rad radian, per, dB, mol, "
     "mm millimeter millimetre 毫米, cm centimeter centimetre 厘米, dm, m meter metre 米, acre, "
     "km kilometer kilometre 千米 公里, in inch inche, ft foot feet, yd yard, mi mile, hectare, "
-    "g gram 克, kg kilogram 千克 公斤, mg, t ton tonne, lb pound, oz ounce, gallon, pint, L l liter "
+    "g gram 克, kg kilogram 千克 公斤, mg, ton tonne, lb pound, oz ounce, gallon, pint, L l liter "
     "litre, mL ml, ms millisecond, s sec second 秒, min minute 分钟, h hr hour 小时, day 天, week, "
     "month, year 年, decade, century, dollar, cent, euro, yen, 元, 角, N, kN, J, kJ, W watt, kW, MW, "
     "Wh, kWh, V volt, kV, mV, mA, Hz, kHz, MHz, GHz, Pa, kPa, MPa, eV, cal, kcal, ohm \\Omega, MB, "
@@ -131,7 +131,8 @@ MEANING = {spelling: meaning for meaning, spellings in {
 NAME = re.compile(
     r"-?(?:[A-Za-z]'*|[A-Z]*[a-z]?_\w+|\|[A-Z]+\||[A-Z][A-Z\d]*(?:\^-1)?(?: \* [A-Z][A-Z\d]*"
     r"(?:\^-1)?)?|[A-Z]?[a-z]{3,}|[\u4e00-\u9fff]+|\w+\(.*\)"
-    r"|\\(?:sin|cos|tan)\([^a-z]*(?:\\[a-z]+)?\)|\\[A-Za-z]+\w*)'*")
+    r"|\\(?:sin|cos|tan)\([^a-z]*(?:\\[a-z]+)?\)|\\(?:angle|triangle)\w+|\\(?:var)?(?:alpha|beta|gamma"
+    r"|delta|epsilon|eta|theta|lambda|mu|rho|sigma|tau|phi|psi|omega)(?:_\w+)?)'*")
 CLOCK = re.compile(  # alone, in brackets, behind a name
     rf"(?:[A-Z](?![a-z])\w*(?:_?{{\w+}})?(?::[A-Z]\w*)? ?=)?\s*"
     rf"(?:{TIME.pattern}|\({TIME.pattern}\))\s*", re.I)
@@ -503,7 +504,8 @@ def between(parts: list, signs: list[str]) -> Group | None:
     low, high = parts[0] if ends[0] else "-1 * ∞", parts[-1] if ends[-1] else "∞"
     left = "[" if ends[0] and signs[0] == "≤" else "("
     right = "]" if ends[-1] and signs[-1] == "≤" else ")"
-    return Group(left + right, [low, high], name) if NAME.fullmatch(written(name)) else None
+    named = NAME.fullmatch(written(name)) and not (name.isalpha() and len(name) > 3)
+    return Group(left + right, [low, high], name) if named else None
 
 
 # ---------------------------------------------------------------------------------------------

@@ -81,7 +81,8 @@ CHANGES = re.compile(DENIALS + "|" + any_of(
     "power factorial reciprocal inverse opposite negative minus plus repeating recurring binary "
     "hex points mod over under above below beyond between among from past within until "
     "up down upwards? onwards? off more less fewer greater larger smaller than least most minimum "
-    "maximum too many few short missing extra odd something sometimes multiple divisible mid sub"
+    "maximum too many few short missing extra odd something sometimes multiple divisible un non mid "
+    "sub"
 ) + rf"|\d{WORD}" + r"|(?:square|cube|log|sin|cos|tan)[a-z]* of|out of|and/or|…"
     r"|\d(?:st|nd|rd|th|ish)\b|[或多少倍半至超负几余]|[大小]于|以[上下内外]", re.I)
 NOT_THIS = re.compile(  # of D, not B the second goes
@@ -286,7 +287,8 @@ def last_value(text: str) -> str | None:
         if place is None or chosen and chosen[-1].start() > at:
             at = chosen[-1].start() if chosen else 0
             two = TWO.search(sentence)
-            hedged = not chosen or two or CHANGES.search(sentence[max(0, at - 12):at])
+            before = sentence[max(0, at - 12):at]
+            hedged = not chosen or two or CHANGES.search(before) or BEFORE_NO_ANSWER.search(before)
             said = None if hedged else "".join(filter(None, chosen[-1].groups()))
         else:
             said = number_at(place, parts)
@@ -300,7 +302,7 @@ def number_at(place: int, parts: list[str]) -> str | None:
     said, before, after = parts[place], parts[place - 1], parts[place + 1]
     around = COPULA.split("".join(parts[max(0, place - 5):place]))[-1]
     two = VALUE.search(parts[place - 2])
-    glued = before and before.isascii() and re.match(r"[\d.+*/^_-]", said)  # blue.5
+    glued = before and before.isascii() and re.match(r"[\d.+*/^_(\[-]", said)  # blue.5
     if glued or two and before in (*UNITS, "to", "of", "by"):  # 5 hours 30, 20 of 30
         return None
     two = two and not re.match(r"\s*[:,;=(]", said)
@@ -329,8 +331,8 @@ OTHER = re.compile(  # a second option: any lone letter but that of a name, vita
     r"(?<![A-Za-z])[A-H](?:\)|[.:](?=\s|\d))|\\(?!angle|triangle)[a-z]+ ?[A-H]\b"
     r"|(?<![A-Za-z\\])(?<![a-z]{2} )(?!A [a-z])[A-H](?![A-Za-z'’])"
     r"|(?i:\b(?:and|not|nor|but|vs|then|to|option|choice|unless|except|maybe))\W+[A-H]\b"
-    r"|(?i:\b(?:or|either)\b|^\W*(?:and|not\W*(?:$|\d)|(?:is |was )?(?:wrong|incorrect"
-    r"|not (?:correct|right)))\b|\b(?:is|are|\() ?(?:wrong|incorrect|false)\W*$"
+    r"|(?i:\b(?:or|either)\b|^\W*(?:not\W*(?:$|\d)|(?:and|(?:is |was )?(?:wrong"
+    r"|incorrect|not (?:correct|right)))\b)|\b(?:is|are|\() ?(?:wrong|incorrect|false)\W*$"
     r"|\b(?:not|and)\W*$)|\?")
 TOGETHER = re.compile(r"\W*(?:both|neither|all|none|only)\b", re.I)  # C. both A and B
 

@@ -681,7 +681,7 @@ def test_no_key(size):
     assert not found, report(found)
 
 
-BEHIND, BEFORE = (r" \(days\)$|!$", "[ :][a-z]+$", " [a-z]+ [a-z]+$"), r"^(?:[a-zA-Z]{2}[a-z ]*(?:(?=[\d\\($])|:)|Yes,? )"
+BEHIND, BEFORE = (r" \(days\)$|!$", "[ :][a-z]+$", " [a-z]+ [a-z]+$"), r"^(?:[a-zA-Z]{2}[a-z ]*(?:(?=[\d\\($])|:)|Yes(?:,| -)? |[A-Za-z]+\. )"
 RESPONSES = {"boxed": r"So it is \boxed{{{}}}.", "announced": "The answer is {}"}
 
 
