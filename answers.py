@@ -131,8 +131,8 @@ MEANING = {spelling: meaning for meaning, spellings in {
 NAME = re.compile(
     r"-?(?:[A-Za-z]'*|[A-Z]*[a-z]?_\w+|\|[A-Z]+\||[A-Z][A-Z\d]*(?:\^-1)?(?: \* [A-Z][A-Z\d]*"
     r"(?:\^-1)?)?|[A-Z]?[a-z]{3,}|[\u4e00-\u9fff]+|\w+\(.*\)"
-    r"|\\(?:sin|cos|tan)\([^a-z]*(?:\\[a-z]+)?\)|\\(?:angle|triangle)\w+|\\(?:var)?(?:alpha|beta|gamma"
-    r"|delta|epsilon|eta|theta|lambda|mu|rho|sigma|tau|phi|psi|omega)(?:_\w+)?)'*")
+    r"|\\(?:sin|cos|tan)\([^a-z]*(?:\\[a-z]+)?\)|\\(?:angle|triangle)\w+|\\(?:var)?(?:alpha|beta"
+    r"|gamma|delta|epsilon|eta|theta|lambda|mu|rho|sigma|tau|phi|psi|omega)(?:_\w+)?)'*")
 CLOCK = re.compile(  # alone, in brackets, behind a name
     rf"(?:[A-Z](?![a-z])\w*(?:_?{{\w+}})?(?::[A-Z]\w*)? ?=)?\s*"
     rf"(?:{TIME.pattern}|\({TIME.pattern}\))\s*", re.I)
@@ -162,7 +162,7 @@ def read(answer: str):
             return plain(answer)
         if "±" in tokens:  # two answers, one with each sign
             tokens = [y for s in "+-" for y in [*(s if x == "±" else x for x in tokens), ","]][:-1]
-        work = sum(4 * (x in FUNCTIONS) + (x in ("^", "\\sqrt")) for x in tokens)
+        work = sum(3 * (x in FUNCTIONS) + (x in ("^", "\\sqrt")) for x in tokens)
         if work > MOST_POWERS or RANGE.fullmatch(answer) or TIME.search(answer) or (
                 re.search(r":[^:=,]*:", answer)):  # 1:2:3 is no quotient
             return plain(answer)
@@ -236,14 +236,14 @@ class Reader:
 
     def measured(self, left: Number) -> Number:
         """A number with its units, and without the words that say what is counted."""
-        words, per, power, units = 0, "", "", [*left.unit]
+        words, last, per, power, units = 0, "", "", "", [*left.unit]
         while token := self.rest[-1]:
             word = token.isalpha() and (token.islower() and len(token) > 2 or token in MEASURES
                                         or words and (token > "\u4e00" or token in (*SMALL, "in"))
                                         or token == "of")
-            if token in ("^2", "^3") and units:
+            if token in ("^2", "^3") and units and not words:
                 units[-1] += token
-            elif UNITS.get(token, "")[:1] == "^":  # square cm
+            elif UNITS.get(token, "")[:1] == "^" and (token[0] != "^" or last[:4] == "unit"):
                 power = UNITS[token]
             elif token == "per" or token == "/" and units and self.rest[-2] in UNITS:
                 per = "/"
@@ -256,7 +256,7 @@ class Reader:
                 break
             else:
                 words += word
-            self.rest.pop()
+            last = self.rest.pop()
         return left._replace(unit=tuple(sorted(units)) or COUNTED * (words > 0))
 
     def factor(self, binding: int = 0):

@@ -81,8 +81,8 @@ CHANGES = re.compile(DENIALS + "|" + any_of(
     "power factorial reciprocal inverse opposite negative minus plus repeating recurring binary "
     "hex points mod over under above below beyond between among from past within until "
     "up down upwards? onwards? off more less fewer greater larger smaller than least most minimum "
-    "maximum too many few short missing extra odd something sometimes multiple divisible un non mid "
-    "sub"
+    "maximum too many few short missing extra odd something sometimes multiple divisible un non mid"
+    " sub"
 ) + rf"|\d{WORD}" + r"|(?:square|cube|log|sin|cos|tan)[a-z]* of|out of|and/or|…"
     r"|\d(?:st|nd|rd|th|ish)\b|[或多少倍半至超负几余]|[大小]于|以[上下内外]", re.I)
 NOT_THIS = re.compile(  # of D, not B the second goes
@@ -330,7 +330,7 @@ BEHIND = re.compile(r"(?P<rest>\S*\d[^=<>]*)\s+\((?P<letter>[A-H])\)")
 OTHER = re.compile(  # a second option: any lone letter but that of a name, vitamin C, \angle A
     r"(?<![A-Za-z])[A-H](?:\)|[.:](?=\s|\d))|\\(?!angle|triangle)[a-z]+ ?[A-H]\b"
     r"|(?<![A-Za-z\\])(?<![a-z]{2} )(?!A [a-z])[A-H](?![A-Za-z'’])"
-    r"|(?i:\b(?:and|not|nor|but|vs|then|to|option|choice|unless|except|maybe))\W+[A-H]\b"
+    r"|(?i:(?<![a-z])(?:and|not|nor|but|vs|then|to|option|choice|unless|except|maybe))\W+[A-H]\b"
     r"|(?i:\b(?:or|either)\b|^\W*(?:not\W*(?:$|\d)|(?:and|(?:is |was )?(?:wrong"
     r"|incorrect|not (?:correct|right)))\b)|\b(?:is|are|\() ?(?:wrong|incorrect|false)\W*$"
     r"|\b(?:not|and)\W*$)|\?")

@@ -476,7 +476,7 @@ def explain(prediction, reference):
     if words and words == text and not asked:
         return "the same words"
     bare = unwrapped(prediction)
-    if twice := re.fullmatch(r"(.+) (?:is|=) \1", bare):
+    if twice := re.fullmatch(r"(.+) (?:is|=|and|or|,) \1", bare):
         return explain(twice[1], reference)
     for said in re.match("(?!not )[a-z]+ is (.+)", bare, re.I), re.match("(.+) is (?:correct|right)$", bare, re.I):
         if said and explain(said[1], reference):
