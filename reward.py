@@ -330,7 +330,7 @@ BEHIND = re.compile(r"(?P<rest>\S*\d[^=<>]*)\s+\((?P<letter>[A-H])\)")
 OTHER = re.compile(  # a second option: any lone letter but that of a name, vitamin C, \angle A
     r"(?<![A-Za-z])[A-H](?:\)|[.:](?=\s|\d))|\\(?!angle|triangle)[a-z]+ ?[A-H]\b"
     r"|(?<![A-Za-z\\])(?<![a-z]{2} )(?!A [a-z])[A-H](?![A-Za-z'’])"
-    r"|(?i:(?<![a-z])(?:and|not|nor|but|vs|then|to|option|choice|unless|except|maybe))\W+[A-H]\b"
+    r"|(?i:(?<![a-z])(?:and|not|nor|but|vs|is|then|to|option|choice|unless|except|maybe))\W+[A-H]\b"
     r"|(?i:\b(?:or|either)\b|^\W*(?:not\W*(?:$|\d)|(?:and|(?:is |was )?(?:wrong"
     r"|incorrect|not (?:correct|right)))\b)|\b(?:is|are|\() ?(?:wrong|incorrect|false)\W*$"
     r"|\b(?:not|and)\W*$)|\?")
@@ -371,10 +371,11 @@ def understand(answer: str) -> tuple:
     choice = BEFORE.fullmatch(answer) or BEHIND.fullmatch(answer)
     if not choice:
         return "", value_of(answer)
-    found = choice.groupdict()
-    if OTHER.search(found["rest"]) and not TOGETHER.match(found["rest"]):  # A. 20 or B. 30
+    found, rest = choice.groupdict(), choice["rest"].strip()
+    other = OTHER.search(rest) or re.search(r"\d", rest) and LETTER.search(rest)
+    if other and not TOGETHER.match(rest):  # A. 20 or B. 30
         return "", plain(answer)
-    return (found["letter"] or found["small"]).upper(), value_of(found["rest"].strip())
+    return (found["letter"] or found["small"]).upper(), value_of(rest)
 
 
 def value_of(answer: str):
