@@ -372,10 +372,11 @@ def understand(answer: str) -> tuple:
     if not choice:
         return "", value_of(answer)
     found, rest = choice.groupdict(), choice["rest"].strip()
+    letter = (found["letter"] or found["small"]).upper()
     other = OTHER.search(rest) or re.search(r"\d", rest) and LETTER.search(rest)
-    if other and not TOGETHER.match(rest):  # A. 20 or B. 30
+    if other and rest != letter and not TOGETHER.match(rest):  # A. 20 or B. 30
         return "", plain(answer)
-    return (found["letter"] or found["small"]).upper(), value_of(rest)
+    return letter, value_of(rest)
 
 
 def value_of(answer: str):
