@@ -180,7 +180,7 @@ def normalise(answer: str) -> str:
 NESTED = r"(?:[^{}]|\{" * 6 + r"[^{}]*" + r"\})*" * 6  # braces in braces, six deep
 BOX = re.compile(rf"\\(?:boxed|fbox)\s*(?:\{{({NESTED})\}}|([^\s{{$]+))")
 PHRASE = re.compile(
-    r"####|<answer>|\b(?:answer|option|choice)s?(?:\s+(?:to|of|for)\s[\w\s]{1,40}?)?[\s*\"']*(?::|="
+    r"####|<answer>|\b(?:answer|option|choice)s?(?:\s+(?:to|of|for)\s[\w\s]{1,30}?)?[\s*\"']*(?::|="
     r"|\b(?:is|are|(?:seems? to|must|should|would|will) be)\b)(?:[\s:*#_]*\n\s*-\s+|[\s:*#_]*)"
     r"|\banswer\**\s*\n[\s*#]*(?:-\s+)?"
     r"|答案[\s*]*(?:应?[是为為]|:|：)?[\s:：*】]*|(?<![不别勿没未])(?:[应應][该該]?|故)?[选選](?![项項])"
@@ -195,7 +195,7 @@ REMARK = re.compile(
     r"|(?:as|given|shown|found|based|consistent|below|above|the same)\b.*)\W*", re.I)
 TAKEN_BACK = re.compile(  # somewhere after an answer: the writer has changed their mind
     r"\b(?:wait|actually|however|correction|mistake|sorry|oops|scratch|(?:is|s) wrong)\b"
-    r"|[.;!?…]\W*(?:no[,.]|or\b)|\bor\s+\(?[A-H][.):]|\A\W*[A-H][.):] [^\n]*\W[A-H][.):] ", re.I)
+    r"|[.;!?…]\W{0,4}(?:no[,.]|or\b)|\bor\s+\(?[A-H][.):]|\A\W*[A-H][.):] [^\n]*\W[A-H][.):] ", re.I)
 OPTION = re.compile(r"^\W*([A-H])(?:[.:)].*|\W*)$", re.M)
 SENTENCE = re.compile(r"(?<!\b[A-H])[.;!?](?=\s(?!\s*[=<>])|$)|\n|[。；]")
 WORDS = re.compile(r"((?<![\\A-Za-z\d{])(?![A-Za-z]*_)(?!(?:sqrt|frac|pi|exp|sin|cos|tan|log|ln)\b)"
