@@ -100,7 +100,7 @@ MUTE = re.compile(  # says nothing by itself; a command with an argument says wh
 SAYS = re.compile(r"[^\W_]|[<=>+×÷±¬℀-⏿■-⟿⤀-⯿🀀-🫿]|\\\{\s*\\\}")
 REASON = re.compile(
     r",?\s+(?:because|since|as(?! (?:well|an?|the|many|much|few)\b))\s.*|[,，]?因为.*", re.S)
-ASIDE = re.compile(r",?\s+which\s.*|\s\([^()\\]*[a-z]{3}[^()\\]*\)\W*$", re.S)
+ASIDE = re.compile(r",?\s+which\s(?!(?:is|equals) \S*\d\S*\W*$).*|\s\([^()\\]*[a-z]{3}[^()\\]*\)\W*$", re.S)
 YES = re.compile(  # Yes, there is. No there are none.
     r"(yes|no)\b(?![ \t]+(?!there|it|they|he|she|this|that|we|i)\w)[^.\w]*"
     r"([^.;\n]*)((?:\W.*[a-z]{2}.*)?)", re.I | re.S)
@@ -200,7 +200,7 @@ OPTION = re.compile(r"^\W*([A-H])(?:[.:)].*|\W*)$", re.M)
 SENTENCE = re.compile(r"(?<!\b[A-H])[.;!?](?=\s(?!\s*[=<>])|$)|\n|[。；]")
 WORDS = re.compile(r"((?<![\\A-Za-z\d{])(?![A-Za-z]*_)(?!(?:sqrt|frac|pi|exp|sin|cos|tan|log|ln)\b)"
                    r"[A-Za-z]*[a-z]{2}[A-Za-z'’]*|[\u4e00-\u9fff]+)")
-COPULA = re.compile(r"\b(?:is|are|was|were|equals|gives|makes)\b|=|\d")
+COPULA = re.compile(r"\b(?:is|are|was|were|equals|gives|makes)\b|[=,]|\d")
 BEFORE_NO_ANSWER = re.compile(  # page 5, Vitamin D
     r"\b(?:but|no|page|step|figure|fig|table|question|problem|example|theorem|max|min|gcd|lcm|log)"
     r"\W*$", re.I)
@@ -223,7 +223,8 @@ def extract_answer(text: str) -> str | None:
         return "".join(boxes[-1]).strip()
     if "\\boxed" in text:  # cut off inside its only box: what stands there is not the answer yet
         return None
-    text, words, remark, refused = NOT_THIS.sub(struck, BOLD.sub(r"\1", text)), None, None, False
+    text = NOT_THIS.sub(lambda match: struck(match) or ",", BOLD.sub(r"\1", text))
+    words, remark, refused = None, None, False
     for phrase in [*PHRASE.finditer(text)][:-9:-1]:  # the last eight, from the last on
         before, after = text[:phrase.start()][-60:], text[phrase.end():]
         before = re.search(r"(?:\w+\W+){0,4}$", SENTENCE.split(before)[-1])[0]
