@@ -156,8 +156,7 @@ def read(answer: str):
     elif time := CLOCK.fullmatch(answer):
         items = [Group("time", [time[1] or time[3]], (time[2] or time[4] or "").strip().lower())]
     else:
-        tokens = tokenise(answer)
-        tokens = tokens[tokens[:1] == ["="]:]  # \approx 5
+        tokens = tokenise(re.sub(r"^(?:\\approx|\\sim|=)", "", answer))
         if tokens.count("±") > 1 and ("=" in tokens or "\\pm\\pm" in answer):
             return plain(answer)
         if "±" in tokens:  # two answers, one with each sign
@@ -291,9 +290,10 @@ class Reader:
                 Decimal(token), max(0, -Decimal(token).as_tuple().exponent))
         if token in ("-", "+"):
             value = self.expression(max(BINDS["+"], binding))  # of 2^-1*4 the 1 alone
-            if isinstance(value, Number):  # -1.41 has two decimals
-                return value if token == "+" else value._replace(value=-value.value)
-            return value if token == "+" else combine(Number(-ONE), "*", value)
+            if token == "+":
+                return value
+            return value._replace(value=-value.value) if isinstance(  # -1.41 has two decimals
+                value, Number) else combine(Number(-ONE), "*", value)
         if token in ("(", "[", "{", "⟦"):
             items, end = self.items((")", "]", "}", "⟧"))
             if token + end not in ("()", "[]", "{}", "⟦⟧", "(]", "[)"):

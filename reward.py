@@ -100,7 +100,8 @@ MUTE = re.compile(  # says nothing by itself; a command with an argument says wh
 SAYS = re.compile(r"[^\W_]|[<=>+×÷±¬℀-⏿■-⟿⤀-⯿🀀-🫿]|\\\{\s*\\\}")
 REASON = re.compile(
     r",?\s+(?:because|since|as(?! (?:well|an?|the|many|much|few)\b))\s.*|[,，]?因为.*", re.S)
-ASIDE = re.compile(r",?\s+which\s(?!(?:is|equals) \S*\d\S*\W*$).*|\s\([^()\\]*[a-z]{3}[^()\\]*\)\W*$", re.S)
+ASIDE = re.compile(
+    r",?\s+which\s(?!(?:is|equals) \S*\d\S*\W*$).*|\s\([^()\\]*[a-z]{3}[^()\\]*\)\W*$", re.S)
 YES = re.compile(  # Yes, there is. No there are none.
     r"(yes|no)\b(?![ \t]+(?!there|it|they|he|she|this|that|we|i)\w)[^.\w]*"
     r"([^.;\n]*)((?:\W.*[a-z]{2}.*)?)", re.I | re.S)
@@ -195,7 +196,8 @@ REMARK = re.compile(
     r"|(?:as|given|shown|found|based|consistent|below|above|the same)\b.*)\W*", re.I)
 TAKEN_BACK = re.compile(  # somewhere after an answer: the writer has changed their mind
     r"\b(?:wait|actually|however|correction|mistake|sorry|oops|scratch|(?:is|s) wrong)\b"
-    r"|[.;!?…]\W{0,4}(?:no[,.]|or\b)|\bor\s+\(?[A-H][.):]|\A\W*[A-H][.):] [^\n]*\W[A-H][.):] ", re.I)
+    r"|[.;!?…]\W{0,4}(?:no[,.]|or\b)|\bor\s+\(?[A-H][.):]"
+    r"|\A\W*[A-H][.):] [^\n]*\W[A-H][.):] ", re.I)
 OPTION = re.compile(r"^\W*([A-H])(?:[.:)].*|\W*)$", re.M)
 SENTENCE = re.compile(r"(?<!\b[A-H])[.;!?](?=\s(?!\s*[=<>])|$)|\n|[。；]")
 WORDS = re.compile(r"((?<![\\A-Za-z\d{])(?![A-Za-z]*_)(?!(?:sqrt|frac|pi|exp|sin|cos|tan|log|ln)\b)"
