@@ -369,7 +369,8 @@ def computed(name: str, inside: Number, base: Number | None) -> Decimal:
             raise ArithmeticError("a logarithm without a base, or of no positive number")
         return inside.value.ln() / (base.value.ln() if base else ONE)
     turns = inside.value / (360 if inside.unit == ("°",) else 2 * PI)
-    if name not in ("\\sin", "\\cos", "\\tan") or inside.unit not in ((), ("°",)) or abs(turns * 120 - round(turns * 120)) > TINY:
+    exact = inside.unit in ((), ("°",)) and abs(turns * 120 - round(turns * 120)) <= TINY
+    if name not in ("\\sin", "\\cos", "\\tan") or not exact:
         raise ArithmeticError("a function's value that we do not compute")
     waves = []
     for x in (turns % 1 * 2 * PI, (turns + Decimal("0.25")) % 1 * 2 * PI):  # a cosine is a sine too
