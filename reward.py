@@ -101,7 +101,8 @@ SAYS = re.compile(r"[^\W_]|[<=>+×÷±¬℀-⏿■-⟿⤀-⯿🀀-🫿]|\\\{\s*\
 REASON = re.compile(
     r",?\s+(?:because|since|as(?! (?:well|an?|the|many|much|few)\b))\s.*|[,，]?因为.*", re.S)
 ASIDE = re.compile(
-    r",?\s+which\s(?!(?:is|equals) [^\s+*/-]*\d[^\s+*/-]*$).*|\s\([^()\\]*[a-z]{3}[^()\\]*\)\W*$", re.S)
+    r",?\s+which\s(?!(?:is|equals) [^\s+*/-]*\d[^\s+*/-]*$).*"
+    r"|\s\([^()\\]*[a-z]{3}[^()\\]*\)\W*$", re.S)
 YES = re.compile(  # Yes, there is. No there are none.
     r"(yes|no)\b(?![ \t]+(?!there|it|they|he|she|this|that|we|i)\w)[^.\w]*"
     r"([^.;\n]*)((?:\W.*[a-z]{2}.*)?)", re.I | re.S)
