@@ -235,9 +235,9 @@ def extract_answer(text: str) -> str | None:
         end = END.search(clause)
         clause = without_reason(END.split(clause)[0]).strip(" \t,*_\"")
         clause = clause if "{" in clause else clause.rstrip("\"} ")  # of {"answer": 45}
-        if TAKEN_BACK.search(after):
-            text = after
-        if says_nothing(clause) or TAKEN_BACK.search(after):
+        if back := TAKEN_BACK.search(after):
+            text = after[back.start():]
+        if says_nothing(clause) or back:
             continue
         if end and end[0][0] == "?" or CHANGES.search(before):  # is the answer 5?
             refused = True
