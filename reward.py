@@ -82,7 +82,7 @@ CHANGES = re.compile(DENIALS + "|" + any_of(
     "hex points mod over under above below beyond between among from past within until "
     "up down upwards? onwards? off more less fewer greater larger smaller than least most minimum "
     "maximum too many few short missing extra odd something sometimes multiple divisible un non mid"
-    " sub"
+    " sub lower upper bound"
 ) + rf"|\d{WORD}" + r"|(?:square|cube|log|sin|cos|tan)[a-z]* of|out of|and/or|…"
     r"|\d(?:st|nd|rd|th|ish)\b|[或多少倍半至超负几余]|[大小]于|以[上下内外]", re.I)
 NOT_THIS = re.compile(  # of D, not B the second goes
@@ -209,9 +209,10 @@ BEFORE_NO_ANSWER = re.compile(  # page 5, Vitamin D
     r"\W*$", re.I)
 DASH = re.compile(  # no minus: Dogs - 45, mid-20, and the mark of a list
     r"(?<=[a-z]{2})(?:[-–—]|\s+[-–—]\s+)(?=\d)|^\s*(?:[-–—•]|\d+[.)])\s+", re.M)
+COUNTED_BY = {*MEASURES, *(unit[0] for unit in UNITS)}  # what stands behind a number: 5个, not 5成
 VALUE = re.compile(r"(?<![\^_\w])(?<![\^_]\{)\.?\d")
 CHOSEN = re.compile(
-    r"\(([A-H])\)|(?:\b(?:option|choice|answer|is|be|so|thus|hence|therefore|leaving|leaves|choose"
+    r"\(([A-H])\)|(?i:\b(?:option|choice|answer|is|be|so|thus|hence|therefore|leaving|leaves|choose"
     r"|pick|select|conclude|think|say|with)|['’]s)\W{1,4}([A-H])(?![\w'’])|^\W*([A-H])(?:\W*$"
     r"|(?= is (?:correct|right|the )))|(?<=, )([A-H])(?= is (?:correct|right|the ))", re.ASCII)
 TWO = re.compile(r"\b[A-H]\W{1,4}(?:(?:or|and|to|unless|except|Option)\W+)?[A-H]\b")
@@ -313,7 +314,8 @@ def number_at(place: int, parts: list[str]) -> str | None:
     joins = before == "or" or before == "and" and "=" not in said
     if (after == "or" or before == "or" and not two or len(said) > LONGEST_ANSWER
             or BEFORE_NO_ANSWER.search(around)
-            or CHANGES.search(around + "".join(parts[place:place + 5]))):
+            or said[-1:].isdigit() and after[:1] > "\u4e00" and after[0] not in COUNTED_BY
+            or CHANGES.search(around + "".join(parts[place:place + 9]))):
         return None
     if two and joins:  # 2 or 3
         return parts[place - 2] + before + said

@@ -287,6 +287,52 @@ def test_extract_answer(text, answer):
     assert extract_answer(text) == answer
 
 
+PAID = {  # as they come from models, and what they answer
+    "5": ["The answer is 5. I believe this answer is correct.", '{"answer": 5}', "```json\n{\"answer\": 5}\n```", "Dogs - 5", "Total:\n- 5", "Result—5",
+          "2x = 10, so x = 5.", "Score: 5", "x: 5", "∴ x = 5", "⇒ 5", "5 ✓", "所以，x=5", "five (5)", "There are five (5) objects.", "共5个", "It is 5 (half of 10)."],
+    "B": ["Looking at the graph, B is correct.", "B is correct because 3 > 2.", "B – mitochondria", "B - the blue one", "[B]", "The answer is 'B'.", "A is too short. So B.",
+          "So this corresponds to option B.", "选择B选项", "应该选B", "A. B. C. are too short.\nThe answer is B.", "Final answer: (B) 12 cm", "B. B"],
+    "False": ["False", "**False**", "</think>False"], "None": ["None"], "Incorrect": ["Answer: Incorrect", "The answer is Incorrect"],
+    "Not enough information": ["Not enough information"], "not similar": ["They are not similar"],
+    "yes": ["Yes\n\nThe picture shows a dog.", "Yes there is."], "no": ["No\n\nIt does not.", "No there isn't.", "No. The bar on the left is taller."],
+    "45 min": ["45 minutes"], "36 cm^2": ["36 cm squared", "36 cm$^2$"], r"\frac{4\pi r^3}{3}": [r"\frac{4}{3}\pi r^3"], "0.002": ["10^-3*2"], "y/x": ["x^-1 y"],
+    "50000": ["5万"], "4210_5": ["4210₅"], "5 pounds": ["£5"], "120": ["5!=120"], r"\$36.37": [r"21\sqrt{3}"], r"\sin x": ["sin x"], "1, 2": ["x₁=1, x₂=2"],
+}
+UNPAID = {
+    "5": ["The answer is the opposite of 5.", "The answer is the square of 5.", "The answer is the reciprocal of 5.", "The answer is the log of 5.", "The answer is 5?",
+          "The answer is divisible by 5.", "The answer is a multiple of 5.", "The answer is everything but 5.", "The answer is all but 5.", "The answer is 3 out of 5.",
+          "Nobody says the answer is 5.", "Suppose the answer is 5.", "Whether the answer is 5 is unclear", "The answer is on page 5", "The answer is no 5",
+          "The answer is a number among 1 to 5.", "The answer is 3 to 5.", "The answer is x = 5; y = -1", "It takes 2 hours 5 minutes.", "blue.5 and more",
+          "twice the answer is 5", "5亿", "5成", "5的平方", "5 ten", "five hundred", r"\boxed{5 (2)}", "We saw 5 of 9.", "The sum is not 7, it is not 5 either.", "Of 5 or 7."],
+    "-5": ["Dogs - 5", "In total – 5", "mid-5", "sub-5"], "30": ["The answer is 20 of 30", "The answer is 20 by 30", "The answer is 20 and/or 30", "答案是20和30"],
+    "10": ["5 (2)"], "350": ["三百五"], "305": ["三百五"], "5.0": [r"\sqrt{25.4}"], "2.0": ["61/30"], "23": ["2③"], "42105": ["4210₅"], "1/16": ["2^-1*4"], "-1": ["6/-2*3"],
+    "B": ["The answer is everything but B", "It is no longer B", "Eliminate B.", "别选B", "答案排除B", "The answer is B. No, C.", "The answer is B. Or C.", "The answer is B; or C",
+          "The answer is A to B", "A. 20 B 30", "B or C", "Vitamin B", "B, not B", "The answer is B unless C", "less than B", "It is (A) and (B)."],
+    "A": ["A. 20\nB. 30\nC. 40", "A\nB\nC\nD", "A 3 B 4", "A) 20 vs C", "A. 20 / B", "A: B", "A还是B", "A as well as B", "The answer is A. Yes B. No", "A. not 5 or so"],
+    "C": ["A. 20\nB. 30\nC. 40", "A\nB\nC"], "40": ["A. 20\nB. 30\nC. 40"], "20": [
+        f"20 {word}" for word in "halved trebled tenfold lakhs billionths reciprocal upwards untrue doubtful hardly excluded (30)".split()] + [
+        "20, which must be doubled", "20 as well as 30", "20 as a lower bound", "20 (at least)"],
+    "5 kg": ["5 tons", "5克"], "5 s": ["5 microseconds"], "5 m/s": ["5 s/m", "5 m/s/s"], "5 celsius": ["5 fahrenheit"], "x = 3, y = -2": ["-2, 3"], "0.333": ["0.333..."],
+    "20-30": ["30-40"], "2002": ["2019-05-12"], "1234": ["1~234"], "25": [r"5\% \times 5\%"], "1.5": ["3frac{1}{2}"],
+}
+
+
+@pytest.mark.parametrize("response, reference", [pytest.param(text, wanted, id=f"{text} | {wanted}") for wanted in PAID for text in PAID[wanted]])
+def test_what_is_paid(response, reference):
+    assert reward.accuracy_reward(response, reference) == 1.0
+
+
+@pytest.mark.parametrize("response, reference", [pytest.param(text, wanted, id=f"{text} | {wanted}") for wanted in UNPAID for text in UNPAID[wanted]])
+def test_what_is_not_paid(response, reference):
+    """By neither way: as a response, or as what stands in a box."""
+    assert reward.accuracy_reward(response, reference) == 0.0
+    assert "\n" in response or "answer is" in response or reward.accuracy_reward(rf"\boxed{{{response}}}", reference) == 0.0
+
+
+def test_long_answers_are_not_read():
+    assert reward.understand("5 " + "and 5 " * 80) == ("", None) and not is_equal("1+" * 199 + "1.0", "1+" * 199 + "1")
+
+
 # ---- properties
 
 whole = st.integers(-10**12, 10**12)
