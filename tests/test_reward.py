@@ -45,7 +45,8 @@ EQUAL = {
     "units on one side, or spelled in two ways": [
         (r"12\text{ cm}", "12"), ("12", "12 cm"), ("12 centimeters", r"12\,\mathrm{cm}"), ("12cm", "12 cm"),
         ("12 square centimetres", r"12 \text{ cm}^2"), ("12 cm²", r"12\text{ cm}^{2}"), ("$5", "5"), ("€5", "5"),
-        ("5 dollars", "5"), ("12 apples", "12"), ("60 miles per hour", "60"), (r"\$5.00", "5"), ("9.8 m/s^2", "9.8"), ("12 kN", "12"),
+        ("5 dollars", "5"), ("12 apples", "12"), ("60 miles per hour", "60"), (r"\$5.00", "5"), ("9.8 m/s^2", "9.8"), ("12 kN",
+        "12"),
         (r"17\pi \text{ in}^2", r"17\pi"), ("12 inches", "12 in"), ("50 N", "50"), ("3 kWh", "3"), (r"20\ \Omega", "20"),
         ("180 (days)", "180"), (r"20 \text{ (units)}", "20"), ("3 red cubes", "3"), ("2 of the small cubes", "2"),
         ("18 cents", "18"), ("18 USD", "$18"), (r"\$18", "18 dollars"), ("12 平方厘米", "12"), ("12 平方厘米", "12 cm^2"),
@@ -63,36 +64,51 @@ EQUAL = {
         (r"\begin{bmatrix}1\\2\end{bmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
         (r"\begin{pmatrix} 1 & 0.5 \\ 3 & 4 \end{pmatrix}", r"\left[\begin{array}{cc}1&\frac12\\3&4\end{array}\right]")],
     "an inequality in one name is an interval": [
-        (r"x \geq 3", r"[3, \infty)"), (r"3 \le x", r"x \in [3, +\infty)"), ("1 < x <= 2", "(1, 2]"), ("2 > y", r"y \in (-\infty, 2)"),
-        (r"x < 1 \text{ or } x > 2", r"(-\infty, 1) \cup (2, \infty)"), (r"\{x \mid x > 3\}", r"(3, \infty)"), (r"5 \geq x", r"x \leq 5")],
+        (r"x \geq 3", r"[3, \infty)"), (r"3 \le x", r"x \in [3, +\infty)"), ("1 < x <= 2", "(1, 2]"), ("2 > y",
+        r"y \in (-\infty, 2)"),
+        (r"x < 1 \text{ or } x > 2", r"(-\infty, 1) \cup (2, \infty)"), (r"\{x \mid x > 3\}", r"(3, \infty)"), (r"5 \geq x",
+        r"x \leq 5")],
     "mixed numbers": [
         ("2 1/2", "2.5"), (r"2\frac12", "2.5"), (r"-2\frac{1}{2}", "-5/2"), ("2½", "2.5"),
         (r"2\frac{\sqrt{3}}{2}", r"\sqrt3")],
-    "repeating decimals": [(r"0.\overline{3}", "1/3"), (r"0.1\overline{6}", r"\frac16"), (r"2.\dot{4}", "22/9"), ("0.(142857)", "1/7")],
+    "repeating decimals": [(r"0.\overline{3}", "1/3"), (r"0.1\overline{6}", r"\frac16"), (r"2.\dot{4}", "22/9"), ("0.(142857)",
+        "1/7")],
     "number words and signs as words": [
         ("three", "3"), (r"\text{twenty-one}", "21"), ("one hundred and five", "105"), ("two thousand three hundred", "2300"),
         ("negative five", "-5"), ("minus 5", "-5"), ("There are four red cubes.", "4"), ("三个", "3"), ("十二", "12"), ("二十三个", "23"),
         ("一百零五个", "105"), ("负5", "-5"), ("Four.", "4"), ("It is seven", "7"), ("a total of 7", "7")],
     "ratios, and times of day": [
-        ("1:2", r"\frac{1}{2}"), (r"2\text{ to }3", "2:3"), ("3:6", "1/2"), ("4:30", "4:30 PM"), (r"4:30 \text{ p.m.}", "4:30 pm"), ("04:30", "4:30"),
+        ("1:2", r"\frac{1}{2}"), (r"2\text{ to }3", "2:3"), ("3:6", "1/2"), ("4:30", "4:30 PM"), (r"4:30 \text{ p.m.}",
+        "4:30 pm"), ("04:30", "4:30"),
         ("The time is 4:30.", "4:30"), ("1 : 2 : 3", "1:2:3")],
     "formulas, in their spelling and order": [
-        (r"\frac{x}{2}", "x/2"), (r"\frac12 x", "x/2"), (r"\sqrt{x}", "sqrt(x)"), (r"\sqrt{x}", "x^{1/2}"), (r"2\pi r", "2*pi*r"), ("4210_5", "4210_{5}"),
-        ("x+1", "1 + x"), ("2ab", r"b \cdot 2a"), ("x^{2}", "x²"), ("x^2 + 2*x - (-1)", "x^2+2x+1"), ("-1 + exp(16)", "e^{16} - 1"),
-        (r"\frac{3}{4}i", r"\frac34i"), ("y=2x+1", "y = 1 + 2x"), (r"\frac{a}{b}", "a/b"), ("11z^17(11z^17+5)", "11z^{17}(5+11z^{17})"),
-        (r"\frac{x^2}{4} + \frac{y^2}{3} = 1", r"\dfrac{y^2}{3}+\dfrac{x^2}{4}=1"), (r"\sin 2x", r"\sin(2x)"), (r"AB \parallel CD", "AB || CD")],
+        (r"\frac{x}{2}", "x/2"), (r"\frac12 x", "x/2"), (r"\sqrt{x}", "sqrt(x)"), (r"\sqrt{x}", "x^{1/2}"), (r"2\pi r",
+        "2*pi*r"), ("4210_5", "4210_{5}"),
+        ("x+1", "1 + x"), ("2ab", r"b \cdot 2a"), ("x^{2}", "x²"), ("x^2 + 2*x - (-1)", "x^2+2x+1"), ("-1 + exp(16)",
+        "e^{16} - 1"),
+        (r"\frac{3}{4}i", r"\frac34i"), ("y=2x+1", "y = 1 + 2x"), (r"\frac{a}{b}", "a/b"), ("11z^17(11z^17+5)",
+        "11z^{17}(5+11z^{17})"),
+        (r"\frac{x^2}{4} + \frac{y^2}{3} = 1", r"\dfrac{y^2}{3}+\dfrac{x^2}{4}=1"), (r"\sin 2x", r"\sin(2x)"),
+        (r"AB \parallel CD", "AB || CD")],
     "what stands last": [
         ("x = 5", "5"), ("5", "BC=5"), (r"\text{The length is } 5", "5"), ("x = 2+2+1 = 4+1 = 5", "5"),
         (r"\frac{AB}{CD} = 2", "2"), ("|AB| = 5", "5"), ("A:B = 1", "1"), ("f(2) = 3", "3"), (r"A = \pi r^2 = 25\pi", r"25\pi"),
-        ("m+n = 256+37 = 293", "293"), (r"V = \pi r^2 h = 45\pi", r"45\pi"), (r"\overline{AB} = 5", "5"), (r"m\widehat{AB} = 50", "50"),
-        ("m∠1 = 118°", "118"), (r"\log_2(8) = 3", "3"), (r"\lim_{x \to 0} \frac{\sin x}{x} = 1", "1"), (r"\sin A = \frac{BC}{AB} = \frac{5}{13}", "5/13"),
-        ("S_{MBCN}:S = 7:32", "7:32"), (r"x == 5", "5"), (r"\approx 20", "20"), (r"\sim 20", "20"), (r"\text{The area is } 20 \text{ square centimeters}", "20")],
+        ("m+n = 256+37 = 293", "293"), (r"V = \pi r^2 h = 45\pi", r"45\pi"), (r"\overline{AB} = 5", "5"), (r"m\widehat{AB} = 50",
+        "50"),
+        ("m∠1 = 118°", "118"), (r"\log_2(8) = 3", "3"), (r"\lim_{x \to 0} \frac{\sin x}{x} = 1", "1"),
+        (r"\sin A = \frac{BC}{AB} = \frac{5}{13}", "5/13"),
+        ("S_{MBCN}:S = 7:32", "7:32"), (r"x == 5", "5"), (r"\approx 20", "20"), (r"\sim 20", "20"),
+        (r"\text{The area is } 20 \text{ square centimeters}", "20")],
     "choice letters": [
         ("(B)", "B"), (r"\text{B}", "B"), ("b", "B"), ("B.", "(B)"), ("(B) 45", "B"), ("B. 45", "45"),
-        (r"\textbf{(B)}", "B"), ("B", "B. Beatrice"), ("D", "Thus the answer is\n(D) Dora"), ("B 45", "B"), (r"\text{B}\ 45^\circ", "B"),
-        ("45 (B)", "B"), ("45 (B)", "45"), ("(b) 45", "B"), (r"\text{The answer is B}", "B"), (r"\text{The correct option is B}", "B"), ("*B*", "B"), ("b)", "B"),
-        ("A is correct", "A"), ("B because it is bigger", "B"), ("D, not B", "D"), ("B. both A and B", "B"), ("D. Not enough information", "D"),
-        ("A, C", "(C) and (A)"), ("A、C", "A, C"), ("A和C", "C, A"), ("C: the second law", "C"), ("选C", "C"), ("答案是B", "B"), ("F", r"\text{(F)}")],
+        (r"\textbf{(B)}", "B"), ("B", "B. Beatrice"), ("D", "Thus the answer is\n(D) Dora"), ("B 45", "B"),
+        (r"\text{B}\ 45^\circ", "B"),
+        ("45 (B)", "B"), ("45 (B)", "45"), ("(b) 45", "B"), (r"\text{The answer is B}", "B"), (r"\text{The correct option is B}",
+        "B"), ("*B*", "B"), ("b)", "B"),
+        ("A is correct", "A"), ("B because it is bigger", "B"), ("D, not B", "D"), ("B. both A and B", "B"),
+        ("D. Not enough information", "D"),
+        ("A, C", "(C) and (A)"), ("A、C", "A, C"), ("A和C", "C, A"), ("C: the second law", "C"), ("选C", "C"), ("答案是B", "B"), ("F",
+        r"\text{(F)}")],
     "the spelling of numbers": [
         (r"\dfrac{1}{2}", "1/2"), (r"\frac12", "0.5"), (r"\frac1{2}", "0.5"), (r"\frac 1 2", "0.5"),
         (r"\tfrac{1}{2}", "0.5"), (r"\sqrt3", r"\sqrt{3}"), ("21*sqrt(3)", r"21 \sqrt { 3 }"), ("1.2e3", "1200"),
@@ -105,73 +121,103 @@ EQUAL = {
     "arithmetic": [
         ("2^{10}", "1024"), ("-2^2", "-4"), ("2^3^2", "512"), (r"\sqrt[3]{16}", r"2\sqrt[3]{2}"),
         (r"\frac{\sqrt{6}}{1+\sqrt{2}}", r"\sqrt{12}-\sqrt{6}"), (r"\sqrt{3+2\sqrt2}", r"1+\sqrt2"),
-        ("4^{1/2}", "2"), (r"\pi^2", r"\pi \cdot \pi"), ("2.5 million", "2500000"), ("1/2\\pi", r"\frac{\pi}{2}"), ("(3+4)(2)", "14"), ("5 - -3", "8"),
-        ("2 hundred", "200"), ("5!", "120"), (r"\binom52", "10"), (r"\binom{5}{2}", "10"), ("|-5|", "5"), (r"\left|3-7\right|", "4"), (r"\log_2 8", "3"),
-        (r"\log_{3} \frac19", "-2"), (r"\sin 30^\circ", "0.5"), (r"20\cos 45^\circ", r"10\sqrt2"), (r"\tan\frac{\pi}{3}", r"\sqrt3"), (r"\sin^2 60^\circ", "3/4")],
+        ("4^{1/2}", "2"), (r"\pi^2", r"\pi \cdot \pi"), ("2.5 million", "2500000"), ("1/2\\pi", r"\frac{\pi}{2}"), ("(3+4)(2)",
+        "14"), ("5 - -3", "8"),
+        ("2 hundred", "200"), ("5!", "120"), (r"\binom52", "10"), (r"\binom{5}{2}", "10"), ("|-5|", "5"), (r"\left|3-7\right|",
+        "4"), (r"\log_2 8", "3"),
+        (r"\log_{3} \frac19", "-2"), (r"\sin 30^\circ", "0.5"), (r"20\cos 45^\circ", r"10\sqrt2"), (r"\tan\frac{\pi}{3}",
+        r"\sqrt3"), (r"\sin^2 60^\circ", "3/4")],
     "wording": [
         ("option B", "B"), (r"\text{Option C}", "C"), ("D (30°)", "D"), ("24 sq. cm", "24 cm^2"), ("roughly 36.37", "36.37"),
         ("60 mph", "60 miles per hour"), ("60 km/hr", "60 km per hour"), ("1.5 x 10^3", "1500"), ("5 = x", "5"),
         (r"\boldsymbol{5}", "5"), ("A(3,-2)", "(3, -2)"), ("12˚", "12"), ('"5"', "5"), ("x >= 5", r"x \geq 5"),
         ("7 pounds", "7 lb"), ("90° + 45", "135")],
     "text": [
-        ("Yes", "yes"), (r"2 \sin b \cos a", r"2\sin b\cos a"), (r"x \lt 3", "x < 3"), ("Yes, there is.", "yes"), ("No, it is not", "No"), ("(no)", "no"),
-        ("The color is blue.", "blue"), ("A cat", "the cat"), ("Light Blue", "light blue"), ("red and blue", "blue, red"), ("DNE", r"\text{DNE}")],
+        ("Yes", "yes"), (r"2 \sin b \cos a", r"2\sin b\cos a"), (r"x \lt 3", "x < 3"), ("Yes, there is.", "yes"),
+        ("No, it is not", "No"), ("(no)", "no"),
+        ("The color is blue.", "blue"), ("A cat", "the cat"), ("Light Blue", "light blue"), ("red and blue", "blue, red"),
+        ("DNE", r"\text{DNE}")],
     "signs, and the empty set": [
         (r"\infty", "∞"), (r"\text{ +}\infty", r"+\infty"), ("<", r"\lt"), ("$+$", "+"), (r"\alpha", r"$\alpha$"),
-        (r"\varnothing", r"\emptyset"), (r"\left\{ \right\}", r"\{\}"), ("∅", r"\{ \}"), (r"$\pi$", "π"), ("or", "or"), (r"\text{no solution}", r"\emptyset"), ("无解", "∅")],
+        (r"\varnothing", r"\emptyset"), (r"\left\{ \right\}", r"\{\}"), ("∅", r"\{ \}"), (r"$\pi$", "π"), ("or", "or"),
+        (r"\text{no solution}", r"\emptyset"), ("无解", "∅")],
 }
 DIFFERENT = {
     "decimals are exact where they are not a rounding": [
         ("2.232", "2.23"), ("2.23", "2.232"), ("36.37", r"21\sqrt{3}"), ("0.33", "1/3"), (r"\frac{6}{13}", "0.5"),
-        (r"21\sqrt{3}", "36.38"), (r"21\sqrt{3}", "36"), ("0.29", "0.28"), ("1.0000001", "1"), ("1e-40", "0"), ("1e-60", "0"), ("1e-400", "0"),
+        (r"21\sqrt{3}", "36.38"), (r"21\sqrt{3}", "36"), ("0.29", "0.28"), ("1.0000001", "1"), ("1e-40", "0"), ("1e-60", "0"),
+        ("1e-400", "0"),
         ("1234.57 cm", "1234.568 cm"), ("0.0667", "0.066666793"), ("1234.5678", "1234.99999999"),
         ("5/2", "2.49"), (r"5.4 \approx 7", "5.4")],
     "percent": [("0.25%", "25%"), ("25%", "2.5"), ("25%", "25 cm")],
     "two units must agree": [
-        ("12 cm", "12 mm"), ("12 cm", "120 mm"), ("12 cm^2", "12 cm^3"), ("90°", "90 cm"), ("18 cents", "18 dollars"), ("€5", "$5"), ("20 m/s", "20 m"),
+        ("12 cm", "12 mm"), ("12 cm", "120 mm"), ("12 cm^2", "12 cm^3"), ("90°", "90 cm"), ("18 cents", "18 dollars"), ("€5",
+        "$5"), ("20 m/s", "20 m"),
         ("75°C", "75°F"), ("12 平方厘米", "12平方米"), ("$5 million", "5"), ("5 m", r"|\$5|"), ("20 kW", "20 W")],
     "the comma": [("12,34", "1234"), ("32, 349", "32349"), ("(1,234)", "1234"), ("0,5", "0.5")],
     "order and brackets": [
-        ("(1, 2)", "(2, 1)"), ("(0, 1)", "[0, 1)"), ("[0, 9)", "[0, 1)"), ("1, 2", "1, 2, 3"), ("5, 7", "5"), ("(1, 2)", "(1, 2, 3)"),
+        ("(1, 2)", "(2, 1)"), ("(0, 1)", "[0, 1)"), ("[0, 9)", "[0, 1)"), ("1, 2", "1, 2, 3"), ("5, 7", "5"), ("(1, 2)",
+        "(1, 2, 3)"),
         ("(1, 2)", "1, 2"), (r"\pm 2", "2"), (r"\begin{pmatrix}2\\1\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
-        (r"\begin{pmatrix}1 & 2\end{pmatrix}", r"\begin{pmatrix}1 \\ 2\end{pmatrix}"), ("x > 3", "3"), ("x > 3", r"[3, \infty)"), ("x > 3", r"y \in (3, \infty)"),
+        (r"\begin{pmatrix}1 & 2\end{pmatrix}", r"\begin{pmatrix}1 \\ 2\end{pmatrix}"), ("x > 3", "3"), ("x > 3",
+        r"[3, \infty)"), ("x > 3", r"y \in (3, \infty)"),
         ("x > 1 and x < 3", r"(1, \infty) \cup (-\infty, 3)"), (r"1\leq|z|\leq 2", "[1, 2]"), ("(x, y) = (4, 3)", "(3, 4)")],
     "names and equations": [
         ("x = 5", "y = 5"), ("a=19, b=2", "a=2, b=19"), ("2x = 10", "10"), ("0", "a^2 + b = 0"), ("x^2 = 4", "4"),
-        ("x > 3", "x < 3"), (r"\frac{x}{2} = 5", "5"), (r"\frac{1}{x} = 5", "5"), (r"\sqrt{x} = 5", "5"), ("x! = 5", "5"), ("|x| = 5", "5"), ("n = 3k", "3"),
-        ("x/2=5", "5"), ("x + 1 = 20", "20"), (r"\log x = 5", "5"), ("2x+4y=3", "3"), ("20 = 30", "30"), ("2 + 2 = 5", "5"), ("f(x) = 20", "20x"),
+        ("x > 3", "x < 3"), (r"\frac{x}{2} = 5", "5"), (r"\frac{1}{x} = 5", "5"), (r"\sqrt{x} = 5", "5"), ("x! = 5", "5"),
+        ("|x| = 5", "5"), ("n = 3k", "3"),
+        ("x/2=5", "5"), ("x + 1 = 20", "20"), (r"\log x = 5", "5"), ("2x+4y=3", "3"), ("20 = 30", "30"), ("2 + 2 = 5", "5"),
+        ("f(x) = 20", "20x"),
         (r"\angle ABC = 20^\circ", r"\angle ACB = 20^\circ"), ("5 = a^2", "5"), ("20 = wrong", "20")],
     "formulas are not worked out": [
-        ("(x+1)^2", "x^2+2x+1"), ("2(x+1)", "2x+2"), ("x+x", "2x"), ("x-1", "1-x"), ("2ab", "2"), ("4210_5", "4210"), ("x/2", "2/x"), (r"\sin b \cos a", r"\cos b \sin a"),
-        (r"1 - \frac1e", r"1 + \frac1e"), ("(a+b)c", "a+bc"), ("1+i", "2"), (r"\sqrt{x}+1", r"\sqrt{x+1}"), ("x^{10}", "x^1 0"), (r"AB \perp CD", r"AB \parallel CD")],
+        ("(x+1)^2", "x^2+2x+1"), ("2(x+1)", "2x+2"), ("x+x", "2x"), ("x-1", "1-x"), ("2ab", "2"), ("4210_5", "4210"), ("x/2",
+        "2/x"), (r"\sin b \cos a", r"\cos b \sin a"),
+        (r"1 - \frac1e", r"1 + \frac1e"), ("(a+b)c", "a+bc"), ("1+i", "2"), (r"\sqrt{x}+1", r"\sqrt{x+1}"), ("x^{10}",
+        "x^1 0"), (r"AB \perp CD", r"AB \parallel CD")],
     "wording that changes the value": [
         ("x >= 5", "5"), ("x != 5", "5"), (r"\not= 5", "5"), ("1:2:3", "1:3:2"), ("5 = x", "7 = x"), ("AB = CD", "EF = CD"),
         ("left", "right"), ("right triangle", "triangle"), ("-x = 5", "5"), (r"2 plus \sqrt3", r"2\sqrt3"), ("5 squared", "5"),
-        ("2 hundred", "2"), ("20 trillion", "20"), ("5 sevenths", "5"), ("3 thousandths", "3"), ("2 ninths", "2"), ("20 doubled", "20"), ("5 tripled", "5"),
-        ("20 negative", "20"), ("5 below zero", "5"), ("5 factorial", "5"), ("2 dozen", "2"), ("20 percent less", "20"), ("at least 5", "5"), ("5 or more", "5"),
-        ("5 at most", "5"), ("less than 5", "5"), ("greater than 20", "20"), ("20th", "20"), ("5 tens", "5"), ("0.6 repeating", "0.6"), ("half of seven", "7"),
-        ("square root of 49", "49"), ("5 hours 30 minutes", "30"), ("five six", "11"), ("twenty one hundred", "120"), ("0x14", "20"), ("3yx", "3"),
-        (r"\gcd(20,30)", "20"), (r"20 \bmod 7", "20"), ("5m + 3", "8"), ("5 days", "5 weeks"), ("1/2 1/3", "3/7"), ("B C", "B"), ("A(1, 2)", "(2, 1)")],
+        ("2 hundred", "2"), ("20 trillion", "20"), ("5 sevenths", "5"), ("3 thousandths", "3"), ("2 ninths", "2"), ("20 doubled",
+        "20"), ("5 tripled", "5"),
+        ("20 negative", "20"), ("5 below zero", "5"), ("5 factorial", "5"), ("2 dozen", "2"), ("20 percent less", "20"),
+        ("at least 5", "5"), ("5 or more", "5"),
+        ("5 at most", "5"), ("less than 5", "5"), ("greater than 20", "20"), ("20th", "20"), ("5 tens", "5"), ("0.6 repeating",
+        "0.6"), ("half of seven", "7"),
+        ("square root of 49", "49"), ("5 hours 30 minutes", "30"), ("five six", "11"), ("twenty one hundred", "120"), ("0x14",
+        "20"), ("3yx", "3"),
+        (r"\gcd(20,30)", "20"), (r"20 \bmod 7", "20"), ("5m + 3", "8"), ("5 days", "5 weeks"), ("1/2 1/3", "3/7"), ("B C", "B"),
+        ("A(1, 2)", "(2, 1)")],
     "what says nothing equals nothing": [
         ("", "B"), ("", ""), (".", "B"), ("*", "*"), (r"\text{}", ""), ("?", "?"), ("$$", "B. 45"), ("Option", "B"),
         ("B. ()", "A. ()"), ("A. ?", "B"), (",", "and"), ("=", "is"), ("and", "or"), ("is", "about"), ("{}", r"\{\}"),
         (r"\boxed{\boxed{\boxed{}}}", "B"), (r"the answer is \boxed{}", r"the answer is \boxed{}"), ("\ud800", "\ud800")],
     "denials and hedges": [
-        ("20 is wrong", "20"), ("20 is not the answer", "20"), ("cannot be 20", "20"), ("not 20", "20"), ("30 is wrong, 20", "20"), ("20 (wrong)", "20"),
-        ("maybe 20", "20"), ("20 or 30", "20"), ("either 10 or 20", "20"), ("20 maybe 30", "30"), ("20 (or 25)", "20"), ("20, which is wrong", "20"), ("可能是12", "12"),
-        ("20 30", "20"), ("20; 30", "20"), ("Yes and no", "Yes"), ("Yes, but no", "yes"), ("yes/no", "yes"), ("not yes", "yes"), ("Yes, it is not", "yes"),
-        ("red or blue", "red and blue"), ("red or blue", "red"), ("light blue", "blue"), ("not red", "red"), ("No response", "No")],
-    "times of day": [("4:30", "2:15"), ("12:30", "6:15"), ("9:30", "4:30"), ("4:30", "4.5"), ("8:00", "8"), ("4:30 am", "4:30 pm"), ("10:20", "1:2"), ("12:00", "12")],
+        ("20 is wrong", "20"), ("20 is not the answer", "20"), ("cannot be 20", "20"), ("not 20", "20"), ("30 is wrong, 20",
+        "20"), ("20 (wrong)", "20"),
+        ("maybe 20", "20"), ("20 or 30", "20"), ("either 10 or 20", "20"), ("20 maybe 30", "30"), ("20 (or 25)", "20"),
+        ("20, which is wrong", "20"), ("可能是12", "12"),
+        ("20 30", "20"), ("20; 30", "20"), ("Yes and no", "Yes"), ("Yes, but no", "yes"), ("yes/no", "yes"), ("not yes", "yes"),
+        ("Yes, it is not", "yes"),
+        ("red or blue", "red and blue"), ("red or blue", "red"), ("light blue", "blue"), ("not red", "red"), ("No response",
+        "No")],
+    "times of day": [("4:30", "2:15"), ("12:30", "6:15"), ("9:30", "4:30"), ("4:30", "4.5"), ("8:00", "8"), ("4:30 am",
+        "4:30 pm"), ("10:20", "1:2"), ("12:00", "12")],
     "repeating decimals": [(r"0.\overline{3}", "0.3"), ("5.(3)", "15"), (r"20\overline{3}", "20")],
     "choice letters": [
-        ("A", "B"), ("(A) 45", "B"), ("A", "45"), ("B. 45", "B. 46"), (r"\text{E}", "d"), ("A. 45", "B. 45"), ("A square", "A"), ("A red cube", "A"),
-        ("C atom", "C"), ("(A) or (B)", "A"), ("A or B", "B"), ("A (or B)", "A"), ("A. 20 or B. 30", "A"), ("A. 20, B. 30", "B"), ("(A), (B), (C), (D)", "A"),
-        ("A. B. C. D", "A"), ("A (wrong), B (right)", "A"), ("A is incorrect", "A"), ("AC", "A, C"), ("A", "A, C"), ("AB", "A"), ("A+B", "A"), ("A^2", "A"), ("A/B", "A"),
-        ("either A or B", "B"), ("none of A", "A"), ("(B) and (D0", "B"), ("A B", "A"), ("F(x)", "F"), ("None", "A"), ("A or C", "A, C")],
+        ("A", "B"), ("(A) 45", "B"), ("A", "45"), ("B. 45", "B. 46"), (r"\text{E}", "d"), ("A. 45", "B. 45"), ("A square", "A"),
+        ("A red cube", "A"),
+        ("C atom", "C"), ("(A) or (B)", "A"), ("A or B", "B"), ("A (or B)", "A"), ("A. 20 or B. 30", "A"), ("A. 20, B. 30",
+        "B"), ("(A), (B), (C), (D)", "A"),
+        ("A. B. C. D", "A"), ("A (wrong), B (right)", "A"), ("A is incorrect", "A"), ("AC", "A, C"), ("A", "A, C"), ("AB", "A"),
+        ("A+B", "A"), ("A^2", "A"), ("A/B", "A"),
+        ("either A or B", "B"), ("none of A", "A"), ("(B) and (D0", "B"), ("A B", "A"), ("F(x)", "F"), ("None", "A"), ("A or C",
+        "A, C")],
     "numbers": [
         ("43", "42"), ("-5", "5"), (r"\sqrt{2}+\sqrt{3}", r"\sqrt{5}"), (r"\frac{2}{1}", r"\frac12"), ("5!", "5"),
-        ("5 2", "5"), ("5)", "5"), ("(2, 3)) 4", "(2, 3)"), ("5 x", "5"), ("2ab", "2"), ("nan", "inf"), ("1_000", "1000"), ("1/0", "2/0"), ("", "0"),
-        (r"\sqrt{10^{40}+1}", "10^{20}"), ("1/10^{49}", r"\frac{1}{10^{49}+1}"), ("3\\pi", "3"), ("2^2^2^2^2^2", "2^2^2^2^2^3"), ("5 cm^", "5")],
+        ("5 2", "5"), ("5)", "5"), ("(2, 3)) 4", "(2, 3)"), ("5 x", "5"), ("2ab", "2"), ("nan", "inf"), ("1_000", "1000"),
+        ("1/0", "2/0"), ("", "0"),
+        (r"\sqrt{10^{40}+1}", "10^{20}"), ("1/10^{49}", r"\frac{1}{10^{49}+1}"), ("3\\pi", "3"), ("2^2^2^2^2^2", "2^2^2^2^2^3"),
+        ("5 cm^", "5")],
 }
 
 
@@ -288,31 +334,48 @@ def test_extract_answer(text, answer):
 
 
 PAID = {  # as they come from models, and what they answer
-    "5": ["The answer is 5. I believe this answer is correct.", '{"answer": 5}', "```json\n{\"answer\": 5}\n```", "Dogs - 5", "Total:\n- 5", "Result—5",
-          "2x = 10, so x = 5.", "Score: 5", "x: 5", "∴ x = 5", "⇒ 5", "5 ✓", "所以，x=5", "five (5)", "There are five (5) objects.", "共5个", "It is 5 (half of 10)."],
-    "B": ["Looking at the graph, B is correct.", "B is correct because 3 > 2.", "B – mitochondria", "B - the blue one", "[B]", "The answer is 'B'.", "A is too short. So B.",
-          "So this corresponds to option B.", "选择B选项", "应该选B", "A. B. C. are too short.\nThe answer is B.", "Final answer: (B) 12 cm", "B. B"],
-    "False": ["False", "**False**", "</think>False"], "None": ["None"], "Incorrect": ["Answer: Incorrect", "The answer is Incorrect"],
+    "5": ["The answer is 5. I believe this answer is correct.", '{"answer": 5}', "```json\n{\"answer\": 5}\n```", "Dogs - 5",
+        "Total:\n- 5", "Result—5",
+          "2x = 10, so x = 5.", "Score: 5", "x: 5", "∴ x = 5", "⇒ 5", "5 ✓", "所以，x=5", "five (5)", "There are five (5) objects.",
+          "共5个", "It is 5 (half of 10)."],
+    "B": ["Looking at the graph, B is correct.", "B is correct because 3 > 2.", "B – mitochondria", "B - the blue one", "[B]",
+        "The answer is 'B'.", "A is too short. So B.",
+          "So this corresponds to option B.", "选择B选项", "应该选B", "A. B. C. are too short.\nThe answer is B.",
+          "Final answer: (B) 12 cm", "B. B"],
+    "False": ["False", "**False**", "</think>False"], "None": ["None"], "Incorrect": ["Answer: Incorrect",
+        "The answer is Incorrect"],
     "Not enough information": ["Not enough information"], "not similar": ["They are not similar"],
-    "yes": ["Yes\n\nThe picture shows a dog.", "Yes there is."], "no": ["No\n\nIt does not.", "No there isn't.", "No. The bar on the left is taller."],
-    "45 min": ["45 minutes"], "36 cm^2": ["36 cm squared", "36 cm$^2$"], r"\frac{4\pi r^3}{3}": [r"\frac{4}{3}\pi r^3"], "0.002": ["10^-3*2"], "y/x": ["x^-1 y"],
+    "yes": ["Yes\n\nThe picture shows a dog.", "Yes there is."], "no": ["No\n\nIt does not.", "No there isn't.",
+        "No. The bar on the left is taller."],
+    "45 min": ["45 minutes"], "36 cm^2": ["36 cm squared",
+        "36 cm$^2$"], r"\frac{4\pi r^3}{3}": [r"\frac{4}{3}\pi r^3"], "0.002": ["10^-3*2"], "y/x": ["x^-1 y"],
     "50000": ["5万"], "4210_5": ["4210₅"], "5 pounds": ["£5"], "120": ["5!=120"], r"\$36.37": [r"21\sqrt{3}"], r"\sin x": ["sin x"], "1, 2": ["x₁=1, x₂=2"],
 }
 UNPAID = {
-    "5": ["The answer is the opposite of 5.", "The answer is the square of 5.", "The answer is the reciprocal of 5.", "The answer is the log of 5.", "The answer is 5?",
-          "The answer is divisible by 5.", "The answer is a multiple of 5.", "The answer is everything but 5.", "The answer is all but 5.", "The answer is 3 out of 5.",
-          "Nobody says the answer is 5.", "Suppose the answer is 5.", "Whether the answer is 5 is unclear", "The answer is on page 5", "The answer is no 5",
-          "The answer is a number among 1 to 5.", "The answer is 3 to 5.", "The answer is x = 5; y = -1", "It takes 2 hours 5 minutes.", "blue.5 and more",
-          "twice the answer is 5", "5亿", "5成", "5的平方", "5 ten", "five hundred", r"\boxed{5 (2)}", "We saw 5 of 9.", "The sum is not 7, it is not 5 either.", "Of 5 or 7."],
-    "-5": ["Dogs - 5", "In total – 5", "mid-5", "sub-5"], "30": ["The answer is 20 of 30", "The answer is 20 by 30", "The answer is 20 and/or 30", "答案是20和30"],
+    "5": ["The answer is the opposite of 5.", "The answer is the square of 5.", "The answer is the reciprocal of 5.",
+        "The answer is the log of 5.", "The answer is 5?",
+          "The answer is divisible by 5.", "The answer is a multiple of 5.", "The answer is everything but 5.",
+          "The answer is all but 5.", "The answer is 3 out of 5.",
+          "Nobody says the answer is 5.", "Suppose the answer is 5.", "Whether the answer is 5 is unclear",
+          "The answer is on page 5", "The answer is no 5",
+          "The answer is a number among 1 to 5.", "The answer is 3 to 5.", "The answer is x = 5; y = -1",
+          "It takes 2 hours 5 minutes.", "blue.5 and more",
+          "twice the answer is 5", "5亿", "5成", "5的平方", "5 ten", "five hundred", r"\boxed{5 (2)}", "We saw 5 of 9.",
+          "The sum is not 7, it is not 5 either.", "Of 5 or 7."],
+    "-5": ["Dogs - 5", "In total – 5", "mid-5", "sub-5"], "30": ["The answer is 20 of 30", "The answer is 20 by 30",
+        "The answer is 20 and/or 30", "答案是20和30"],
     "10": ["5 (2)"], "350": ["三百五"], "305": ["三百五"], "5.0": [r"\sqrt{25.4}"], "2.0": ["61/30"], "23": ["2③"], "42105": ["4210₅"], "1/16": ["2^-1*4"], "-1": ["6/-2*3"],
-    "B": ["The answer is everything but B", "It is no longer B", "Eliminate B.", "别选B", "答案排除B", "The answer is B. No, C.", "The answer is B. Or C.", "The answer is B; or C",
-          "The answer is A to B", "A. 20 B 30", "B or C", "Vitamin B", "B, not B", "The answer is B unless C", "less than B", "It is (A) and (B)."],
-    "A": ["A. 20\nB. 30\nC. 40", "A\nB\nC\nD", "A 3 B 4", "A) 20 vs C", "A. 20 / B", "A: B", "A还是B", "A as well as B", "The answer is A. Yes B. No", "A. not 5 or so"],
+    "B": ["The answer is everything but B", "It is no longer B", "Eliminate B.", "别选B", "答案排除B", "The answer is B. No, C.",
+        "The answer is B. Or C.", "The answer is B; or C",
+          "The answer is A to B", "A. 20 B 30", "B or C", "Vitamin B", "B, not B", "The answer is B unless C", "less than B",
+          "It is (A) and (B)."],
+    "A": ["A. 20\nB. 30\nC. 40", "A\nB\nC\nD", "A 3 B 4", "A) 20 vs C", "A. 20 / B", "A: B", "A还是B", "A as well as B",
+        "The answer is A. Yes B. No", "A. not 5 or so"],
     "C": ["A. 20\nB. 30\nC. 40", "A\nB\nC"], "40": ["A. 20\nB. 30\nC. 40"], "20": [
         f"20 {word}" for word in "halved trebled tenfold lakhs billionths reciprocal upwards untrue doubtful hardly excluded (30)".split()] + [
         "20, which must be doubled", "20 as well as 30", "20 as a lower bound", "20 (at least)"],
-    "5 kg": ["5 tons", "5克"], "5 s": ["5 microseconds"], "5 m/s": ["5 s/m", "5 m/s/s"], "5 celsius": ["5 fahrenheit"], "x = 3, y = -2": ["-2, 3"], "0.333": ["0.333..."],
+    "5 kg": ["5 tons", "5克"], "5 s": ["5 microseconds"], "5 m/s": ["5 s/m",
+        "5 m/s/s"], "5 celsius": ["5 fahrenheit"], "x = 3, y = -2": ["-2, 3"], "0.333": ["0.333..."],
     "20-30": ["30-40"], "2002": ["2019-05-12"], "1234": ["1~234"], "25": [r"5\% \times 5\%"], "1.5": ["3frac{1}{2}"],
 }
 
@@ -391,8 +454,10 @@ NOTHING = list("~!$%^&*()-_[]|\\:;'\",.?/ ") + [
     r"\ldots", r"\frac{}{}", r"\sqrt{}", r"\hspace{1cm}", r"\phantom{x}", r"\textcolor{red}{}", r"\displaystyle", r"\bf",
     r"^\circ", r"\cdot", "\u200b", "\u00a0", "\ufeff", "\u3164", "−", "—", "·", r"\$", r"\\", "\ud800", r"\underline{\qquad}"]
 SIGNS = ["<", "=", "+", r"\{", r"\}", r"\pm", "°"]
-REFERENCES = [*"ABCDEFGH", "(B)", "B.", "B. 45", r"\text{C}", "5", "0", "-0.5", r"\frac{1}{2}", "25%", "12 cm", r"45^\circ", r"2\pi",
-              r"\{1, 2\}", "1, 2", "(0, 1)", r"(-\infty, 3]", r"\infty", "yes", "No", "blue", "and", "is", "about", "x = 5", "1:2:3"]
+REFERENCES = [*"ABCDEFGH", "(B)", "B.", "B. 45", r"\text{C}", "5", "0", "-0.5", r"\frac{1}{2}", "25%", "12 cm", r"45^\circ",
+r"2\pi",
+              r"\{1, 2\}", "1, 2", "(0, 1)", r"(-\infty, 3]", r"\infty", "yes", "No", "blue", "and", "is", "about", "x = 5",
+              "1:2:3"]
 
 
 def test_no_answer_without_letter_or_digit_is_right():
@@ -432,7 +497,8 @@ def test_echoing_the_instruction_earns_nothing():
 
 
 PIECES = list("0123456789.,+-*/^=()[]{}|%$°±∞√πxeA_:;<>!& \n\\") + [
-    r"\frac", r"\sqrt", r"\pm", "cm", " and ", "is", r"\text{", r"\boxed{", "^2", "\ud800", "\udfff", "\u200b", "\0", "½", "²", "{,}",
+    r"\frac", r"\sqrt", r"\pm", "cm", " and ", "is", r"\text{", r"\boxed{", "^2", "\ud800", "\udfff", "\u200b", "\0", "½", "²",
+    "{,}",
     "answer is ", "<think>", "</think>", r"\infty", "B.", "1,234", "漢"]
 hostile = st.one_of(st.text(max_size=60), st.lists(st.sampled_from(PIECES), max_size=20).map("".join))
 
@@ -558,7 +624,8 @@ def test_command_line_judges_as_training_does():
     """Whole responses, whose answer is extracted; both readings are shown."""
     for response, wanted, equal, shown in (
             ("Yes", "yes", True, "answer 'Yes' is read as choice none, value str yes"),
-            (r"<think>6</think> So \boxed{12\text{ cm}}", "12", True, r"answer '12\\text{ cm}' is read as choice none, value Number 12"),
+            (r"<think>6</think> So \boxed{12\text{ cm}}",
+            "12", True, r"answer '12\\text{ cm}' is read as choice none, value Number 12"),
             ("The answer is not B.", "B", False, "answer None is read as choice none, value none"),
             ("(B) 45", "45", True, "answer '(B) 45' is read as choice B, value Number 45"),
             ("5", "(1, 2)", False, "reference '(1, 2)' is read as choice none, value Group (1,2)")):
@@ -571,7 +638,8 @@ def test_command_line_help_and_misuse(tmp_path):
     code, out, _ = run("--help")
     assert code == 0 and "RESPONSE" in out and "--audit" in out
     (tmp_path / "empty.jsonl").write_text("\n")
-    for wrong, sentence in (((), "usage"), (("5",), "usage"), (("--audit",), "usage"), (("a", "b", "c"), "usage"), (("--x", "5"), "usage"),
+    for wrong, sentence in (((), "usage"), (("5",), "usage"), (("--audit",), "usage"), (("a", "b", "c"), "usage"), (("--x",
+    "5"), "usage"),
                             (("--audit", str(tmp_path / "missing.jsonl")), "missing.jsonl cannot be read: No such file or directory"),
                             (("--audit", str(tmp_path)), "cannot be read: Is a directory"),
                             (("--audit", str(tmp_path / "empty.jsonl")), "empty.jsonl has no row to judge, JSON with response")):
