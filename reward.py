@@ -264,8 +264,8 @@ def extract_answer(text: str) -> str | None:
         text = OPTION.sub("", text)
     elif first := re.match(r"(?:Option )?\(?[A-H](?:[.:)]\s[^\n]*|\)?[.:]?(?=\s*\n))", text):
         return first[0].strip()  # the response opens with a choice: B. 12
-    denied = PHRASE.search(text) or DENIED.search(text) and (
-        VALUE.search(text) or LETTER.search(text))
+    denied = PHRASE.search(text) or DENIED.search(text) and (  # I cannot tell
+        VALUE.search(text) or LETTER.search(text) or re.match(r"\W*(?:I|We|Sorry)\b", text))
     short = len(text) < 100 and not SENTENCE.search(text[:-1]) and not denied
     return last_value(text) or remark or (text if short else None)
 

@@ -326,7 +326,7 @@ def test_different(prediction, reference):
     ("所以图中一共有3个物体。", "3"),
     ("不选A，应选C。", "C"),
     ("面积为1/2", "1/2"),
-    ("I do not know.", "I do not know."),
+    ("I do not know.", None),
     ("", None),
 ])
 def test_extract_answer(text, answer):
