@@ -136,7 +136,7 @@ def test_distinct():
                              rewards={"accuracy": 0.0}, reward=0.0) for text in texts]
 
     here = answered("a", "\\boxed{2}", "1 + 2, so \\boxed{3}") + answered("b", "\\boxed{2}", "again \\boxed{2}")
-    there = answered("c", "no idea", "none")
+    there = answered("c", "I cannot tell", "I do not know")
     sums = Counter(train_grpo.rollout_sums(here, 2)) + Counter(train_grpo.rollout_sums(there, 2))
     logged = dict.fromkeys(("update_tokens", "divisor", "loss", "entropy", "groups_all_alike", "sampler_ratio",
                             "sampler_ratio_squared", "truncated", "unscored"), 0) | dict(sums)
