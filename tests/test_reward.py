@@ -362,14 +362,15 @@ UNPAID = {
           "It takes 2 hours 5 minutes.", "blue.5 and more",
           "twice the answer is 5", "5亿", "5成", "5的平方", "5 ten", "five hundred", r"\boxed{5 (2)}", "We saw 5 of 9.",
           "The sum is not 7, it is not 5 either.", "Of 5 or 7."],
+    "0.5": ["See the blue.5 there"], "6": ["It lasts 5 hours 6 and then it ends"],
     "-5": ["Dogs - 5", "In total – 5", "mid-5", "sub-5"], "30": ["The answer is 20 of 30", "The answer is 20 by 30",
         "The answer is 20 and/or 30", "答案是20和30"],
     "10": ["5 (2)"], "350": ["三百五"], "305": ["三百五"], "5.0": [r"\sqrt{25.4}"], "2.0": ["61/30"], "23": ["2③"], "42105": ["4210₅"], "1/16": ["2^-1*4"], "-1": ["6/-2*3"],
     "B": ["The answer is everything but B", "It is no longer B", "Eliminate B.", "别选B", "答案排除B", "The answer is B. No, C.",
         "The answer is B. Or C.", "The answer is B; or C",
-          "The answer is A to B", "A. 20 B 30", "B or C", "Vitamin B", "B, not B", "The answer is B unless C", "less than B",
+          "The answer is A to B", "A. 20 B 30", "B or C", "Vitamin B", "B, not B", "It is below (B).", "B. 45 per type A", "The answer is B unless C", "less than B",
           "It is (A) and (B)."],
-    "A": ["A. 20\nB. 30\nC. 40", "A\nB\nC\nD", "A 3 B 4", "A) 20 vs C", "A. 20 / B", "A: B", "A还是B", "A as well as B",
+    "A": ["A. 20\nB. 30\nC. 40", "A\nB\nC\nD", "A 3 B 4", "A) 20 vs C", "A. 20 / B", "A: B", "A还是B", "A as well as B", "The picture shows that it is A or B",
         "The answer is A. Yes B. No", "A. not 5 or so"],
     "C": ["A. 20\nB. 30\nC. 40", "A\nB\nC"], "40": ["A. 20\nB. 30\nC. 40"], "20": [
         f"20 {word}" for word in "halved trebled tenfold lakhs billionths reciprocal upwards untrue doubtful hardly excluded (30)".split()] + [
