@@ -298,7 +298,8 @@ def last_value(text: str) -> str | None:
         else:
             said = number_at(place, parts)
         denied = DENIED.search(sentence, sentence.rfind(",", 0, at) + 1)
-        return said.strip(" ,:*_`\n").rstrip("\\") or None if said and not denied else None
+        said = (said or "").strip(" ,:*_`\n").rstrip("\\-: " if "{" in (said or "") else "\\-: }")
+        return said if said and not denied else None
     return None
 
 
@@ -307,8 +308,8 @@ def number_at(place: int, parts: list[str]) -> str | None:
     said, before, after = parts[place], parts[place - 1], parts[place + 1]
     around = COPULA.split("".join(parts[max(0, place - 5):place]))[-1]
     two = VALUE.search(parts[place - 2])
-    glued = before and before.isascii() and re.match(r"[\d.+*/^_(\[-]", said)  # blue.5
-    if glued or two and before in (*UNITS, "to", "of", "by"):  # 5 hours 30, 20 of 30
+    glued = before.isascii() and not COPULA.search(before) and re.match(r"[\d.+*/^_(\[-]", said)
+    if before and glued or two and before in (*UNITS, "to", "of", "by"):  # blue.5, 5 hours 30
         return None
     two = two and not re.match(r"\s*[:,;=(]", said)
     joins = before == "or" or before == "and" and "=" not in said
