@@ -195,6 +195,7 @@ END = re.compile(
 REMARK = re.compile(
     r"\W*(?:(?:indeed|also|thus)\s)?(?:(?:in)?(?:correct|right|wrong|valid|reasonable)"
     r"|(?:as|given|shown|found|based|consistent|below|above|the same)\b.*)\W*", re.I)
+REGRETS = "wait actually however correction mistake sorry oops scratch"  # and here is a better one
 TAKEN_BACK = re.compile(  # somewhere after an answer: the writer has changed their mind
     r"\b(?:wait|actually|however|correction|mistake|sorry|oops|scratch|(?:is|s) wrong)\b"
     r"|[.;!?…]\W{0,4}(?:no[,.]|or\b)|\bor\s+\(?[A-H][.):]"
@@ -212,8 +213,8 @@ DASH = re.compile(  # no minus: Dogs - 45, mid-20, and the mark of a list
 COUNTED_BY = {*MEASURES, *(unit[0] for unit in UNITS)}  # what stands behind a number: 5个, not 5成
 VALUE = re.compile(r"(?<![\^_\w])(?<![\^_]\{)\.?\d")
 CHOSEN = re.compile(
-    r"\(([A-H])\)|(?i:\b(?:option|choice|answer|is|be|so|thus|hence|therefore|leaving|leaves|choose"
-    r"|pick|select|conclude|think|say|with)|['’]s)\W{1,4}([A-H])(?![\w'’])|^\W*([A-H])(?:\W*$"
+    r"\(([A-H])\)|(?:\b(?:option|choice|answer|is|be|[Ss]o|[Tt]hus|[Hh]ence|therefore|leaving|leaves"
+    r"|choose|pick|select|conclude|think|say|with)|['’]s)\W{1,4}([A-H])(?![\w'’])|^\W*([A-H])(?:\W*$"
     r"|(?= is (?:correct|right|the )))|(?<=, )([A-H])(?= is (?:correct|right|the ))", re.ASCII)
 TWO = re.compile(r"\b[A-H]\W{1,4}(?:(?:or|and|to|unless|except|Option)\W+)?[A-H]\b")
 LETTER = re.compile(r"(?<![A-Za-z\d])([B-H]|A(?! (?!or\b|and\b)[a-z]))(?![A-Za-z\d'’])", re.ASCII)
@@ -237,7 +238,7 @@ def extract_answer(text: str) -> str | None:
         clause = without_reason(END.split(clause)[0]).strip(" \t,*_\"")
         clause = clause if "{" in clause else clause.rstrip("\"} ")  # of {"answer": 45}
         if back := TAKEN_BACK.search(after):
-            text = after[back.start():]
+            text, refused = after[back.start():], back[0].lower() not in REGRETS
         if says_nothing(clause) or back:
             continue
         if end and end[0][0] == "?" or CHANGES.search(before):  # is the answer 5?
@@ -298,7 +299,8 @@ def last_value(text: str) -> str | None:
         else:
             said = number_at(place, parts)
         denied = DENIED.search(sentence, sentence.rfind(",", 0, at) + 1)
-        said = (said or "").strip(" ,:*_`\n").rstrip("\\-: " if "{" in (said or "") else "\\-: }")
+        said = re.sub(r":\s*-$", "", (said or "").strip(" ,:*_`\n"))
+        said = said.rstrip("\\ " if "{" in said else "\\ }")
         return said if said and not denied else None
     return None
 

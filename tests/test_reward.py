@@ -309,7 +309,7 @@ def test_different(prediction, reference):
     ("It takes 5 hours 30 minutes to fly.\nSo 5 hours 30 minutes.", None),
     ("The answer is 12. Wait, the sides are 3 and 5, so we get 15.", "15"),
     ("The answer is 5 because 3+2=5. However I might be wrong, it could be 6.", None),
-    ("The answer is B. No, C.", ". No, C."),
+    ("The answer is B. No, C.", None),
     ("We see x = 2 or x = 3.", "x = 2 or x = 3"),
     ("We find that $x \\lt 3$.", "x \\lt 3"),
     ("The matrix is $ \\begin{pmatrix}1 & 0 \\\\ 0 & 1\\end{pmatrix} $.", "\\begin{pmatrix}1 & 0 \\\\ 0 & 1\\end{pmatrix}"),
