@@ -214,8 +214,9 @@ COUNTED_BY = {*MEASURES, *(unit[0] for unit in UNITS)}  # what stands behind a n
 VALUE = re.compile(r"(?<![\^_\w])(?<![\^_]\{)\.?\d")
 CHOSEN = re.compile(
     r"\(([A-H])\)|(?:\b(?:option|choice|answer|is|be|[Ss]o|[Tt]hus|[Hh]ence|therefore|leaving"
-    r"|leaves|choose|pick|select|conclude|think|say|with)|['’]s)\W{1,4}([A-H])(?![\w'’])|^\W*([A-H])(?:"
-    r"\W*$|(?= is (?:correct|right|the )))|(?<=, )([A-H])(?= is (?:correct|right|the ))", re.ASCII)
+    r"|leaves|choose|pick|select|conclude|think|say|with)|['’]s)\W{1,4}([A-H])(?![\w'’])"
+    r"|^\W*([A-H])(?:\W*$|(?= is (?:correct|right|the )))"
+    r"|(?<=, )([A-H])(?= is (?:correct|right|the ))", re.ASCII)
 TWO = re.compile(r"\b[A-H]\W{1,4}(?:(?:or|and|to|unless|except|Option)\W+)?[A-H]\b")
 LETTER = re.compile(r"(?<![A-Za-z\d])([B-H]|A(?! (?!or\b|and\b)[a-z]))(?![A-Za-z\d'’])", re.ASCII)
 
