@@ -78,7 +78,8 @@ def spelled(text: str) -> str:
     text = unwrapped(text[:2 * LONGEST_ANSWER]).replace("\\$", " dollar ")  # one letter becomes 18
     if text.count("$") == 1:
         text = re.sub(r"(?<=\d)\s*\$(?!\^)|\$(?=\s*[\d.])", " dollar ", text)
-    text = text.replace("$", " " if text.count("$") > 1 else "$")  # two are LaTeX's
+    else:  # two are LaTeX's
+        text = text.replace("$", " ")
     for pattern, meaning in (LATEX if "\\" in text else []) + SPELLINGS:
         text = pattern.sub(meaning, text)
     return text
@@ -116,8 +117,7 @@ TOKEN = re.compile(
     r"(?<![(\[{\d,.])[1-9]\d{0,2}(?:(?:,|\\,| )\d{3})+(?![\d)\]},])(?:\.\d*)?"  # 1,234
     r"|\d*\.\d*r\d+|\d+\.?\d*(?:[eE][-+]?[0-4]?\d(?!\d))?|\.\d+"  # 0.1r6, 1.2e3, .5
     r"|(?<=[a-z])(?<!pi)\^[23](?!\d)|\\not\s*=|\|\||[<>]=|(?<!\d)!=|\\[A-Za-z]+|\\.|\*\*"
-    r"|[A-Za-z]+'*"
-    r"|平方|立方|小时|分钟|千克|公斤|[厘毫千公]?[米里]|\S", re.ASCII)
+    r"|[A-Za-z]+'*|平方|立方|小时|分钟|千克|公斤|[厘毫千公]?[米里]|\S", re.ASCII)
 TIME = re.compile(r"(?<![\d:.])0?((?:1?\d|2[0-4]):[0-5]\d(?::[0-5]\d)?)(\s*[ap]m)?(?![\d:.])", re.I)
 MEANING = {spelling: meaning for meaning, spellings in {
     r"\frac": r"\dfrac \tfrac \cfrac dfrac frac", r"\binom": r"\dbinom \tbinom", r"\angle": "∠",

@@ -195,9 +195,10 @@ END = re.compile(
 REMARK = re.compile(
     r"\W*(?:(?:indeed|also|thus)\s)?(?:(?:in)?(?:correct|right|wrong|valid|reasonable)"
     r"|(?:as|given|shown|found|based|consistent|below|above|the same)\b.*)\W*", re.I)
-REGRETS = "wait actually however correction mistake sorry oops scratch"  # and here is a better one
-TAKEN_BACK = re.compile(  # somewhere after an answer: the writer has changed their mind
-    r"\b(?:wait|actually|however|correction|mistake|sorry|oops|scratch|(?:is|s) wrong)\b"
+# somewhere after an answer: the writer has changed their mind, by a word that leads to another
+REGRETS = ("wait", "actually", "however", "correction", "mistake", "sorry", "oops", "scratch")
+TAKEN_BACK = re.compile(
+    rf"\b(?:{'|'.join(REGRETS)}|(?:is|s) wrong)\b"
     r"|[.;!?…]\W{0,4}(?:no[,.]|or\b)|\bor\s+\(?[A-H][.):]"
     r"|\A\W*[A-H][.):] [^\n]*\W[A-H][.):] ", re.I)
 OPTION = re.compile(r"^\W*([A-H])(?:[.:)].*|\W*)$", re.M)
@@ -312,7 +313,8 @@ def number_at(place: int, parts: list[str]) -> str | None:
     around = COPULA.split("".join(parts[max(0, place - 5):place]))[-1]
     two = VALUE.search(parts[place - 2])
     glued = before.isascii() and not COPULA.search(before) and re.match(r"[\d.+*/^_(\[-]", said)
-    if before and glued or two and before in (*UNITS, "to", "of", "by"):  # blue.5, 5 hours 30
+    parted = before in UNITS or before in ("to", "of", "by")
+    if before and glued or two and parted:  # blue.5, 5 hours 30
         return None
     two = two and not re.match(r"\s*[:,;=(]", said)
     joins = before == "or" or before == "and" and "=" not in said

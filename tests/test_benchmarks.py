@@ -369,11 +369,11 @@ def test_a_choice_is_right_by_its_letter_and_no_other(options):
         assert reference in (letters[i], f"{letters[i]}. {option}") and "<image" not in reference
         for letter, other in zip(letters, options):
             right = float(letter == letters[i])
-            if other and other in "ABC" and other != letter:  # "A. B" names two options
-                continue
-            for answer in (letter, f"({letter})", f"{letter}. {other}") if other else (letter, f"({letter})"):
+            named = other if len(other) == 1 and other.isalpha() else letter  # "A. B" names two options, and is none
+            answers = {letter: right, f"({letter})": right} | ({f"{letter}. {other}": right * (named == letter)} if other else {})
+            for answer, wanted in answers.items():
                 for response in (f"\\boxed{{{answer}}}", f"The answer is {answer}"):
-                    assert accuracy_reward(response, reference) == right, (response, reference)
+                    assert accuracy_reward(response, reference) == wanted, (response, reference)
             if len(other) > 1 and letter != letters[i]:
                 assert accuracy_reward(f"\\boxed{{{other}}}", reference) == 0.0, (other, reference)
 
