@@ -90,9 +90,9 @@ def sample_tokens(logits, uniform, temperature, top_p):
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
     cumulative = probs.double().cumsum(-1)  # float64: 150,000 float32 additions lose digits
     total = cumulative[:, -1:]
-    choice = torch.searchsorted(cumulative, uniform.double()[:, None] * total, right=True)
-    # rounding may step past the last token that has any mass
-    choice = choice.minimum((probs > 0).long().cumsum(-1).argmax(-1, keepdim=True))
+    # rounding must not step past the last token that has any mass
+    sought = (uniform.double()[:, None] * total).minimum(total.nextafter(torch.zeros_like(total)))
+    choice = torch.searchsorted(cumulative, sought, right=True).clamp(max=probs.shape[-1] - 1)
     logprobs = (probs.gather(-1, choice).double() / total).log().float()
     return (choice if ids is None else ids.gather(-1, choice)).squeeze(-1), logprobs.squeeze(-1)
 
@@ -154,6 +154,7 @@ class HFEngine:
         self.sharing = sharing  # of siblings.py; None: each answer has a cache of its own
         self.batch_size = batch_size
         self.banned = banned_ids(processor)
+        self.decoder = sharing and sharing.decoder(self.model, self.banned)
         self.eos = torch.tensor(end_ids(model.generation_config, processor), device=model.device)
 
     @torch.no_grad()
@@ -188,9 +189,8 @@ class HFEngine:
         """Prefill each prompt once, branch it into n rows, decode until every row has ended."""
         logits, cache, attention, positions = self.prefill(samples)
         branches = torch.arange(len(samples), device=logits.device).repeat_interleave(n)
-        shared = self.sharing and self.sharing.branches
-        if shared:
-            cache = self.sharing.prompt_cache(cache, attention, n)
+        if self.decoder:
+            cache = self.decoder.begin(cache, attention, n, int(positions.max()) + max_new_tokens)
         else:
             cache.reorder_cache(branches)
         logits, attention, positions = logits[branches], attention[branches], positions[branches]
@@ -220,14 +220,14 @@ class HFEngine:
                 cache.reorder_cache(keep)
                 alive, token, going = alive[keep], token[keep], going[keep]
                 attention, positions = attention[keep], positions[keep]
-            if shared:
-                cache.length += 1
-                past = {"branches": cache, "use_cache": False}
+            if self.decoder:
+                logits = self.decoder.step(token, positions.squeeze(1), cache)
             else:
                 attention = torch.cat([attention, attention.new_ones(len(alive), 1)], 1)
-                past = {"past_key_values": cache, "attention_mask": attention, "use_cache": True}
-            out = self.model(input_ids=token[:, None], position_ids=positions, **past)
-            logits, positions = out.logits[:, -1], positions + 1
+                logits = self.model(input_ids=token[:, None], position_ids=positions,
+                                    past_key_values=cache, attention_mask=attention,
+                                    use_cache=True).logits[:, -1]
+            positions = positions + 1
         return [completed(samples[row // n], tokens[row], logprobs[row], self.eos, self.processor)
                 for row in range(len(tokens))]
 

@@ -3,8 +3,8 @@
 A trainer that gives each answer a copy of its prompt computes a VLM's long prompts G times. Here an
 update lays a micro-batch out as one row, each prompt once and all answers after it, blind to each
 other; a frozen vision tower computes an image once a run; and a sampler keeps one attention cache
-of a prompt for all its answers. What comes out is what `collate` and a plain sampler give, to
-rounding. Read it last of the stages' files: train_grpo.py --plain does the same without it.
+of a prompt for all its answers (decode.py). What comes out is what `collate` and a plain sampler
+give, to rounding. Read it last of the stages' files: train_grpo.py --plain does the same without.
 """
 
 import functools
@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from data import Sample
+from decode import decoder
 from policy import collate, image_inputs, language_weights, padded, split_rows
 from utils import device, print0
 
@@ -47,9 +48,9 @@ class Sharing:
         """Samples in micro-batches of at most `budget` tokens, in the form of `batch`."""
         return split_groups(samples, budget) if self.branches else split_rows(samples, budget)
 
-    def prompt_cache(self, cache, attention, n):
-        """A sampler's attention cache of prompts (B, h, L, D) for n answers to each."""
-        return PromptCache(cache, attention, n)
+    def decoder(self, model, banned):
+        """How a sampler's `model` computes a token of all answers; None: by its own forward."""
+        return decoder(model, banned) if self.branches else None
 
     @contextmanager
     def remembered(self, base, images):
@@ -199,59 +200,68 @@ class Branches:
             flex = compiled_flex_attention() if query.is_cuda else flex_attention
             out = flex(query, key, value, block_mask=self.block_mask, scale=scaling)
             return out.transpose(1, 2)
-        (q, own_q), (k, own_k), (v, own_v) = map(self.rectangles, (query, key, value))
-        # a prompt is an ordinary row: causal, with its padding on the right, where nobody looks
-        first, _ = sdpa_attention_forward(module, q, k, v, None, scaling=scaling, is_causal=True)
-        bias = None if self.bias is None else self.bias.to(q.dtype)
-        rest = TwoPartAttention.apply(own_q, k, v, own_k, own_v, bias, scaling)
-        out = torch.cat([first.flatten(0, 1), rest.transpose(1, 2).flatten(0, 1)])
-        return out[self.slots][None]
-
-    def rectangles(self, x):
-        """(1, heads, T, D) to prompts (P, heads, L, D) and completions (P * n, heads, C, D)."""
-        P, L, n, C = self.shape
-        x = x[0].transpose(0, 1)  # (T, heads, D)
-        blank = x.new_zeros(P * (L + n * C), *x.shape[1:])
-        prompts, rest = blank.index_put((self.slots,), x).split([P * L, P * n * C])
-        return (prompts.unflatten(0, (P, L)).transpose(1, 2),
-                rest.unflatten(0, (P * n, C)).transpose(1, 2))
+        bias = None if self.bias is None else self.bias.to(query.dtype)
+        return RowAttention.apply(query, key, value, self.shape, self.slots, bias, scaling)
 
 
-class TwoPartAttention(torch.autograd.Function):
-    """Completions attend to their prompt and to themselves, without a copy of the prompt's keys.
+class RowAttention(torch.autograd.Function):
+    """Attention over a packed row on a CPU, without a copy of a prompt's keys for each completion.
 
-    Each part is a flash attention of its own; where they ask their prompt, n siblings are one long
-    row. The two outputs are weighed by their shares of the common normaliser. Backward, flash
-    attention's own is exact for each part once it is given the common output and normaliser
-    (FlashAttention, arXiv 2205.14135, appendix B.2; ring attention does the same).
+    Prompts attend to themselves; completions to their prompt, where n siblings are one long row,
+    and to themselves: three flash attentions, of which a completion's two are weighed by their
+    shares of the common normaliser. Backward, flash attention's own is exact for each part once it
+    is given the common output and normaliser (FlashAttention, arXiv 2205.14135, appendix B.2; ring
+    attention does the same).
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, own_k, own_v, bias, scale):
-        """q, own_k, own_v (P * n, h, C, D), k and v (P, h, L, D) to (P * n, h, C, D)."""
-        P, n = len(k), len(q) // len(k)
+    def forward(ctx, query, key, value, shape, slots, bias, scale):
+        """(1, h, T, D) each to (1, T, h, D); shape, slots and bias are those of `Branches`."""
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        first, total = flash(siblings_together(q, P), k, v, attn_mask=bias, scale=scale)
-        rest, own_total = flash(q, own_k, own_v, is_causal=True, scale=scale)
+        (q, own_q), (k, own_k), (v, own_v) = (
+            rectangles(x.transpose(1, 2), shape, slots) for x in (query, key, value))
+        # a prompt is an ordinary row: causal, with its padding on the right, where nobody looks
+        prompts, normaliser = flash(q, k, v, is_causal=True, scale=scale)
+        P, _, n, _ = shape
+        first, total = flash(siblings_together(own_q, P), k, v, attn_mask=bias, scale=scale)
+        rest, own_total = flash(own_q, own_k, own_v, is_causal=True, scale=scale)
         first, total = siblings_apart(first, n), siblings_apart(total, n)  # totals are logarithms
         common = torch.logaddexp(total, own_total)  # (P * n, h, C)
-        out = (first * (total - common).exp()[..., None].to(q.dtype)
-               + rest * (own_total - common).exp()[..., None].to(q.dtype))
-        ctx.save_for_backward(q, k, v, own_k, own_v, out, common)
-        ctx.bias, ctx.scale = bias, scale
-        return out
+        out = (first * (total - common).exp()[..., None].to(first.dtype)
+               + rest * (own_total - common).exp()[..., None].to(first.dtype))
+        ctx.save_for_backward(q, k, v, prompts, normaliser, own_q, own_k, own_v, out, common, slots)
+        ctx.shape, ctx.bias, ctx.scale = shape, bias, scale
+        return row(prompts, out, slots)
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, own_k, own_v, out, common = ctx.saved_tensors
-        P, n = len(k), len(q) // len(k)
+        q, k, v, prompts, normaliser, own_q, own_k, own_v, out, common, slots = ctx.saved_tensors
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        grad_q, *grad_prompt = flash(
-            siblings_together(grad, P), siblings_together(q, P), k, v, siblings_together(out, P),
-            siblings_together(common, P), 0.0, False, attn_mask=ctx.bias, scale=ctx.scale)
-        own_grad_q, *grad_own = flash(
-            grad, q, own_k, own_v, out, common, 0.0, True, scale=ctx.scale)
-        return siblings_apart(grad_q, n) + own_grad_q, *grad_prompt, *grad_own, None, None
+        grad, own_grad = rectangles(grad, ctx.shape, slots)
+        P, _, n, _ = ctx.shape
+        asked = flash(*(siblings_together(x, P) for x in (own_grad, own_q)), k, v,
+                      siblings_together(out, P), siblings_together(common, P), 0.0, False,
+                      attn_mask=ctx.bias, scale=ctx.scale)
+        own = flash(own_grad, own_q, own_k, own_v, out, common, 0.0, True, scale=ctx.scale)
+        first = flash(grad, q, k, v, prompts, normaliser, 0.0, True, scale=ctx.scale)
+        grads = ((first[0], siblings_apart(asked[0], n) + own[0]),
+                 (first[1] + asked[1], own[1]), (first[2] + asked[2], own[2]))
+        return *(row(*x, slots).transpose(1, 2) for x in grads), None, None, None, None
+
+
+def rectangles(x, shape, slots):
+    """(1, T, h, D) to prompts (P, h, L, D) and completions (P * n, h, C, D)."""
+    P, L, n, C = shape
+    blank = x.new_zeros(P * (L + n * C), *x.shape[2:])
+    prompts, rest = blank.index_copy_(0, slots, x[0]).split([P * L, P * n * C])
+    return (prompts.unflatten(0, (P, L)).transpose(1, 2),
+            rest.unflatten(0, (P * n, C)).transpose(1, 2))
+
+
+def row(prompts, rest, slots):
+    """And back."""
+    both = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in (prompts, rest)])
+    return both.index_select(0, slots)[None]
 
 
 def siblings_together(x, P):
@@ -334,77 +344,3 @@ class VisionCache:
         while self.held > self.limit:
             self.held -= sum(f.nbytes for f in self.kept.popitem(last=False)[1][1])
         return entry
-
-
-# ---------------------------------------------------------------------------------------------
-# A rollout: the attention cache of a prompt once
-
-
-class PromptCache:
-    """The attention cache of n answers to each prompt: a prompt's part once, each answer's own.
-
-    R rows are alive, `prompt` (R,) says whose answers they are. A layer's prompt part is (P, h, L,
-    D), filled by the prefill; an answer's own, (R, h, T, D), has room for tokens to come, where the
-    library's cache copies all of it for every token.
-    """
-
-    def __init__(self, cache, attention, n):
-        # HAZARD: scores need float32, as attention kernels have them. Large key biases lift a row's
-        # together, and bfloat16 of large numbers has steps of whole nats
-        exact = torch.promote_types(cache.layers[0].keys.dtype, torch.float32)
-        self.prompts = [(x.keys.mT.contiguous().to(exact), x.values) for x in cache.layers]
-        self.own = [[x.new_empty(len(x) * n, x.shape[1], 32, x.shape[3]) for x in (v, v)]
-                    for _, v in self.prompts]
-        self.length = 0  # own tokens, the one that is being computed included
-        self.bias = None  # of padding, (P, 1, 1, L)
-        if not attention.all():
-            bias = torch.zeros_like(attention, dtype=self.prompts[0][1].dtype)
-            self.bias = bias.masked_fill(attention == 0, -torch.inf)[:, None, None]
-        self.keep(torch.arange(len(attention), device=attention.device).repeat_interleave(n))
-
-    def keep(self, prompt):
-        """Lay the live rows out as a table (P, m), so that a prompt is multiplied once for all."""
-        P, rows = len(self.prompts[0][1]), torch.arange(len(prompt), device=prompt.device)
-        counts = prompt.bincount(minlength=P)
-        place = rows - (counts.cumsum(0) - counts)[prompt]
-        self.prompt, self.m = prompt, int(counts.max())
-        self.full = P * self.m == len(prompt)  # then the rows are the table
-        self.slot = prompt * self.m + place  # of each row in the table, laid end to end
-        self.table = prompt.new_zeros(P * self.m)
-        self.table[self.slot] = rows
-
-    def reorder_cache(self, rows):
-        """Forget all rows but these; named as in transformers' caches."""
-        self.own = [[x[rows] for x in pair] for pair in self.own]
-        self.keep(self.prompt[rows])
-
-    def by_prompt(self, x):
-        """(R, h, g, ...) as the table has it, (P, h, m * g, ...)."""
-        x = x if self.full else x[self.table]
-        return siblings_together(x, len(x) // self.m)
-
-    def by_row(self, x):
-        """And back."""
-        x = siblings_apart(x, self.m)
-        return x if self.full else x[self.slot]
-
-    def attend(self, module, query, key, value, scaling):
-        """One token a row: query (R, heads, 1, D) to (R, 1, heads, D)."""
-        own, T = self.own[module.layer_idx], self.length
-        for i, new in enumerate((key, value)):
-            if own[i].shape[2] < T:
-                own[i] = torch.cat([own[i], torch.empty_like(own[i])], 2)
-            own[i][:, :, T - 1] = new[:, :, 0]
-        keys, values = (x[:, :, :T] for x in own)
-        first_keys, first_values = self.prompts[module.layer_idx]
-        R, heads, _, D = query.shape
-        query = query.to(first_keys.dtype) * scaling
-        query = query.reshape(R, keys.shape[1], -1, D)  # (R, h, g, D): g share a key
-        first = self.by_prompt(query) @ first_keys  # (P, h, m * g, L)
-        if self.bias is not None:
-            first = first + self.bias
-        # one softmax over both parts, (R, h, g, L + T)
-        scores = torch.cat([self.by_row(first), query @ keys.mT.to(query.dtype)], 3)
-        first, rest = scores.softmax(3).to(values.dtype).split([first.shape[3], T], 3)
-        first = self.by_row(self.by_prompt(first) @ first_values)
-        return (first + rest @ values).reshape(R, 1, heads, D)  # strided where all ask one prompt

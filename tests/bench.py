@@ -298,9 +298,9 @@ def step(peer, rounds):
             batches = [samples[k : k + count] for k in range(0, len(samples), count)]
             ours = {"ours": Stepper(path, group, length), "ours, new images": Stepper(path, group, length),
                     "ours, --plain": Stepper(path, group, length, plain=True, vision_cache=0)}
-            engine = ours["ours"].engine
+            model = ours["ours"].engine.model
             for s in samples:
-                engine.cache.features(engine.model.base_model, s.images)
+                ours["ours"].engine.sharing.vision.features(model.base_model, s.images)
             seconds = {label: [] for label in ours}
             upcoming = iter(batches)
 

@@ -71,8 +71,8 @@ def test_with_what_it_needs_it_can_be_imported_and_asked_for_help(tmp_path):
     """The pure ones beside utils.py alone, each in a folder of its own."""
     folders = [copy(tmp_path / stage, stage, *(["utils"] if stage in PURE else NEEDS[stage])) for stage in NEEDS]
     said = "".join(python(folder, f"{folder.name}.py", "--help") for folder in folders)
-    # no commands: pictures, sources, signs, policy, siblings, answers, scoring, benchmarks; reward.py has its own way
-    assert said.count("usage: ") == len(NEEDS) - 9
+    # no commands: pictures, sources, signs, policy, decode, siblings, answers, scoring, benchmarks; reward.py has its own way
+    assert said.count("usage: ") == len(NEEDS) - 10
 
 
 def test_the_snippet_runs_with_utils_alone(tmp_path):

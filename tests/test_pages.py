@@ -127,7 +127,7 @@ def test_commands_parse():
         else:
             flags = [word for word in rest if word.startswith("--")]
             assert all(f'"{flag}"' in (ROOT / script).read_text() for flag in flags), found
-    assert {p.name for p in ROOT.glob("*.py")} - {f"{n}.py" for n in "utils signs policy siblings answers scoring pictures sources benchmarks".split()} <= scripts
+    assert {p.name for p in ROOT.glob("*.py")} - {f"{n}.py" for n in "utils signs policy decode siblings answers scoring pictures sources benchmarks".split()} <= scripts
 
 
 def test_how_long_a_data_set_takes_to_read():

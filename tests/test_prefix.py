@@ -18,8 +18,9 @@ import rollout
 import train_grpo
 from conftest import answered, branching, png, sampler
 from data import make_sample
+from decode import PromptCache
 from policy import collate, freeze, Policy
-from siblings import pack, PromptCache, Sharing, TwoPartAttention
+from siblings import pack, rectangles, row, RowAttention, Sharing
 from test_parity import ARGS, assert_same_gradients, by_id, gradients, mixed, plain_logprobs, Probe
 
 
@@ -344,9 +345,9 @@ def test_siblings_share_their_prompts_cache(tiny):
     rows that end at different times, and more tokens than the cache had room for at first."""
     engine = sampler(tiny.model, tiny.processor, 64)
     engine.eos = torch.arange(10, 16)  # more ways to end
-    assert engine.sharing.branches
+    assert engine.decoder
     shared = engine.generate(tiny.samples, 3, 1.0, 1.0, 80, 0)
-    engine.sharing.branches = False
+    engine.decoder = None
     apart = engine.generate(tiny.samples, 3, 1.0, 1.0, 80, 0)
     lengths = {len(s.completion_ids) for s in apart}
     assert len(lengths) > 5 and max(lengths) > 64
@@ -366,7 +367,6 @@ def test_siblings_by_hand(skip, h):
     P = len(skip)
     layer = type("Layer", (), {"keys": torch.randn(P, h, 3, 4), "values": torch.randn(P, h, 3, 4)})
     cache = type("Cache", (), {"layers": [layer]})
-    module = type("Module", (), {"layer_idx": 0})
     siblings = PromptCache(cache, (torch.arange(3) >= torch.tensor(skip)[:, None]).long(), 2)
     owners, own = [p for p in range(P) for _ in range(2)], [[] for _ in range(2 * P)]
     for step in range(40):
@@ -375,37 +375,51 @@ def test_siblings_by_hand(skip, h):
             siblings.reorder_cache(torch.tensor(rows))
             owners, own = [owners[r] for r in rows], [own[r] for r in rows]
         R = len(owners)
-        query, key, value = torch.randn(R, 2 * h, 1, 4), torch.randn(R, h, 1, 4), torch.randn(R, h, 1, 4)
+        query, key, value = torch.randn(R, 2 * h, 4), torch.randn(R, h, 4), torch.randn(R, h, 4)
         siblings.length += 1
-        got = siblings.attend(module, query, key, value, 0.5)
-        assert got.shape == (R, 1, 2 * h, 4)
+        got = siblings.attend(0, query, key, value, 0.5)
+        assert got.shape == (R, 2 * h * 4)
         for r, owner in enumerate(owners):
-            own[r].append((key[r, :, 0], value[r, :, 0]))
+            own[r].append((key[r], value[r]))
             for head in range(2 * h):
                 seen = [torch.cat([prompt[owner, head // 2, skip[owner]:],
                                    torch.stack([pair[i][head // 2] for pair in own[r]])])
                         for i, prompt in enumerate((layer.keys, layer.values))]
-                want = (0.5 * seen[0] @ query[r, head, 0]).softmax(-1) @ seen[1]
-                torch.testing.assert_close(got[r, 0, head], want, rtol=0, atol=1e-5)
+                want = (0.5 * seen[0] @ query[r, head]).softmax(-1) @ seen[1]
+                torch.testing.assert_close(got[r].view(-1, 4)[head], want, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_two_part_attention_is_one_softmax(padded):
-    """Against a softmax over both parts written out, and its gradient against finite differences."""
+def test_attention_over_a_row_is_one_softmax(padded):
+    """Each token against a softmax over what it may see, written out; the gradient against finite differences.
+
+    Prompts of 5 tokens, or of 3 and 5; the first has two answers, of 4 and 1 tokens, the second one of 2.
+    """
     torch.manual_seed(0)
-    P, n, h, C, D, L = 2, 3, 2, 4, 8, 5
-    shapes = [(P * n, h, C, D), (P, h, L, D), (P, h, L, D), (P * n, h, C, D), (P * n, h, C, D)]
-    parts = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
-    q, k, v, own_k, own_v = parts
+    P, L, n, C, h, D = shape = (2, 5, 2, 4, 2, 8)
+    lengths, answers = [3 if padded else 5, 5], {(0, 0): 4, (0, 1): 1, (1, 0): 2}
+    places = [(p, None, i) for p in range(P) for i in range(lengths[p])]
+    places += [(p, j, i) for (p, j), length in answers.items() for i in range(length)]
+    slots = torch.tensor([p * L + i if j is None else P * L + (p * n + j) * C + i for p, j, i in places])
+    q, k, v = (torch.randn(1, h, len(places), D, dtype=torch.float64, requires_grad=True) for _ in "qkv")
     bias = torch.zeros(P, 1, 1, L, dtype=torch.float64)
-    bias[0, ..., 3:] = -torch.inf
+    bias[0, ..., lengths[0]:] = -torch.inf
     bias = bias if padded else None
-    got = TwoPartAttention.apply(*parts, bias, 0.3)
-    for i in range(P * n):
-        seen = 3 if padded and i < n else L
-        for c in range(C):
-            keys = torch.cat([k[i // n, :, :seen], own_k[i, :, : c + 1]], 1)
-            values = torch.cat([v[i // n, :, :seen], own_v[i, :, : c + 1]], 1)
-            weights = (0.3 * keys @ q[i, :, c, :, None]).softmax(1)  # (h, keys, 1)
-            torch.testing.assert_close(got[i, :, c], (weights * values).sum(1))
-    assert torch.autograd.gradcheck(lambda *x: TwoPartAttention.apply(*x, bias, 0.3), parts)
+    got = RowAttention.apply(q, k, v, shape[:4], slots, bias, 0.3)
+    assert got.shape == (1, len(places), h, D)
+    for a, (p, j, i) in enumerate(places):
+        seen = [b for b, (p2, j2, i2) in enumerate(places)
+                if p2 == p and ((j2 == j and i2 <= i) or (j2 is None and j is not None))]
+        weights = (0.3 * k[0, :, seen] @ q[0, :, a, :, None]).softmax(1)  # (h, keys, 1)
+        torch.testing.assert_close(got[0, a], (weights * v[0, :, seen]).sum(1))
+    assert torch.autograd.gradcheck(lambda *x: RowAttention.apply(*x, shape[:4], slots, bias, 0.3), (q, k, v))
+
+
+def test_a_row_is_laid_on_rectangles_and_back():
+    """Two prompts of 2 and 1 tokens and one answer of 2 to the second; what no token fills is 0."""
+    x = torch.arange(1.0, 6).view(1, 5, 1, 1)
+    slots = torch.tensor([0, 1, 2, 6, 7])  # (P, L, n, C) = (2, 2, 1, 2)
+    prompts, rest = rectangles(x, (2, 2, 1, 2), slots)
+    assert prompts.shape == rest.shape == (2, 1, 2, 1)
+    assert prompts.flatten(1).tolist() == [[1, 2], [3, 0]] and rest.flatten(1).tolist() == [[0, 0], [4, 5]]
+    assert torch.equal(row(prompts, rest, slots), x)
