@@ -24,6 +24,8 @@ from data import Sample
 from policy import collate, image_inputs, language_weights, padded, split_rows
 from utils import device, print0
 
+FLASH = "_scaled_dot_product_flash_attention_for_cpu"  # PyTorch's own, which promises it to nobody
+
 
 class Sharing:
     """What a policy or a sampler asks for; a model and its copies have one of these together."""
@@ -110,6 +112,10 @@ def share_prefixes(model):
     if not full or not hasattr(model.base_model, "get_rope_index"):
         print0("This family cannot branch a prompt (full attention with known positions can): "
                "every completion is computed with its own copy of it, as with --plain.")
+        return False
+    if device().type == "cpu" and not hasattr(torch.ops.aten, FLASH):
+        print0("This build of PyTorch has no flash attention for CPUs: every completion is "
+               "computed with its own copy of its prompt, as with --plain.")
         return False
     model.set_attn_implementation({"text_config": "branches"})
     return True
@@ -230,7 +236,7 @@ class TwoPartAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, own_k, own_v, bias, scale):
         """q, own_k, own_v (P * n, h, C, D), k and v (P, h, L, D) to (P * n, h, C, D)."""
         P, n = len(k), len(q) // len(k)
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        flash = getattr(torch.ops.aten, FLASH)
         first, total = flash(siblings_together(q, P), k, v, attn_mask=bias, scale=scale)
         rest, own_total = flash(q, own_k, own_v, is_causal=True, scale=scale)
         first, total = siblings_apart(first, n), siblings_apart(total, n)  # totals are logarithms
@@ -245,7 +251,7 @@ class TwoPartAttention(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, own_k, own_v, out, common = ctx.saved_tensors
         P, n = len(k), len(q) // len(k)
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        flash = getattr(torch.ops.aten, f"{FLASH}_backward")
         grad_q, *grad_prompt = flash(
             siblings_together(grad, P), siblings_together(q, P), k, v, siblings_together(out, P),
             siblings_together(common, P), 0.0, False, attn_mask=ctx.bias, scale=ctx.scale)
