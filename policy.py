@@ -16,7 +16,7 @@ from math import isfinite
 
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.nn.functional import linear
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -474,6 +474,7 @@ def shard(policy, dtype, offload=False):
     never calls (see Policy.forward). One rank in float32 has nothing to share out or to cast.
     """
     alone = world_size() == 1 and dtype == torch.float32 and not offload
+    mesh = None if alone else init_device_mesh(device().type, (world_size(),))  # not a Mac's mps
     options = {"mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
                "reshard_after_forward": True}  # the root too: no pass leaves it gathered
     if offload:
@@ -485,5 +486,5 @@ def shard(policy, dtype, offload=False):
                 kind = master if weight.requires_grad else dtype
                 weight.data = weight.data.to(device(), kind, copy=True)
         if not alone:
-            fully_shard(group, **options)
+            fully_shard(group, mesh=mesh, **options)
     return policy.to(device()) if alone else policy

@@ -25,6 +25,8 @@ from decode import decoder
 from policy import collate, image_inputs, language_weights, padded, split_rows
 from utils import device, print0
 
+FLASH = "_scaled_dot_product_flash_attention_for_cpu"  # PyTorch's own, which promises it to nobody
+
 
 class Sharing:
     """What a policy or a sampler asks for; a model and its copies have one of these together."""
@@ -111,6 +113,10 @@ def share_prefixes(model):
     if not full or not hasattr(model.base_model, "get_rope_index"):
         print0("This family cannot branch a prompt (full attention with known positions can): "
                "every completion is computed with its own copy of it, as with --plain.")
+        return False
+    if device().type == "cpu" and not hasattr(torch.ops.aten, FLASH):
+        print0("This build of PyTorch has no flash attention for CPUs: every completion is "
+               "computed with its own copy of its prompt, as with --plain.")
         return False
     model.set_attn_implementation({"text_config": "branches"})
     return True
@@ -217,7 +223,7 @@ class RowAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, shape, slots, bias, scale):
         """(1, h, T, D) each to (1, T, h, D); shape, slots and bias are those of `Branches`."""
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        flash = getattr(torch.ops.aten, FLASH)
         (q, own_q), (k, own_k), (v, own_v) = (
             rectangles(x.transpose(1, 2), shape, slots) for x in (query, key, value))
         # a prompt is an ordinary row: causal, with its padding on the right, where nobody looks
@@ -236,7 +242,7 @@ class RowAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, k, v, prompts, normaliser, own_q, own_k, own_v, out, common, slots = ctx.saved_tensors
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        flash = getattr(torch.ops.aten, f"{FLASH}_backward")
         grad, own_grad = rectangles(grad, ctx.shape, slots)
         P, _, n, _ = ctx.shape
         asked = flash(*(siblings_together(x, P) for x in (own_grad, own_q)), k, v,

@@ -22,7 +22,6 @@ import inspect
 import json
 import math
 import re
-import resource
 import shutil
 import tempfile
 import threading
@@ -32,6 +31,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields
 from datetime import timedelta
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from typing import Literal, get_args, get_origin
 
 import torch
@@ -353,13 +353,13 @@ def forget_peak_memory():
 def peak_memory():
     """The most memory this process has held, in bytes: the GPU's, without vLLM's pool; or its own.
 
-    HAZARD: PyTorch counts what vLLM holds at all times, also when it is asleep.
+    HAZARD: PyTorch counts what vLLM holds, asleep or not; Linux counts kilobytes, macOS bytes.
     """
     if torch.cuda.is_available():
         cumem = sys.modules.get("vllm.device_allocator.cumem")
         pool = cumem and cumem.CuMemAllocator.instance
         return torch.cuda.max_memory_allocated() - (pool.get_current_usage() if pool else 0)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts kilobytes
+    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def sum_over_ranks(values):

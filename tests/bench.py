@@ -691,6 +691,8 @@ def main():
         parser.error(f"--peer {args.peer} is not for {what}")
     if args.peer and not importlib.util.find_spec(args.peer):
         parser.error(f"--peer {args.peer} is not installed; pip install {args.peer.replace('_', '-')}")
+    if what == "data" and not hasattr(os, "sched_setaffinity"):
+        parser.error("data holds ranks to one core each, which only Linux can")
     if what in ("step", "profile", "growth"):
         import torch
 

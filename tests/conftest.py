@@ -46,6 +46,7 @@ FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: learns to a threshold; only with -m slow")
+    config.addinivalue_line("markers", "vllm: needs requirements.txt's; skips without it, but fails with -m vllm")
     if not config.option.markexpr:
         config.option.markexpr = "not slow"
     torch.set_num_threads(1)

@@ -37,7 +37,6 @@ import torch.distributed as dist
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp._fully_shard import _fully_shard
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -235,6 +234,7 @@ def machine(world_size, module_names=("utils", "policy", "siblings", "rollout", 
             ledger.paused = False
 
     modules = [__import__(name) for name in module_names]
+    import policy
     import utils
 
     with contextlib.ExitStack() as stack:
@@ -245,7 +245,7 @@ def machine(world_size, module_names=("utils", "policy", "siblings", "rollout", 
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
         stack.callback(dist.destroy_process_group)
         mesh = init_device_mesh("gpu", (world_size,))
-        put(_fully_shard, "_init_default_mesh", lambda *_, **__: mesh)  # here, since it looks at numbers
+        put(policy, "init_device_mesh", lambda *_: mesh)  # here, since it looks at numbers
         put(torch.cuda, "is_available", lambda: True)
         put(torch.cuda, "is_current_stream_capturing", lambda: False)
         put(fake_tensor, "init_gpu_context", lambda _: None)

@@ -49,11 +49,17 @@ VARIANTS = {f"{family} {'tied' if tied else 'untied'}": (family, tied) for famil
 PROMPTS = [*conftest.IMAGES, "two", "text"]
 
 
+def needs_vllm(test):
+    """A test for `pytest -m slow`, where it skips without vllm, and for `pytest -m vllm`, where it cannot."""
+    return pytest.mark.slow(pytest.mark.vllm(test))
+
+
 @pytest.fixture(scope="module")
-def vllm(data_path, tmp_path_factory):
+def vllm(data_path, tmp_path_factory, request):
     """What fake_cuda.py tells of each variant."""
     if "vllm" not in {d.metadata["Name"] for d in importlib.metadata.distributions()}:
-        pytest.skip("the vllm of requirements.txt, a CUDA build, is not installed here")
+        leave = pytest.fail if request.config.option.markexpr == "vllm" else pytest.skip
+        leave("the vllm of requirements.txt, a CUDA build, is not installed here")
     folder = tmp_path_factory.mktemp("cuda")
     (folder / "lib").mkdir()  # the extensions are linked against the driver; any library may bear its name
     (folder / "lib" / "libcuda.so.1").symlink_to(Path(torch.__file__).parent / "lib" / "libc10.so")
@@ -70,7 +76,7 @@ def vllm(data_path, tmp_path_factory):
 
 @pytest.mark.parametrize("name, kind", [
     *((name, "reload") for name in VARIANTS), ("qwen2_vl tied", "reload with low ranks")])
-@pytest.mark.slow
+@needs_vllm
 def test_a_reload_is_a_fresh_load_bit_for_bit(vllm, name, kind):
     """Twice in a row; all stays in its place, where CUDA graphs look for it, and buffers are as they were."""
     found = vllm[name][kind]
@@ -79,7 +85,7 @@ def test_a_reload_is_a_fresh_load_bit_for_bit(vllm, name, kind):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.slow
+@needs_vllm
 def test_a_sync_wakes_reloads_and_forgets_in_that_order(vllm, name):
     """Weights first, since they need room; the cache's memory last, when what was gathered for them is free again."""
     assert vllm[name]["reload"]["calls"] == 2 * [[
@@ -88,7 +94,7 @@ def test_a_sync_wakes_reloads_and_forgets_in_that_order(vllm, name):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.slow
+@needs_vllm
 def test_a_weight_that_never_comes_ends_the_sync(vllm, name):
     said = vllm[name]["reload"]["withheld"]
     assert len(said) == (3 if VARIANTS[name][1] else 4)
@@ -97,7 +103,7 @@ def test_a_weight_that_never_comes_ends_the_sync(vllm, name):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.slow
+@needs_vllm
 def test_prompts_arrive_token_for_token(vllm, name):
     """As vLLM's own processor expands them; pictures to the last bit of bfloat16, each prompt with two answers."""
     rows = vllm[name]["prompts"]
@@ -109,7 +115,7 @@ def test_prompts_arrive_token_for_token(vllm, name):
     assert [len(row["pixels"]) for row in rows] == [1] * 8 + [0, 0]  # those of "two" were sent before
 
 
-@pytest.mark.slow
+@needs_vllm
 def test_the_noise_of_a_request_is_of_seed_step_prompt_and_index_alone(vllm):
     """A token's noise is a function of its request's seed, its position and its id (vllm 0.25.1: gumbel_block_argmax in
     v1/worker/gpu/sample/gumbel.py), and neither of the batch nor of a generator that goes on; so all is in the seed."""
@@ -119,7 +125,7 @@ def test_the_noise_of_a_request_is_of_seed_step_prompt_and_index_alone(vllm):
     assert not {*seeds["one"]} & {*seeds["another --seed"]} and not {*seeds["one"]} & {*seeds["another step"]}
 
 
-@pytest.mark.slow
+@needs_vllm
 def test_the_noise_of_an_unseeded_request_is_numpys(vllm):
     """Why each request has a seed: vLLM sets numpy's when it starts, so that a resumed run would replay its noise, and
     all values of --seed would share it (SamplingStates in v1/worker/gpu/sample/states.py)."""

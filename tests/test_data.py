@@ -719,7 +719,8 @@ def sizes_on_two_ranks(folder):
     pictures.size_or_problem = lambda image: opened.append(image) or honest(image)
     utils.start_ranks()
     found = pictures.picture_sizes([str(p) for p in sorted(Path(folder[0]).glob("*.png"))] * 2)
-    print(json.dumps([len(opened), sorted([Path(p).name, size] for p, size in found.items())]), flush=True)
+    said = json.dumps([len(opened), sorted([Path(p).name, size] for p, size in found.items())])
+    print(f"{said}\n", end="", flush=True)  # in one write, where stdout has no buffer: both ranks write to it
 
 
 def test_ranks_share_the_checking(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from functools import partial
 from unittest import mock
 
@@ -82,6 +83,7 @@ def host_bytes():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_ranks_share_the_files_pages(tmp_path):
     """64 MB of weights as the files have them cost a rank next to nothing; in another dtype all of it."""
     folder = shutil.copytree(ROOT / "toy_model", tmp_path / "model")
