@@ -59,23 +59,25 @@ def unlike(samples):
 
 
 def rehearse(engine, samples, args, policy=None):
-    """Answer a few prompts and, where a policy trains, read the answers back; return the answers.
+    """Answer a few prompts and, where a policy trains, read the answers back, together and alone.
 
-    UserError, before step 1, for what a family, a processor or a row asks for and nobody here does,
-    and for a sampler that speaks of another policy. COLLECTIVE.
+    Returns the answers. UserError, before step 1, for what a family, a processor or a row asks for
+    and nobody here does, and for a sampler that speaks of another policy. COLLECTIVE.
     """
     asked, done, problem = unlike(samples), [], None
-    names = ", ".join(s.id for s in asked)
+    names = "the prompts " + ", ".join(s.id for s in asked)
     try:
         done = engine.generate(asked, 2, 1.0, 1.0, min(4, args.max_new_tokens), "rehearsal")
         if policy:
-            gap = mean_gap(trainer_logprobs(policy, done), [s.sampler_logprobs for s in done])
-            if not gap <= 2 * tolerance(args):  # a mean of few tokens
-                problem = f"sampler and trainer are {gap:.2g} nats apart on the prompts {names}"
+            said = [s.sampler_logprobs for s in done]
+            alone = [trainer_logprobs(policy, [s])[0] for s in done[::2]]  # a batch may spoil both
+            gaps = mean_gap(trainer_logprobs(policy, done), said), mean_gap(alone, said[::2])
+            if not all(gap <= 2 * tolerance(args) for gap in gaps):  # means of few tokens
+                problem = f"sampler and trainer are {max(gaps):.2g} nats apart on {names}"
     except Exception as error:  # whatever a family's own code can raise
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(last.filename).name}, line {last.lineno}"
-        problem = (f"answering the prompts {names}, or reading the answers, fails "
+        problem = (f"answering {names}, or reading the answers, fails "
                    f"({type(error).__name__}: {first_line(error)}; {where})")
     utils.refuse_together(problem and f"--model {args.model}: {problem}; give another model or "
                           "other rows, or see the README's families.")
