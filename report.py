@@ -23,7 +23,6 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from pictures import as_png, open_image
 from evaluate import REFLECTION_WORDS, SETTINGS, count_reflections, is_right, reflection_ratios
@@ -37,6 +36,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 DASHES = ("-", "--", "-.", ":")
 MARKS = "os^Dv<>P"
 RATIOS = [name for name in reflection_ratios([], []) if name != "words"]  # the paper's five
+START = "before training"  # of whatever a run began from, which may have been trained before
+MARK = "<image>"  # a picture's place in a question, as data.py has it
 
 
 @dataclass
@@ -114,8 +115,8 @@ def read_run(path, substring):
         if substring:
             missing.append("--substring needs the completions: its ratios are left out")
     if not (path / "result.json").exists():
-        last = metrics[-1]["generation_step"] if metrics else 0
-        missing.append(f"it has not ended; its last logged step is {last}")
+        last = f"; its last logged step is {metrics[-1]['generation_step'] if metrics else 0}"
+        missing.append("it has not ended" + last * (script in TRAINERS))
     answers = np.array(answers, dtype=float).reshape(-1, 5)
     return Run(path, args, evals, metrics, reflection, answers, aha, missing)
 
@@ -123,7 +124,7 @@ def read_run(path, substring):
 def in_arms(runs):
     """Training runs by arm, `{label: [runs, by seed]}`; the label says what sets the arm apart."""
     # what does not change the training
-    own = ("seed", "out", "wandb", "eval_settings", "eval_every", "save_every", "keep")
+    own = ("seed", "out", "wandb", "eval_settings", "eval_every", "save_every", "keep", "keep_best")
     kinds = defaultdict(lambda: defaultdict(list))  # {kind: {arguments: runs}}
     for run in runs:
         if run.args.get("script") in TRAINERS:
@@ -141,8 +142,10 @@ def in_arms(runs):
                 usual = max(values, key=values.count)  # goes without saying, unless all differ
                 alone = values.count(usual) == 1 < len(values)
                 if mine.get(name) != (None if alone else usual):
-                    words.append(f"--{name} {mine.get(name)}")
+                    v = " ".join(str(mine.get(name)).split())  # if long, without its middle
+                    words.append(f"--{name} {v if len(v) < 61 else v[:20] + ' ... ' + v[-35:]}")
             members.sort(key=lambda run: (run.args.get("seed", 0), str(run.path)))
+            words += [f"({members[0].path})"] if " ".join(words) in arms else []
             arms[" ".join(words)] = members
     return arms
 
@@ -163,7 +166,7 @@ def interval(replicates):
 
 
 def scores(run, split, setting):
-    """`(epochs, values (epochs,), redrawn (epochs, ROUNDS))` of one run, by epoch; 0 is untrained.
+    """`(epochs, values (epochs,), redrawn (epochs, ROUNDS))` of one run, by epoch; 0 is before.
 
     The values are pass@n: one right among n answers will do. `redrawn` holds them over redrawn
     prompts, the same draws for every run over as many, so that runs are compared on the same ones.
@@ -197,7 +200,7 @@ def judge(low, high):
 
 
 STATISTICS = {  # of an array (epochs, ...), epoch 0 first
-    "untrained": lambda a: a[0],
+    START: lambda a: a[0],
     "mean": lambda a: a[1:].mean(0),
     "max": lambda a: a[1:].max(0),
     "last": lambda a: a[-1],
@@ -286,13 +289,13 @@ def measured(arms):
 
 
 def accuracy_table(arms):
-    """The paper's Table 3: untrained, mean and maximum over epochs, averaged over seeds."""
-    rows = [["split", "setting", "arm", "seeds", "untrained", "mean of epochs", "best epoch",
+    """The paper's Table 3: before training, mean and maximum over epochs, averaged over seeds."""
+    rows = [["split", "setting", "arm", "seeds", START, "mean of epochs", "best epoch",
              "last epoch"]]
     for split, setting in measured(arms):
         for label, runs in arms.items():
             cells = [percent(statistic(runs, split, setting, name))
-                     for name in ("untrained", "mean", "max", "last")]
+                     for name in (START, "mean", "max", "last")]
             rows += [[split, setting, label, len(runs), *cells]] if any(cells) else []
     return rows
 
@@ -314,7 +317,7 @@ def against_sft(arms):
 def difference_table(arms):
     rows = [["split", "setting", "arms", "mean of epochs, points", "last epoch, points"]]
     return rows + [[*place, percent(mean), percent(last)]
-                   for *place, mean, last in against_sft(arms)]
+                   for *place, mean, last in against_sft(arms) if mean]
 
 
 def transfer_table(arms):
@@ -330,8 +333,8 @@ def transfer_table(arms):
     return rows
 
 
-def robustness_table(runs):
-    """What evaluate.py measured on images as they are and on damaged ones."""
+def evaluation_table(runs):
+    """What evaluate.py measured, on images as they are and on damaged ones."""
     rows = [["model", "data", "setting", "images", "prompts", "pass@n"]]
     for run in (run for run in runs if run.args.get("script") == "evaluate"):
         for row in run.evals:
@@ -382,10 +385,9 @@ def findings(arms):
                          "reproduced" if parted else "not reproduced"])
     for label, runs in arms.items():
         # columns: run, step, length, share or truth of reflection; of answers also right, opening
-        steps = np.array([
-            (i, m["generation_step"], m["length"], found["reflection_ratio"])
-            for i, run in enumerate(runs) for m in run.metrics
-            if (found := run.reflection.get(m["generation_step"]))], dtype=float)
+        steps = np.array([(i, m["generation_step"], m["length"], found["reflection_ratio"])
+                          for i, run in enumerate(runs) for m in run.metrics
+                          if (found := run.reflection.get(m["generation_step"]))], dtype=float)
         answers = np.concatenate([np.insert(run.answers, 0, i, 1) for i, run in enumerate(runs)])
         for how, table, group in (("steps of a run", steps, [0]),
                                   ("answers of a step", answers, [0, 1]),
@@ -454,23 +456,23 @@ def curves_of(arms, points):
 
 def accuracy_panels(arms):
     """Accuracy by epoch: of the answers given in training, then of every split and setting."""
-    one_base = len({runs[0].args["model"] for runs in arms.values()}) == 1
-    curves = curves_of(arms, lambda run: {  # cumulative: the mean over all steps of the epoch
-        epoch: 100 * np.mean(v) for epoch, v in by_epoch(run, "reward/accuracy").items()})
+    curves = curves_of(arms, lambda run: {  # cumulative: the mean over the epoch's steps so far
+        rows[-1]["epoch"]: 100 * np.mean(found) for rows in in_epochs(run).values()
+        if (found := known(rows, "reward/accuracy"))})
     yield "train, as it was answered", "epoch", "accuracy, %", curves
     for (split, setting), row in measured(arms).items():
         curves = curves_of(arms, lambda run: {
             epoch: 100 * value for epoch, value, _ in zip(*scores(run, split, setting))})
-        if one_base:
+        if len({runs[0].args["model"] for runs in arms.values()}) == 1:
             end = max(epoch for runs in curves.values() for curve in runs for epoch in curve)
-            curves["untrained"] = [{0: curve[0], end: curve[0]} for runs in curves.values()
-                                   for curve in runs if 0 in curve]
+            curves[START] = [{0: c[0], end: c[0]} for r in curves.values() for c in r if 0 in c]
         yield f"{split}, {setting}, n = {row['n']}", "epoch", f"{pass_name(row)}, %", curves
 
 
 def training_panels(arms):
-    """Response length and the paper's five ratios by generation step."""
-    curves = curves_of(arms, lambda run: {m["generation_step"]: m["length"] for m in run.metrics})
+    """Response length and the paper's five ratios by generation step, where a model answered."""
+    curves = curves_of(arms, lambda run: {m["generation_step"]: m["length"] for m in run.metrics
+                                          if run.args["script"] != "train_sft"})
     yield "response length", "generation step", "tokens", curves
     for name in RATIOS:  # in percent; without a denominator, a ratio is None
         curves = curves_of(arms, lambda run: {
@@ -490,37 +492,42 @@ def words_panels(arms):
 def draw(panels, arms):
     """PNG bytes of a figure: the mean over seeds, one standard deviation as a band."""
     from matplotlib.figure import Figure  # no window is ever opened
-    from matplotlib.ticker import MaxNLocator
 
+    shown = [k for k in [*arms, START] if any(any(p[-1].get(k, [])) for p in panels)]
     columns = 4 if len(panels) in (4, 7, 8) or len(panels) > 9 else min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    beside = 1 if max(map(len, arms)) > 40 else 4  # entries of the legend in a row
-    height = 2.6 * rows + 0.8 + 0.2 * math.ceil((len(arms) + 1) / beside)
-    figure = Figure(figsize=(3.6 * columns, height), layout="constrained", dpi=120)
+    wide = 48 * columns - 8  # characters of the legend that fit into a row, beside a mark
+    beside = max(1, min(4, wide // (max(map(len, shown)) + 8)))
+    names = [textwrap.fill(k, wide).replace("$", r"\$") for k in shown]  # a dollar is no formula
+    height = 3.25 * rows + 1 + 0.25 * math.ceil(sum(len(n.splitlines()) for n in names) / beside)
+    figure = Figure(figsize=(4.5 * columns, height), layout="constrained", dpi=96)
+    lines, bands = {}, []
     for number, (title, at, y, curves) in enumerate(panels, 1):
-        axis = figure.add_subplot(rows, columns, number)
+        axis = figure.add_subplot(rows, columns, number, title=title, xlabel=at, ylabel=y)
         for i, (label, runs) in enumerate(curves.items()):
             xs = sorted({x for curve in runs for x in curve})
             values = [[curve[x] for curve in runs if x in curve] for x in xs]
             mean = np.array([np.mean(v) for v in values])
             spread = np.array([np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values])
             j = i + i // 8  # from the ninth on, a colour meets another dash and mark
-            axis.plot(xs, mean, label=label, color=COLOURS[i % 8], linestyle=DASHES[j % 4],
-                      marker=MARKS[j % 8], markevery=max(1, len(xs) // 6), markersize=4)
+            [lines[label]] = axis.plot(xs, mean, MARKS[j % 8] + DASHES[j % 4], color=COLOURS[i % 8],
+                                       markevery=max(1, len(xs) // 6), markersize=5)
             # no share lies outside 0 and 100 %
             low, high = np.clip((mean - spread, mean + spread), 0, 100 if "%" in y else None)
             axis.fill_between(xs, low, high, color=COLOURS[i % 8], alpha=0.2, linewidth=0)
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel(at, fontsize=8)
-        axis.set_ylabel(y, fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    lines = axis.get_legend_handles_labels()  # the last panel has them all
-    figure.legend(*lines, fontsize=8, loc="outside upper center", ncols=beside)
+            bands.append(spread.any())
+        if not any(bands[-len(curves) :]):  # nothing parts a trend from noise: nothing is enlarged
+            top = max(axis.dataLim.y1, 10 if "%" in y else 1)
+            axis.set_ylim(-0.05 * top, 1.05 * top)
+        axis.locator_params("x", integer=True)
+        if not axis.dataLim.width:
+            axis.set_xticks([axis.dataLim.x0])
+    figure.legend(map(lines.get, shown), names, ncols=beside, loc="outside upper center")
     seeds = [", ".join(str(run.args.get("seed")) for run in runs) for runs in arms.values()]
-    caption = (f"Mean over seeds ({'; '.join(seeds)}, in the legend's order); the band is one "
-               "standard deviation.")
-    figure.supxlabel(textwrap.fill(caption, 45 * columns), fontsize=8)
+    caption = (f"{'Mean over seeds' if ',' in ''.join(seeds) else 'One seed an arm'} "
+               f"({'; '.join(dict.fromkeys(seeds))}); "
+               f"{'a band is one standard deviation over runs' if any(bands) else 'no bands'}.")
+    figure.supxlabel(textwrap.fill(caption, 45 * columns), fontsize=10)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})  # the same bytes each time
     return buffer.getvalue()
@@ -532,7 +539,7 @@ def draw(panels, arms):
 
 def markdown_table(rows):
     cells = [["–" if c is None else str(c).replace("|", "\\|") for c in row] for row in rows]
-    lines = [f"| {' | '.join(row)} |" for row in cells]
+    lines = [" ".join(f"| {' | '.join(row)} |".split()) for row in cells]  # each on one line
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
@@ -554,8 +561,9 @@ def picture(source):
     """An image as an element that needs no other file, at most 256 pixels wide or high."""
     try:
         image = open_image(source)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return f"<p class=missing>picture not found: {escape(str(source))}</p>"
+    except Exception:  # Pillow's plug-ins raise what they like
+        why = f"not found or broken: {source}" if source else "not kept: its data hold it as bytes"
+        return f"<p class=missing>picture {escape(why)}</p>"
     image.thumbnail((256, 256))  # a page of full photographs would be too heavy to send
     return embedded(as_png(image), "the prompt's picture")
 
@@ -571,8 +579,9 @@ def card(r):
             f"<pre>{escape(r['completion_text'])}</pre></div>")
 
 
-def groups_of(run, label, count):
-    """HTML of `count` prompts of a run's first, middle and last kept step, each with G answers."""
+def groups_of(members, label, count):
+    """HTML of `count` prompts of an arm's first, middle and last kept step, each with G answers."""
+    run = max(members, key=lambda run: len(run.answers) > 0)  # a page of all would be too large
     files = sorted((run.path / "samples").glob("step_*.jsonl"))
     for path in dict.fromkeys(files[i] for i in (0, len(files) // 2, -1) if files):
         groups = defaultdict(list)
@@ -580,22 +589,23 @@ def groups_of(run, label, count):
             groups[r["id"]].append(r)
         for prompt, records in list(groups.items())[:count]:
             title, first = f"{label}, {run.path.name}, {path.stem}, prompt {prompt}", records[0]
-            yield (f"<section><h3>{escape(title)}</h3><div class=prompt>"
-                   f"{''.join(map(picture, first.get('images', [])))}"
-                   f"<p>{escape(first['question'])}</p><p>Answer: <b>{escape(first['answer'])}</b>"
-                   f"</p></div><div class=cards>{''.join(map(card, records))}</div></section>")
+            images, (*texts, last) = first.get("images", []), first["question"].split(MARK)
+            images = map(picture, images if len(images) == len(texts) else [None] * len(texts))
+            asked = "".join(f"{escape(text)}{image}" for text, image in zip(texts, images))
+            yield (f"<section><h3>{escape(title)}</h3><div class=prompt>{asked}{escape(last)}"
+                   f"<p>Answer: <b>{escape(first['answer'])}</b></p></div>"
+                   f"<div class=cards>{''.join(map(card, records))}</div></section>")
 
 
 # one file that opens without a network; its policy forbids scripts, whatever it holds
 HEAD = """<!doctype html><html lang=en><meta charset=utf-8><title>Glassbox report</title>
 <meta http-equiv=Content-Security-Policy content="default-src 'none'; \
-img-src data:; style-src 'unsafe-inline'">
-<style>
+img-src data:; style-src 'unsafe-inline'"><style>
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em;
-       color: #111; background: #fff }
+       color: #111; background: #fff; overflow-wrap: break-word }
 table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }
 th, td { border-bottom: 1px solid #ccc; padding: .25em .6em; text-align: left }
-img { max-width: 100% } .prompt img { image-rendering: pixelated; min-width: 128px }
+img { max-width: 100% } .prompt img { image-rendering: pixelated; min-width: 128px; display: block }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: .6em }
 .cards div { border-left: 4px solid #999; background: #f6f6f6; padding: .4em .6em }
 .cards .good { border-color: #0072B2 } .cards .bad { border-color: #D55E00 } small { color: #444 }
@@ -617,45 +627,40 @@ def main(args):
                             "leave this run out.")
     out = Path(args.out or Path(args.runs[0]) / "report")
     arms = in_arms(runs)
-    trained = {label: runs for label, runs in arms.items() if any(run.evals for run in runs)}
-    answering = {label: runs for label, runs in arms.items() if not label.startswith("SFT")}
     found = findings(arms)
     tables = {
-        "Accuracy": accuracy_table(trained),
-        "RL against SFT": difference_table(trained),
-        "Out of distribution": transfer_table(trained),
-        "Damaged images": robustness_table(runs),
+        "Accuracy": accuracy_table(arms),
+        "RL against SFT": difference_table(arms),
+        "Out of distribution": transfer_table(arms),
+        "Evaluations": evaluation_table(runs),
         "The paper's findings": found,
         "Cost": cost_table(arms),
         "Failure signatures": diagnostics(arms, found),
         "Reflections that were right": [
             ["run", "step", "question", "answer", "advantage", "response"],
-            *([str(run.path), r["step"], r["question"], r["answer"], f"{r['advantage']:+.2f}",
-               r["completion_text"]] for run in runs for r in run.aha)],
+            *([str(run.path), r["step"], r["question"].replace(MARK, ""), r["answer"],
+               f"{r['advantage']:+.2f}", r["completion_text"]] for run in runs for r in run.aha)],
         "Missing": [["run", "what is missing"], *([str(run.path), sentence] for run in runs
                                                   for sentence in run.missing)],
     }
     tables = {title: rows for title, rows in tables.items() if len(rows) > 1}
 
-    note = ("pass@n of the setting, in percent, with 95 % intervals that redraw seeds and prompts "
-            f"{ROUNDS} times. Best epoch: the maximum over epochs, which favours noise.")
-    page, text = [HEAD], [f"# Report\n\n{note}"]
-    for name, panels, shown in (("accuracy", accuracy_panels(trained), trained),
-                                ("training", training_panels(answering), answering),
-                                ("words", words_panels(answering), answering)):
+    note = (f"pass@n in percent. 95 % intervals: of arms {ROUNDS} redraws of seeds and prompts, of "
+            "evaluations Wilson's. Best epoch: the maximum over epochs, which favours noise.")
+    page, text = [HEAD, f"<p>{note}</p>"], [f"# Report\n\n{note}"]
+    for name, panels_of in (("accuracy", accuracy_panels), ("training", training_panels),
+                            ("words", words_panels)):
         # those with a point: without accuracies, nothing is right or wrong
-        if panels := [panel for panel in panels if any(map(any, panel[-1].values()))]:
-            png = draw(panels, shown)
+        if panels := [panel for panel in panels_of(arms) if any(map(any, panel[-1].values()))]:
+            png = draw(panels, arms)
             page.append(f"<h2>{name.capitalize()}</h2>{embedded(png, name)}")
             text.append(f"![{name}]({name}.png)")
             utils.write_bytes(out / f"{name}.png", png)
-    page.append(f"<h2>Note</h2><p>{escape(note)}</p>")
     for title, rows in tables.items():
         page.append(f"<h2>{escape(title)}</h2>{html_table(rows)}")
         text.append(f"## {title}\n\n{markdown_table(rows)}")
-    page.append("<h2>Prompts and their answers</h2>")
-    for label, members in arms.items():  # one run of each: a page of all would be too large
-        page += groups_of(members[0], label, args.groups)
+    groups = [g for label, runs in arms.items() for g in groups_of(runs, label, args.groups)]
+    page += ["<h2>Prompts and their answers</h2>", *groups] if groups else []
     utils.write_text(out / "report.html", "\n".join(page))
     utils.write_text(out / "report.md", "\n\n".join(text) + "\n")
     utils.write_json(out / "report.json", {

@@ -94,7 +94,7 @@ def two_runs(tmp_path, name, rights, **args):
 
 
 @pytest.mark.parametrize("name, expected", [
-    ("untrained", (0.25 + 0.25) / 2), ("mean", ((0.5 + 1.0) / 2 + (0.75 + 0.25) / 2) / 2),
+    (report.START, (0.25 + 0.25) / 2), ("mean", ((0.5 + 1.0) / 2 + (0.75 + 0.25) / 2) / 2),
     ("max", (1.0 + 0.75) / 2), ("last", (1.0 + 0.25) / 2), ("gain", (0.75 + 0.0) / 2)])
 def test_statistics_by_hand(tmp_path, name, expected):
     """Mean and maximum are over the epochs after training began, then over runs, in this order."""
@@ -288,9 +288,141 @@ def test_damaged_images_are_a_table_of_evaluations(tmp_path):
         rows = [evaluation(0, [1, 0], split="toy_data/test.jsonl", perturb=how)]
         write_run(tmp_path / how, rows, script="evaluate", model="m")
     make(tmp_path / "out", tmp_path)
-    rows = table(tmp_path / "out", "Damaged images")
+    rows = table(tmp_path / "out", "Evaluations")
     assert [(r["images"], r["pass@n"]) for r in rows] == [
         ("blank", "50.0 [0.0, 100.0]"), ("as they are", "50.0 [0.0, 100.0]")]
+
+
+def test_a_long_value_is_named_without_its_middle(tmp_path):
+    """On one line; and where the ends are alike, both arms are still there."""
+    ends = ("Think\nstep by step. " * 9, *(f"/data/geometry/{'sub/' * 20}{n}/{'more/' * 9}train.jsonl" for n in "12"))
+    runs = [read(write_run(tmp_path / str(i), instruction=end)) for i, end in enumerate(ends)]
+    first, second, third = report.in_arms(runs)
+    assert first == "GRPO --instruction Think step by step.  ... k step by step. Think step by step."
+    assert second == "GRPO --instruction /data/geometry/sub/s ... ore/more/more/more/more/train.jsonl"
+    assert third == f"{second} ({tmp_path / '2'})" and max(map(len, (first, second))) < 80
+
+
+def test_what_is_kept_does_not_part_arms(tmp_path):
+    runs = [read(write_run(tmp_path / str(i), seed=i, keep_best=best)) for i, best in enumerate(("", "test/pass1_t0.6"))]
+    assert list(report.in_arms(runs)) == ["GRPO"]
+
+
+def test_a_plain_evaluation_alone(tmp_path):
+    """It is called an evaluation, not a damaged image; no section is empty; stopped, it has no training step."""
+    write_run(tmp_path / "a", [evaluation(0, [1, 0], split="test.jsonl", perturb="none")], script="evaluate", ended=False)
+    make(tmp_path / "out", tmp_path / "a")
+    assert [row["pass@n"] for row in table(tmp_path / "out", "Evaluations")] == ["50.0 [0.0, 100.0]"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Damaged" not in page and "of evaluations Wilson's" in page and "Prompts and their answers" not in page
+    assert [row["what is missing"] for row in table(tmp_path / "out", "Missing")] == ["it has not ended"]
+
+
+def test_a_difference_of_nothing_has_no_row(tmp_path):
+    """An arm that crashed before its first epoch ended is compared with nothing."""
+    write_run(tmp_path / "g", [evaluation(0, [1, 0])])
+    write_run(tmp_path / "s", [evaluation(e, [1, 0]) for e in (0, 1)], script="train_sft")
+    make(tmp_path / "out", tmp_path / "g", tmp_path / "s")
+    assert table(tmp_path / "out", "RL against SFT") == [] and len(table(tmp_path / "out", "Accuracy")) == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Figures
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Every figure that is drawn, in the order accuracy, training, words."""
+    from matplotlib.figure import Figure
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **more: drawn.append(self) or save(self, *args, **more))
+    return drawn
+
+
+def entries(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+FLAGS = dict(group_size=16, kl_coef=0.04, loss="dr_grpo", lr=1e-5, rewards="accuracy:1.0,language:0.5,unfinished:0.5",
+             train_data="/data/A/RATHER/LONG/FOLDER/geometry3k/geometry3k_rl_v0_filtered.jsonl")
+
+
+@pytest.mark.parametrize("arms, splits", [(2, ["test"]), (2, ["validation", "test"]), (12, ["test"])])
+def test_the_legend_fits(tmp_path, figures, arms, splits):
+    """Whatever flags set arms apart, it lies inside the figure and above its panels."""
+    for i in range(arms):
+        given = FLAGS | {"instruction": f"$\\boxed{{{i}}}$"} if i else dict(group_size=8)
+        write_run(tmp_path / str(i), [evaluation(e, [1, 0], s) for e in (0, 1) for s in splits], **given)
+    make(tmp_path / "out", tmp_path)
+    [figure] = figures
+    box, whole = figure.legends[0].get_window_extent(), figure.bbox
+    assert 0 <= box.x0 and box.x1 <= whole.x1 and box.y1 <= whole.y1 and len(entries(figure)) == arms + 1
+    for axis in figure.axes:
+        assert axis.get_tightbbox().y1 <= box.y0 and axis.bbox.height > 100
+    assert r"--instruction $\boxed{1}$" in " ".join(entries(figure)[1].split()).replace(r"\$", "$")
+
+
+def test_what_a_run_began_from_may_have_been_trained(tmp_path, figures):
+    write_run(tmp_path / "a", [evaluation(e, [1, 0]) for e in (0, 1)], model="runs/sft/checkpoints/step_000640")
+    make(tmp_path / "out", tmp_path / "a")
+    assert entries(figures[0]) == ["GRPO", "before training"]
+    assert "before training" in table(tmp_path / "out", "Accuracy")[0]
+    assert "untrained" not in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("rights, expected", [
+    ([[[0, 0], [0, 0]]] * 2, (-0.5, 10.5)),  # all seeds at 0 %
+    ([[[1, 1], [1, 1]]], (-5, 105)),
+    ([[[1] * 50 + [0] * 50, [1] * 51 + [0] * 49]], (-0.05 * 51, 1.05 * 51))])  # one seed, one point up
+def test_nothing_is_enlarged_without_a_band(tmp_path, figures, rights, expected):
+    """The axis of a share begins at 0 and shows 10 points at least, where no spread says what noise is."""
+    for seed, run in enumerate(rights):
+        write_run(tmp_path / str(seed), [evaluation(e, r) for e, r in enumerate(run)], seed=seed)
+    make(tmp_path / "out", tmp_path)
+    assert figures[0].axes[0].get_ylim() == pytest.approx(expected)
+
+
+def test_a_band_may_be_looked_at_closely(tmp_path, figures):
+    """Two seeds, 60 and 80 % after the epoch: from 50 %, where both began, to the band's end at 70 + 14.1."""
+    for seed, n in enumerate((6, 8)):
+        write_run(tmp_path / str(seed), [evaluation(0, [1, 0]), evaluation(1, [1] * n + [0] * (10 - n))], seed=seed)
+    make(tmp_path / "out", tmp_path)
+    low, high = figures[0].axes[0].get_ylim()
+    margin = 0.05 * (20 + math.sqrt(200))
+    assert (low, high) == pytest.approx((50 - margin, 70 + math.sqrt(200) + margin))
+
+
+@pytest.mark.parametrize("seeds, spread, caption", [
+    ((3,), 1, "One seed an arm (3); no bands."),
+    ((3, 5), 1, "Mean over seeds (3, 5); a band is one standard deviation over runs."),
+    ((3, 5), 0, "Mean over seeds (3, 5); no bands.")])
+def test_the_caption_speaks_of_what_is_drawn(tmp_path, figures, seeds, spread, caption):
+    for seed in seeds:
+        write_run(tmp_path / str(seed), metrics=[metric(1, 0.5, spread * seed), metric(2, 1.0)], seed=seed)
+    make(tmp_path / "out", tmp_path)
+    assert figures[1].get_supxlabel().replace("\n", " ") == caption
+
+
+def test_without_evaluations_training_accuracy_is_drawn(tmp_path, figures):
+    """Half an epoch stands at one half, alone on its axis; an arm with no point has no entry."""
+    write_run(tmp_path / "a", metrics=[metric(1, 0.25), metric(2, 0.5, **{"reward/accuracy": 1.0})])
+    write_run(tmp_path / "b", lr=1.0, ended=False)
+    make(tmp_path / "out", tmp_path)
+    [axis] = figures[0].axes
+    assert axis.lines[0].get_xydata().tolist() == [[0.5, 75]] and list(axis.get_xticks()) == [0.5]
+    assert entries(figures[0]) == ["GRPO"]
+
+
+def test_an_arm_has_one_colour_in_all_figures(tmp_path, figures):
+    """SFT, which stands first, answers nothing in training; GRPO is second all the same."""
+    full_run(tmp_path / "a", 0, (10, 11, 12, 13), [1, 1, 1, 0], script="train_sft")
+    full_run(tmp_path / "b", 0, (10, 11, 12, 13), [1, 1, 1, 0])
+    for file in (tmp_path / "a" / "samples").iterdir():
+        file.unlink()
+    make(tmp_path / "out", tmp_path)
+    assert [entries(f) for f in figures] == [["SFT", "GRPO", "before training"], ["GRPO"], ["GRPO"]]
+    colours = {f.legends[0].get_lines()[entries(f).index("GRPO")].get_color() for f in figures}
+    assert colours == {report.COLOURS[1]}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -427,7 +559,7 @@ def page(tmp_path_factory):
     Image.new("RGB", (40, 30), (200, 30, 30)).save(folder / "picture.png")
     records = [completion("p<b>", f"wait {HOSTILE} {i}", i % 2, i - 1.5, question=f"<image>{HOSTILE}",
                           images=[str(folder / "picture.png")]) for i in range(4)]
-    records += [completion("q", "wait " + "x" * 3000, 1, 0.5, images=["/nowhere/<i>.png"])]
+    records += [completion("q", "wait " + "x" * 3000, 1, 0.5, images=[f"/nowhere/{'x' * 200}<i>.png"])]
     for seed in (0, 1):
         write_run(folder / f"run{seed}", [evaluation(e, [1, 0, e]) for e in (0, 1)], [metric(1, 1.0)], [records],
                   seed=seed, rewards="a|b")
@@ -458,7 +590,34 @@ def test_page_is_one_file_with_escaped_text(page):
     assert not [a for _, a in read.elements for name in a if name.startswith("on")]
     text = "".join(read.text)
     assert HOSTILE in text and "✓ advantage +1.50" in text and "✗ advantage -1.50" in text
-    assert "picture not found: /nowhere/<i>.png" in text
+    assert f"picture not found or broken: /nowhere/{'x' * 200}<i>.png" in text
+
+
+@pytest.mark.parametrize("question, images, shown", [
+    ("<image>How many?", ["a"], "[a]How many?"), ("How many?", [], "How many?"),
+    ("Is <image> like <image>, <b>?", ["a", "a"], "Is [a] like [a], <b>?"),
+    ("<image>How many?", [], "picture not kept: its data hold it as bytesHow many?"),  # parquet, hub, data URI
+    ("<image>How many?", ["text"], "picture not found or broken: TEXTHow many?")])
+def test_a_picture_stands_at_its_mark(tmp_path, question, images, shown):
+    """And where none can be shown it is said why; the mark itself is nobody's to read, in tables neither."""
+    files = {"a": tmp_path / "a.png", "text": tmp_path / "text.png"}
+    Image.new("RGB", (4, 4)).save(files["a"])
+    files["text"].write_text("no picture")
+    record = completion("p", "wait: 2", True, question=question, images=[str(files[name]) for name in images])
+    write_run(tmp_path / "0", ended=False)  # crashed at once; the next seed's answers are shown
+    write_run(tmp_path / "1", metrics=[metric(1, 1.0)], samples=[[record]], seed=1)
+    make(tmp_path / "out", tmp_path)
+    page = (tmp_path / "out" / "report.html").read_text()
+    prompt = page.partition("<div class=prompt>")[2].partition("<p>Answer")[0].replace("<img ", "[a]<img ")
+    assert "".join(Reader(prompt).text) == shown.replace("TEXT", str(files["text"]))
+    assert prompt.count("<img ") == shown.count("[a]")
+    for name in ("report.html", "report.md"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "<image>" not in text and "&lt;image&gt;" not in text
+
+
+def test_a_row_is_one_line_of_markdown():
+    assert report.markdown_table([["a", "b"], ["one\n\ntwo", None]]).splitlines()[2:] == ["| one two | – |"]
 
 
 def test_table_cells_are_escaped():

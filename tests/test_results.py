@@ -62,7 +62,7 @@ def without_table():
     rows = [["arm", "validation, untrained", "last epoch", "test, untrained", "last epoch"]]
     for label, runs in arms_of("without").items():
         rows.append([label, *(cell(runs, split, name) for split in ("validation", "test")
-                              for name in ("untrained", "last"))])
+                              for name in (report.START, "last"))])
     return rows
 
 
