@@ -1,4 +1,4 @@
-"""A token of every answer through the decoder, by hand. Optional: without siblings.py, a model does.
+"""A token of every answer through the decoder, by hand. Optional: used where siblings.py is.
 
 What a sampler computes anew for each token is written out here: the attention cache of a prompt is
 held once for all its answers, what is multiplied with the same is one product, and the angles of a
