@@ -157,15 +157,34 @@ def test_the_readme_has_the_two_commands():
     assert "pip install -r requirements.txt && pytest\n" in README
 
 
+def pins(name):
+    """The lines of a requirements file, without comments."""
+    lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+    return [line for line in lines if line]
+
+
+def test_the_light_install_is_all_but_vllm():
+    """No pin is written twice; the sizes on the README are pip's."""
+    first, vllm = pins("requirements.txt")
+    assert first == "-r requirements-light.txt" and vllm.startswith("vllm==")
+    assert all(re.fullmatch(r"(?!vllm)\w+==[\d.]+", line) for line in pins("requirements-light.txt"))
+    found, text = raw("install.json"), words(README)
+    mac, linux = found["macOS, arm64"]["megabytes"], found["Linux, x86-64"]
+    rest = linux["megabytes"] - linux["of them CUDA and triton"] - linux["of them torch"]
+    assert f"A Mac (Apple silicon) downloads {round(mac, -1)} MB." in text
+    assert f"brings CUDA, {linux['megabytes'] / 1000:.1f} GB in all;" in text
+    assert f"it is some {rest + found['a CPU build of torch, megabytes']} MB." in text
+
+
 def test_the_file_table_is_the_tree():
     """Every file of the top level stands in the table, and nothing else does."""
     table = section("The files", README)
-    listed = re.findall(r"^\| `([\w./]+)` \|(?: \d+)? \|", table, re.M)
+    listed = re.findall(r"^\| `([\w./-]+)` \|(?: \d+)? \|", table, re.M)
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
     top = {p.split("/")[0] + ("/" if "/" in p else "") for p in tracked.split()}
     top -= {".gitignore", ".ci/", "LICENSE", "README.md"}
     assert sorted(listed) == sorted(top)
-    sizes = dict(re.findall(r"^\| `([\w./]+)` \| (\d+) \|", table, re.M))
+    sizes = dict(re.findall(r"^\| `([\w./-]+)` \| (\d+) \|", table, re.M))
     for name, lines in sizes.items():
         assert int(lines) == len((ROOT / name).read_text().splitlines()), name
 
