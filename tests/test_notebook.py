@@ -6,6 +6,7 @@
 import ast
 import copy
 import json
+import os
 import re
 import resource
 import shutil
@@ -115,12 +116,16 @@ def test_the_exercises_it_points_at_are_the_lessons():
 
 
 def set_up(repository, folder):
-    """The first cell in a process of its own, with this as REPOSITORY; where it ends up is printed."""
+    """The first cell in a process of its own, with this as REPOSITORY; where it ends up is printed.
+
+    pip finds nothing to install: what would be is said before.
+    """
     code = CODE[0].replace('REPOSITORY = ""', f"REPOSITORY = {repository!r}") + "\nprint(os.getcwd())"
-    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=100)
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=100,
+                          env=os.environ | {"PIP_NO_INDEX": "1"})
 
 
-def test_opened_alone_it_asks_for_the_repository_and_clones_it(tmp_path):
+def test_opened_alone_it_asks_for_the_repository_clones_it_and_installs_what_is_absent(tmp_path):
     asked = set_up("", tmp_path)
     assert asked.returncode == 1
     assert asked.stderr == ("The scripts are not in this folder: write the repository's address into REPOSITORY, or "
@@ -133,6 +138,9 @@ def test_opened_alone_it_asks_for_the_repository_and_clones_it(tmp_path):
         done = set_up(str(alone), tmp_path)
         assert done.returncode == 0, done.stderr
         assert done.stdout == f"{tmp_path.resolve() / 'glassbox'}\n"  # nothing had to be installed
+    pins = "torch==0.1\nnobody-has-this==1.0  # why\ntransformers==4.57.0\ntransformers==99.0\n"
+    (tmp_path / "glassbox" / "requirements-light.txt").write_text(pins)
+    assert set_up(str(alone), tmp_path).stdout == "Installing nobody-has-this==1.0 transformers==99.0\n"
 
 
 # ---------------------------------------------------------------------------------------------
