@@ -153,7 +153,10 @@ def test_it_runs_from_top_to_bottom_twice_and_learns(tmp_path):
     folder = copy_of_the_tree(tmp_path)
     runner, notebook = client(folder)
     once, out = len(notebook.cells), folder / "runs" / "lesson"
-    notebook.cells += [cell | {"id": f"{cell.id}-again"} for cell in copy.deepcopy(notebook.cells)]
+    again = copy.deepcopy(notebook.cells)
+    for cell in again:
+        cell.id += "-again"
+    notebook.cells += again
     spent = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     runner.execute()  # a cell that fails raises
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - spent < 2 * 300
