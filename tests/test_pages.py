@@ -171,9 +171,9 @@ def test_the_light_install_is_all_but_vllm():
     found, text = raw("install.json"), words(README)
     mac, linux = found["macOS, arm64"]["megabytes"], found["Linux, x86-64"]
     rest = linux["megabytes"] - linux["of them CUDA and triton"] - linux["of them torch"]
-    assert f"A Mac (Apple silicon) downloads {round(mac, -1)} MB." in text
-    assert f"brings CUDA, {linux['megabytes'] / 1000:.1f} GB in all;" in text
-    assert f"it is some {rest + found['a CPU build of torch, megabytes']} MB." in text
+    assert f"A Mac (Apple silicon) downloads {round(mac, -1)} MB;" in text
+    assert f"brings CUDA, {linux['megabytes'] / 1000:.1f} GB;" in text
+    assert f"it is {rest + found['a CPU build of torch, megabytes']} MB." in text
 
 
 def test_the_file_table_is_the_tree():
