@@ -258,16 +258,19 @@ class RowAttention(torch.autograd.Function):
 def rectangles(x, shape, slots):
     """(1, T, h, D) to prompts (P, h, L, D) and completions (P * n, h, C, D)."""
     P, L, n, C = shape
-    blank = x.new_zeros(P * (L + n * C), *x.shape[2:])
-    prompts, rest = blank.index_copy_(0, slots, x[0]).split([P * L, P * n * C])
+    both = x.new_empty(P * (L + n * C), *x.shape[2:])
+    if len(slots) < len(both):
+        both.zero_()  # what nobody fills
+    prompts, rest = both.index_copy_(0, slots, x[0]).split([P * L, P * n * C])
     return (prompts.unflatten(0, (P, L)).transpose(1, 2),
             rest.unflatten(0, (P * n, C)).transpose(1, 2))
 
 
 def row(prompts, rest, slots):
     """And back."""
-    both = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in (prompts, rest)])
-    return both.index_select(0, slots)[None]
+    prompts, rest = (x.transpose(1, 2).flatten(0, 1) for x in (prompts, rest))
+    first, own = slots[slots < len(prompts)], slots[slots >= len(prompts)] - len(prompts)
+    return torch.cat([prompts.index_select(0, first), rest.index_select(0, own)])[None]
 
 
 def siblings_together(x, P):
