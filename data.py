@@ -2,9 +2,9 @@
 
 A data set is JSON lines with the pictures' files beside it, or what the package `datasets` reads: a
 parquet file, a folder of such files, a set of the hub. A row is checked whole before step 1, so
-that nothing of it can fail, or get lost, in mid-run. Left out of the textbook: a Dataset and a
-DataLoader with workers. Samples hold token ids and the names of pictures; tensors are made of a few
-samples at a time, by `collate` in policy.py.
+that nothing of it can fail, or get lost, in mid-run. What textbooks have and this leaves out: a
+Dataset and a DataLoader with workers. Samples hold token ids and the names of pictures; tensors
+are made of a few samples at a time, by `collate` in policy.py.
 
     python data.py toy_data/train.jsonl --model toy_model      # look at a data set before you train
     python data.py --benchmark mathvista --out mathvista       # a public benchmark as JSON lines
@@ -33,7 +33,7 @@ from pictures import (
 from sources import as_columns, folder_of, read_rows, renamed
 from utils import UserError, first_line, print0, rank
 
-# the one prompt template: training, evaluation and every engine use it
+# default of each stage's --instruction, which ends every prompt
 INSTRUCTION = "Think step by step and put the final answer in \\boxed{}."
 IMAGE_MARK = "<image>"
 OTHER_MARK = re.compile(r"<\W*(?:image|img|video|audio)[ _-]?(?:here|placeholder|pad|token|\d*)"
@@ -64,7 +64,7 @@ class Sample:
 
     id: str
     question: str
-    answer: str
+    answer: str  # the reference, never what a model said
     solution: str  # golden response for SFT, "" where the data has none
     images: list  # a path, or the bytes of a parquet row, for each image; decoded late
     prompt_text: str = ""  # what a sampler wants: one placeholder an image

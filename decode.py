@@ -1,4 +1,4 @@
-"""A token of every answer through the decoder, by hand. Optional: used where siblings.py is.
+"""A token of every answer through the decoder, by hand. Optional, as siblings.py is, which uses it.
 
 What a sampler computes anew for each token is written out here: the attention cache of a prompt is
 held once for all its answers, what is multiplied with the same is one product, and the angles of a
@@ -57,8 +57,8 @@ class Decoder:
         x = self.text.embed_tokens(tokens)  # (R, H)
         cache.length += 1
         for i, layer in enumerate(self.layers):
-            query, key, value = layer.ask(x, cos, sin)
-            x = layer.answer(x, cache.attend(i, query, key, value, layer.scaling))
+            query, key, value = layer.project(x, cos, sin)
+            x = layer.finish(x, cache.attend(i, query, key, value, layer.scaling))
         return self.model.get_output_embeddings()(self.text.norm(x))
 
 
@@ -75,7 +75,7 @@ class Layer:
         self.heads, self.h = (len(x.weight) // self.D for x in (attention.q_proj, attention.k_proj))
         self.norms = [getattr(attention, f"{x}_norm", None) for x in "qk"]  # Qwen3 has them
 
-    def ask(self, x, cos, sin):
+    def project(self, x, cos, sin):
         """Hidden states (R, H) to queries (R, heads, D), keys and values (R, h, D)."""
         x = linear(self.before(x), *self.qkv).unflatten(-1, (-1, self.D))
         x, value = x.split([self.heads + self.h, self.h], 1)
@@ -86,7 +86,7 @@ class Layer:
         x = x * cos + torch.cat([-b, a], -1) * sin  # RoPE
         return *x.split([self.heads, self.h], 1), value
 
-    def answer(self, x, mixed):
+    def finish(self, x, mixed):
         """Hidden states, and what attention made of the values, to those of the next layer."""
         x = x + self.out(mixed)
         gate, up = linear(self.between(x), *self.gate_up).chunk(2, -1)

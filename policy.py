@@ -1,9 +1,9 @@
 """The policy: pixels and tokens in, log-probabilities out, the same for old, new and reference.
 
-A policy is a transformers model, whatever its family, behind one forward. Left out of the textbook:
-adapters for each family, and shifted labels: a loss is made of log-probabilities, by the trainers.
-What answers to one prompt could share is computed for each of them here; siblings.py, where it is
-given as `sharing`, computes it once.
+A policy is a transformers model, whatever its family, behind one forward. What textbooks have and
+this leaves out: adapters for each family, and shifted labels, since a loss is made of
+log-probabilities, by the trainers.
+What answers to one prompt share is computed for each; siblings.py, as `sharing`, does it once.
 """
 
 import copy
@@ -321,10 +321,10 @@ def collate(samples, processor, look=None):
     """Samples to tensors on this rank's device; a row is prompt, completion, padding on the right.
 
     Masks come from lengths, never from token ids: padding and EOS may share one. Returns `inputs`
-    (the model's own arguments), `images`, `completion_ids`, `mask` and `predictors`, all three
-    (B, C) with C the longest completion. A token's predictor is the place of the token before it
-    when the rows of `inputs` are laid end to end. `look(image)` gives an image's tensors where
-    somebody remembers its features, and then `images` says of which; else there are none.
+    (the model's own arguments), `images` and, each (B, C) with C the longest completion,
+    `completion_ids`, `mask` and `predictors`. A token's predictor is the place of the token before
+    it when the rows of `inputs` are laid end to end. `look` stands in for the processor where a
+    cache has an image's features; then `images` lists the images, else it is empty.
     """
     rows = [s.prompt_ids + s.completion_ids for s in samples]
     # any id but an image's; some tokenizers have none for padding

@@ -1,9 +1,9 @@
 """Stage: report. Run folders in; curves, tables, verdicts, diagnostics and an HTML page out.
 
 Reads what the trainers and evaluate.py wrote and needs no model. Runs that differ in nothing but
-seed and folder are one arm: a line in the figures, a row in the tables. Left out of the textbook:
-significance tests. Every headline number has a 95 % bootstrap interval, over seeds and over prompts
-at once, since both were drawn; a difference between arms is taken on the same drawn prompts.
+seed and folder are one arm: a line in the figures, a row in the tables. What textbooks have and
+this leaves out: significance tests. Every headline number has a 95 % bootstrap interval, over seeds
+and prompts at once, since both were drawn; arms are compared on the same drawn prompts.
 
     python report.py runs/grpo_0 runs/grpo_1 runs/sft_0 runs/sft_1 --out runs/report
     python report.py runs --out runs/report        # every run that lies below a folder

@@ -11,7 +11,7 @@ is wrongly paid, so where a rule would have to guess the grader refuses. Its pol
   makes an answer text, right for that same text alone; but "D, not B" is D.
 - (B), b, B., \\text{B}, Option B, B because .. are choice B; B. 45, B 45 and 45 (B) are 45 too. Two
   letters must agree, and two numbers behind one. A, C is a set; AC, A or C, A square are text.
-- A reference's decimals (two digits or more) are a rounding: 36.37 accepts 21\\sqrt{3}, not 36.373,
+- A reference's decimals (2 figures or more) are a rounding: 36.37 accepts 21\\sqrt{3}, not 36.373,
   and 21\\sqrt{3} refuses 36.37. Seven decimals or more accept their own rounding to six digits.
 - 25\\% is 25, 0.25 and 1/4. Degrees, units and currencies are ignored where one side alone has one;
   two must agree (12 cm is not 120 mm). Up to five plain words after a number say what is counted.
@@ -432,7 +432,7 @@ def format_reward(completion: str) -> float:
 
 
 def unfinished_penalty(samples: list, min_tokens: int = 1) -> list[float]:
-    """-0.1 for a response cut off or shorter than min_tokens, else 0; score lets it stand alone."""
+    """-0.1 for a response cut off or shorter than min_tokens, else 0: then nothing else counts."""
     return [-0.1 if s.finish_reason != "stop" or len(s.completion_ids) < min_tokens else 0.0
             for s in samples]
 

@@ -1,10 +1,10 @@
 """Stage: response collection. A prompt and its images go in, G sampled completions come out.
 
-Left out of the textbook: beams, repetition penalties, stop strings. A completion that is trained on
-must come from the plain policy, so a sampler is a model, a way to pick a token from its logits, and
-a reason to stop. Added: randomness belongs to the sample (its prompt's id and its index), not to
-the rank or the batch, so that a run means the same on any number of ranks; and image placeholders
-are never sampled, since a completion has no image behind them.
+What textbooks have and this leaves out: beams, repetition penalties, stop strings. A completion
+that is trained on must come from the plain policy, so a sampler is a model, a way to pick a token
+from its logits, and a reason to stop. Added: randomness belongs to the sample (its prompt's id and
+its index), not to the rank or the batch, so that a run means the same on any number of ranks; and
+image placeholders are never sampled, since a completion has no image behind them.
 
 HFEngine and VLLMEngine have the same three methods; doctor.py compares them with the trainer.
 
@@ -214,7 +214,7 @@ class HFEngine:
             going &= ~torch.isin(token, self.eos)
             if step + 1 == max_new_tokens or not going.any():
                 break
-            # late steps cost what the long rows cost; seldom, since this copies the cache
+            # rows that have ended are dropped once they are a fifth, since this copies the cache
             if going.float().mean() < 0.8:
                 keep = going.nonzero().squeeze(-1)
                 cache.reorder_cache(keep)
@@ -366,7 +366,7 @@ class VLLMEngine:
                   "logit_bias": {i: -100.0 for i in banned_ids(self.processor)}}
         with guarded("answering", self.seconds):
             # HAZARD: without a seed a request takes the next noise of torch (vLLM's runner V1), or
-            # numpy (V2); with one, the seed's own at each position. Its n answers: seeds from it on
+            # numpy (V2); with one, the noise is the seed's. Its n answers take seed, seed + 1, ...
             params = [self.SamplingParams(seed=seed_number(seed, s.id), **common) for s in samples]
             answered = self.llm.generate(prompts, params, use_tqdm=False)
         done = []

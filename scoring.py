@@ -1,10 +1,11 @@
 """Scoring: which rewards a run has, and what each sample earns.
 
 --rewards names built-in ones and functions in files of the user's own, each with its weight; a
-sample's reward is their weighted sum. A file is a module like any other, with its helpers beside
-it: pools can start workers from it, and what it does wrong is one sentence with its line. Left out
-of the textbook: a registry to enter functions in; a path and a name are enough. And None is no 0:
-what cannot be scored is left out of the sum, and a sample that nothing scored has no advantage.
+sample's reward is their weighted sum, or `unfinished` alone where that is not 0. A file is a module
+like any other, with its helpers beside it: pools can start workers from it, and what it does wrong
+is one sentence with its line. There is no registry to enter functions in; a path and a name are
+enough. And None is no 0: what cannot be scored is left out of the sum, and a sample that nothing
+scored has no advantage.
 
     python train_grpo.py --rewards accuracy:1.0,language:1.0
     torchrun --standalone --nproc_per_node 8 train_grpo.py --rewards accuracy:1.0,mine.py:brief:0.5

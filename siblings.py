@@ -1,10 +1,10 @@
-"""What the G answers to one prompt share, computed once. Optional: without this file, nothing is.
+"""What the G answers to one prompt share, computed once. Optional: else each has its own.
 
 A trainer that gives each answer a copy of its prompt computes a VLM's long prompts G times. Here an
 update lays a micro-batch out as one row, each prompt once and all answers after it, blind to each
 other; a frozen vision tower computes an image once a run; and a sampler keeps one attention cache
 of a prompt for all its answers (decode.py). What comes out is what `collate` and a plain sampler
-give, to rounding. Read it last of the stages' files: train_grpo.py --plain does the same without.
+give, to rounding; train_grpo.py --plain does the same without.
 """
 
 import functools
@@ -33,7 +33,7 @@ class Sharing:
 
     def __init__(self, model, processor, megabytes=1024):
         self.processor = processor
-        self.branches = share_prefixes(model)  # whether the family can
+        self.can_branch = share_prefixes(model)  # whether the family can
         self.vision = None  # where it trains, its features are never the same twice
         if megabytes and vision_is_frozen(model) and hasattr(model.base_model, "get_rope_index"):
             self.vision = VisionCache(processor, megabytes)
@@ -44,15 +44,15 @@ class Sharing:
 
     def batch(self, samples, model):
         """A micro-batch as the policy computes it."""
-        return pack(samples, self, model) if self.branches else self.collate(samples)
+        return pack(samples, self, model) if self.can_branch else self.collate(samples)
 
     def split(self, samples, budget):
         """Samples in micro-batches of at most `budget` tokens, in the form of `batch`."""
-        return split_groups(samples, budget) if self.branches else split_rows(samples, budget)
+        return split_groups(samples, budget) if self.can_branch else split_rows(samples, budget)
 
     def decoder(self, model, banned):
         """How a sampler's `model` computes a token of all answers; None: by its own forward."""
-        return decoder(model, banned) if self.branches else None
+        return decoder(model, banned) if self.can_branch else None
 
     @contextmanager
     def remembered(self, base, images):
@@ -128,7 +128,7 @@ def pack(samples, sharing, model, flex=None):
     A completion's positions continue its prompt's, which an image makes fewer than its tokens
     (M-RoPE). `flex` attention is the default on CUDA alone.
     """
-    assert sharing.branches, "this family cannot branch a prompt, as `share_prefixes` found"
+    assert sharing.can_branch, "this family cannot branch a prompt, as `share_prefixes` found"
     groups, place = {}, []  # prompt id to the samples that answer it; where a sample is among them
     for s in samples:
         siblings = groups.setdefault(s.id, [])
@@ -328,7 +328,7 @@ class VisionCache:
 
     def features(self, base, images):
         """The features of `images`, in the form in which `base.forward` asks for them."""
-        found = [[f.to(device()) for f in self.look(base, image)[1]] for image in images]
+        found = [[f.to(device()) for f in self.computed(base, image)[1]] for image in images]
         first, *deeper = zip(*found)
         if self.joined:
             deeper = [torch.cat(layer) for layer in deeper]
@@ -336,7 +336,7 @@ class VisionCache:
 
     @torch.inference_mode(False)  # a sampler asks within it, and what is kept is for training too
     @torch.no_grad()
-    def look(self, base, image):
+    def computed(self, base, image):
         """(grid, features) of an image, computed if it is not known."""
         if image not in self.kept:
             pixels = image_inputs(self.processor, image)

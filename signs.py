@@ -1,9 +1,9 @@
 """Signs: what a run's metrics say when training does not work, the probable cause, what to turn.
 
 Pure functions of rows of metrics.jsonl and eval.jsonl, for the trainers, which say a sign as it
-occurs and once, and for report.py. What a row lacks is NaN here, beyond which nothing lies. Left
-out of the textbook: no alarm on the loss. It is no sign: with one update a batch the ratio is 1 and
-advantages cancel within a group, so that its value is near 0; its gradient is not.
+occurs and once, and for report.py. What a row lacks is NaN here, beyond which nothing lies. The
+loss, which textbooks watch, is none: with one update a batch the ratio is 1 and advantages cancel
+within a group, so that its value is near 0; its gradient is not.
 """
 
 import math

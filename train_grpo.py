@@ -1,9 +1,9 @@
 """Stage: reinforcement learning. GRPO for a vision-language model, written out by hand.
 
-Left out of the textbook: the critic and its value loss (the mean reward of a group of answers to
-one prompt is the baseline), GAE (the reward comes once, at the end, so an answer's tokens share one
-advantage), the reference model unless --kl_coef asks for one, and the pass for the old policy
-when a batch is used for one update only (the new policy is the old one then). What remains is the
+What textbooks have and this leaves out: the critic and its value loss (the mean reward of a group
+of answers to one prompt is the baseline), GAE (the reward comes once, at the end, so an answer's
+tokens share one advantage), the reference model unless --kl_coef asks for one, and the pass for the
+old policy when a batch is used for one update only (it is the new one then). What remains is the
 paper's four steps (arXiv 2504.02587), which are the banners below:
 
     Step I    data flow             prompts and images become samples
@@ -63,11 +63,11 @@ class Args:
     # Objective
     rewards: str = "accuracy:1.0"  # name:weight or file.py:function:weight, joined by commas
     reward_timeout: int = 3600  # seconds that one reward may take to score a step
-    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce++"] = "grpo"  # compares rewards how
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce++"] = "grpo"  # how rewards compare
     loss: Literal["token", "sequence", "dr_grpo", "gspo", "cispo"] = "token"  # see "The loss"
     clip_low: float = 0.2  # in [0, 1]: the ratio to the old policy is clipped at 1 - clip_low ...
     clip_high: float = 0.2  # ... and at 1 + clip_high, in [0, inf)
-    tis_cap: float = 2.0  # in [1, inf): most a token is weighed up for vLLM's rounding; 0: not
+    tis_cap: float = 2.0  # in [1, inf): most that trainer / sampler weighs a token; 0: not
     tis: Literal["token", "mask", "sequence_mask"] = "token"  # past the cap: held, out, answer out
     kl_coef: float = 0.0  # weight of the divergence from the first policy; 0: no reference model
     kl: Literal["k3", "k2", "k1"] = "k3"  # its estimate: k3 or k2 in the loss, k1 in the reward
@@ -174,7 +174,7 @@ def centred(rewards):
 
 
 def grpo_advantages(rewards):
-    """(r - mean) / std within a prompt's answers, the std being the unbiased one. (prompts, G).
+    """(r - mean) / std within a prompt's answers, the std over n - 1. (prompts, G).
 
     DeepSeekMath, arXiv 2402.03300, section 4.1.2.
     """
@@ -433,7 +433,7 @@ def gap_sums(gap):
 
 
 def percentile_99(values):
-    """0 of none; of more than the 2^24 that torch.quantile takes, the first so many stand."""
+    """0 if there are none; of more than 2^24, which is torch.quantile's limit, of the first."""
     return torch.quantile(values[: 2**24], 0.99).item() if len(values) else 0.0
 
 
@@ -620,18 +620,18 @@ def main(args):
         with timed(seconds, "logprobs"):
             old = logprob_pass(policy, samples, args, k1) if updates > 1 or k1 else None
             ref = logprob_pass(reference, samples, args, k1) if reference else None
-        if k1:
+        if k1:  # other rewards, so other advantages
             subtract_divergence(samples, old, ref, args.kl_coef)
             set_advantages(samples, args.group_size, args.advantage)
 
         # Step IV: policy update. N gradient steps, then the sampler takes over the new weights
-        share = args.mini_batch_size // world_size() * args.group_size  # samples an update, a rank
+        size = args.mini_batch_size // world_size() * args.group_size  # samples an update, a rank
         sums, norms, tails = rollout_sums(samples, args.group_size), [], []
         with timed(seconds, "update"):
             for n in range(updates):
                 warmed = ((step - 1) * updates + n + 1) / max(1, args.warmup_steps)
                 optimizer.param_groups[0]["lr"] = learning_rate = args.lr * min(1, warmed)
-                part = samples[n * share % len(samples) :][:share]
+                part = samples[n * size % len(samples) :][:size]
                 part_sums, norm, tail = update(policy, optimizer, part, old, ref, args)
                 sums.update(part_sums)  # a Counter's update adds
                 norms.append(norm)

@@ -2,8 +2,8 @@
 
 Maximum likelihood on golden responses. Data, prompt, model, evaluation and run folder are those of
 train_grpo.py, so that the two files differ in what they teach, and in the learning rate's schedule:
-read them with `diff train_sft.py train_grpo.py`. Left out of the textbook: sequence packing,
-dropout, label smoothing, a loss on the prompt. An epoch is one pass over the training prompts.
+read them with `diff train_sft.py train_grpo.py`. What textbooks have and this leaves out: dropout,
+label smoothing, a loss on the prompt. An epoch is one pass over the training prompts.
 
     Step I    data flow             prompts, images and golden responses become samples
     Step II   response collection   nothing to collect: the response is given
@@ -127,7 +127,7 @@ def with_golden_responses(samples, processor, max_new_tokens, eos):
 
 
 def learning_rate_at(step, total, peak, warmup):
-    """Linear to `peak` over `warmup` steps, then a cosine to 0 at `total`, which moves nothing."""
+    """Linear to `peak` over `warmup` steps, then a cosine, whose 0 at `total` moves nothing."""
     if step <= warmup:
         return peak * step / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))

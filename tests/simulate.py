@@ -376,7 +376,7 @@ def start(config, processor, args, dtype, files):
     model, reference = build_model(config, files), None
     stage.freeze(model, args.train_vision, args.train_connector, args.train_language)
     sharing = Sharing(model, processor)
-    sharing.branches &= not args.plain
+    sharing.can_branch &= not args.plain
     if args.kl_coef:
         twin = stage.Policy(stage.twin(model), processor, sharing)
         reference = stage.shard(twin, dtype, args.offload)

@@ -235,7 +235,7 @@ def test_sampler_and_trainer_are_the_models_own_forward(build, tolerance, saved,
         tiles = [image_inputs(tiny.processor, i)["pixel_values"].flatten(0, -4) for i in tiny.samples[-1].images]
         assert len(tiles[0]) != len(tiles[1])
     assert (policy.sharing.vision is None) == (build not in (glm4v, qwen3_5))
-    assert engine.sharing.branches == policy.sharing.branches == (build is glm4v)
+    assert engine.sharing.can_branch == policy.sharing.can_branch == (build is glm4v)
     drawn = engine.generate(tiny.samples, 2, 1.0, 1.0, 8, 0)
     policy.model.train()
     trained, _ = policy(policy.batch(drawn), 1.0)
@@ -283,9 +283,9 @@ def test_the_rehearsal_passes(build, saved, unlike_data, one_rank, caplog):
 @pytest.mark.parametrize("name", ["sliding_window", "attention_chunk_size", "use_bidirectional_attention"])
 def test_who_sees_otherwise_than_causally_has_no_branches(qwen, name):
     """A packed row, and a prompt's cache for all its answers, know of no window and of no look ahead."""
-    assert Sharing(qwen.model, qwen.processor).branches
+    assert Sharing(qwen.model, qwen.processor).can_branch
     setattr(qwen.model.config.text_config, name, 8)
-    assert not Sharing(qwen.model, qwen.processor).branches
+    assert not Sharing(qwen.model, qwen.processor).can_branch
 
 
 # ---------------------------------------------------------------------------------------------

@@ -48,10 +48,10 @@ def test_apples_gpu_is_left_alone(data, tmp_path, more):
 def test_without_flash_attention_each_answer_has_a_prompt_of_its_own(qwen, one_rank, tmp_path, monkeypatch, capsys):
     samples = random_groups(qwen, tmp_path, 5)
     want = update(qwen.model, qwen.processor, samples)
-    assert branching(qwen.model, qwen.processor).sharing.branches
+    assert branching(qwen.model, qwen.processor).sharing.can_branch
     monkeypatch.setattr(siblings, "FLASH", "an_operator_that_is_not_there")
     qwen.model.set_attn_implementation("sdpa")
-    assert not Sharing(qwen.model, qwen.processor).branches
+    assert not Sharing(qwen.model, qwen.processor).can_branch
     assert "no flash attention for CPUs" in capsys.readouterr().err
     got = update(qwen.model, qwen.processor, samples)
     assert off(got, want) < 1e-5 and got[1:] == pytest.approx(want[1:], rel=1e-5)

@@ -742,7 +742,7 @@ def test_features_that_the_sampler_saw_first(tiny, one_rank):
     rounded = copy.deepcopy(tiny.model).to(torch.bfloat16)
     assert len(seen) == 3 and any(
         not torch.equal(x, y) for image in seen
-        for x, y in zip(buggy.look(rounded.base_model, image)[1], seen[image]))
+        for x, y in zip(buggy.computed(rounded.base_model, image)[1], seen[image]))
     own = Sharing(tiny.model, tiny.processor)
     policy = shard(Policy(tiny.model, tiny.processor, own), torch.bfloat16)
     with torch.no_grad():
@@ -770,7 +770,7 @@ def test_windows_that_a_packed_row_ignores(family, change, tiny_paths, data_path
     engine = sampler(copy.deepcopy(model), tiny.processor, 64)
     engine.eos = torch.arange(10, 16)  # rows end at different times, and retire
     policy = branching(model, tiny.processor)
-    assert not engine.sharing.branches and not policy.sharing.branches
+    assert not engine.sharing.can_branch and not policy.sharing.can_branch
     assert "cannot branch a prompt" in capsys.readouterr().err
     done = engine.generate(tiny.samples, 3, 1.0, 1.0, 24, 0)
     assert min(len(s.prompt_ids) for s in done) > 16 and len({len(s.completion_ids) for s in done}) > 5
@@ -778,7 +778,7 @@ def test_windows_that_a_packed_row_ignores(family, change, tiny_paths, data_path
         ours = policy(policy.batch(done), 1.0)[0]
         truth = [plain_logprobs(model, tiny.processor, s, 1.0)[0] for s in done]
         model.set_attn_implementation({"text_config": "branches"})  # the buggy form
-        policy.sharing.branches = True
+        policy.sharing.can_branch = True
         packed = policy(pack(done, policy.sharing, model), 1.0)[0]
     for s, row, want in zip(done, ours, truth):
         assert not differ(row[: len(want)], want, 1e-4)

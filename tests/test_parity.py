@@ -510,7 +510,7 @@ def rank_gradients(path, data, case):
     samples = mixed(tiny)
     freeze(tiny.model, vision, connector, language)
     sharing = Sharing(tiny.model, tiny.processor)
-    sharing.branches = shared
+    sharing.can_branch = shared
     policy = Policy(tiny.model, tiny.processor, sharing)
     if shared:
         tiny.model.gradient_checkpointing_enable()

@@ -186,7 +186,7 @@ def test_bytes_are_keys_of_the_vision_cache(qwen):
     old = qwen.samples[0].images[0]
     white, again = (evaluate.perturbed(qwen.samples[:1], "blank", seed)[0].images[0] for seed in (0, 1))
     noise = evaluate.perturbed(qwen.samples[:1], "noise", 0)[0].images[0]
-    found = [cache.look(qwen.model.base_model, image)[1][0] for image in (old, white, again, noise)]
+    found = [cache.computed(qwen.model.base_model, image)[1][0] for image in (old, white, again, noise)]
     assert list(cache.kept) == [old, white, noise]
     assert torch.equal(found[1], found[2])
     assert not torch.allclose(found[0], found[1]) and not torch.allclose(found[1], found[3])

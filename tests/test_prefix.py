@@ -62,7 +62,7 @@ def test_the_packed_row_equals_rows(tiny, tmp_path, seed, checkpointing):
     """Log-probabilities within 2e-5, gradients within 1e-4 of the largest, of every part."""
     samples = random_groups(tiny, tmp_path, seed)
     policy = branching(tiny.model, tiny.processor)
-    assert policy.sharing.branches
+    assert policy.sharing.can_branch
     if checkpointing:
         tiny.model.gradient_checkpointing_enable()
         tiny.model.train()
@@ -144,14 +144,14 @@ def test_no_further_from_float64_than_the_plain_path(tiny, tmp_path, dtype):
 def test_a_family_without_known_positions_goes_the_plain_way(qwen, monkeypatch, capsys):
     monkeypatch.delattr(type(qwen.model.base_model), "get_rope_index")
     policy = branching(qwen.model, qwen.processor)
-    assert not policy.sharing.branches and "as with --plain" in capsys.readouterr().err
+    assert not policy.sharing.can_branch and "as with --plain" in capsys.readouterr().err
     batch = policy.batch(mixed(qwen))
     assert len(batch["inputs"]["input_ids"]) == 5
 
 
 def test_pack_refuses_a_model_that_would_not_see_the_branches(qwen):
     sharing = Sharing(qwen.model, qwen.processor)
-    sharing.branches = False
+    sharing.can_branch = False
     with pytest.raises(AssertionError, match="cannot branch a prompt"):
         pack(mixed(qwen), sharing, qwen.model)
 
@@ -204,7 +204,7 @@ def test_real_head_layouts_and_batches_of_one_prompt(qwen, heads, head_dim, n):
     model = conftest.build_model("qwen2_5_vl", qwen.processor, heads, head_dim).double().eval()
     engine = sampler(copy.deepcopy(model), qwen.processor, 2 * n)
     policy = branching(copy.deepcopy(model), qwen.processor)
-    assert engine.sharing.branches and policy.sharing.branches
+    assert engine.sharing.can_branch and policy.sharing.can_branch
     two, text, image = by_id(qwen.samples, "two", "text", "rgba")
     for prompts in ([two, text, image], [two], [text]):
         done = engine.generate(prompts, n, 1.0, 1.0, 6, 0)
@@ -266,7 +266,7 @@ def test_features_are_computed_once_and_change_nothing(tiny, tmp_path):
     sharing = Sharing(tiny.model, tiny.processor)
     calls = count_towers(tiny.model)
     for shared in (True, False, True):
-        sharing.branches = shared
+        sharing.can_branch = shared
         policy = Policy(tiny.model, tiny.processor, sharing)
         got = results(policy, policy.batch(samples), tiny.model)
         torch.testing.assert_close(got[0], want[0], rtol=0, atol=2e-5)
@@ -295,11 +295,11 @@ def test_the_cache_keeps_its_bound(qwen):
     freeze(qwen.model, False, False, True)
     base, images = qwen.model.base_model, [png(colour) for colour in ("red", "white", "blue")]
     cache = Sharing(qwen.model, qwen.processor).vision
-    each = cache.look(base, images[0])[1][0].nbytes
+    each = cache.computed(base, images[0])[1][0].nbytes
     assert each == cache.held == 4 * 128 * 4  # 4 tokens, 128 wide, float32
     cache.limit = 2 * each
     for i in (1, 0, 2):
-        cache.look(base, images[i])
+        cache.computed(base, images[i])
     assert [*cache.kept] == [images[0], images[2]]  # the one unasked for longest went
     assert cache.held == 2 * each
     cache.limit = 1  # room for nothing: every answer is still right
