@@ -16,6 +16,7 @@ import bench
 import conftest
 import rollout
 import train_grpo
+import train_sft
 from conftest import answered, branching, png, sampler
 from data import make_sample
 from decode import PromptCache
@@ -184,6 +185,23 @@ def test_an_update_is_the_same_either_way(tiny, one_rank, tmp_path, budget):
     assert_same_gradients(got, want, 1e-4)
     assert sums == pytest.approx(plain, rel=1e-3)
     assert (packed_norm, packed_tail) == pytest.approx((norm, tail), rel=1e-3)
+
+
+def test_sft_packs_rows_too(qwen, one_rank, tmp_path):
+    """Prompts that differ, so nothing is shared, in one row without padding; the step is that of padded rows."""
+    samples = list({s.id: s for s in random_groups(qwen, tmp_path, 3)}.values())
+    assert len({s.length() for s in samples}) > 3
+    found = []
+    for policy in (branching(copy.deepcopy(qwen.model), qwen.processor),
+                   Policy(copy.deepcopy(qwen.model), qwen.processor)):
+        optimizer = torch.optim.SGD(policy.parameters(), 0.1)
+        sums, norm = train_sft.update(policy, optimizer, samples, train_sft.Args(max_grad_norm=1e9))
+        found.append((sums, norm, [p.detach() for p in policy.parameters()]))
+        if policy.sharing:
+            assert policy.batch(samples)["inputs"]["input_ids"].shape == (1, sum(s.length() for s in samples))
+    (packed, packed_norm, weights), (plain, norm, others) = found
+    assert packed["loss"] == pytest.approx(plain["loss"], rel=1e-5) and packed_norm == pytest.approx(norm, rel=1e-3)
+    assert max((a - b).abs().max() for a, b in zip(weights, others)) < 1e-4 * norm
 
 
 LAYOUTS = {"3B": ((16, 2), 8), "7B": ((28, 4), 8), "2B": ((12, 2), 8), "no groups": ((4, 4), 16),
@@ -418,7 +436,7 @@ def test_attention_over_a_row_is_one_softmax(padded):
 def test_a_row_is_laid_on_rectangles_and_back():
     """Two prompts of 2 and 1 tokens and one answer of 2 to the second; what no token fills is 0."""
     x = torch.arange(1.0, 6).view(1, 5, 1, 1)
-    slots = torch.tensor([0, 1, 2, 6, 7])  # (P, L, n, C) = (2, 2, 1, 2)
+    slots = torch.tensor([0, 1, 2, 6, 7])  # P, L, n, C are 2, 2, 1, 2
     prompts, rest = rectangles(x, (2, 2, 1, 2), slots)
     assert prompts.shape == rest.shape == (2, 1, 2, 1)
     assert prompts.flatten(1).tolist() == [[1, 2], [3, 0]] and rest.flatten(1).tolist() == [[0, 0], [4, 5]]
