@@ -10,7 +10,7 @@ from transformers import DynamicCache
 import conftest
 from conftest import sampler
 from data import banned_ids
-from decode import decoder, joined
+from decode import decoder, joined, PromptCache
 from policy import Policy
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
@@ -145,6 +145,19 @@ def test_what_a_norm_does_is_left_to_the_norm():
     by_hand = decoder(model, banned_ids(processor))
     wanted, got = both_ways(model, by_hand, torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6]]), 2)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_scores_are_float32_where_keys_are_bfloat16():
+    """Keys of which a bias lifts all scores to 512, where bfloat16 has steps of 2 to 4 nats; they differ by 1."""
+    keys = torch.tensor([[[[128.0, 0], [128, 1], [128, 2]]]], dtype=torch.bfloat16)
+    values = torch.eye(3, 2)[None, None].bfloat16()
+    layer = type("Layer", (), {"keys": keys, "values": values})
+    cache = PromptCache(type("Cache", (), {"layers": [layer]}), torch.ones(1, 3, dtype=torch.long), 1)
+    cache.length = 1
+    own = torch.tensor([[[128.0, 3]]], dtype=torch.bfloat16)
+    got = cache.attend(0, torch.tensor([[[4.0, 1]]]).bfloat16(), own, torch.zeros(1, 1, 2).bfloat16(), 1.0)
+    want = torch.tensor([0.0, 1, 2, 3]).softmax(0)[:2]  # the values of the first two are the units
+    torch.testing.assert_close(got.float()[0], want, rtol=0.01, atol=1e-3)
 
 
 def test_linear_layers_side_by_side():
