@@ -82,7 +82,7 @@ def test_the_first_ten_lines_stand_in_results():
     peers = json.loads((ROOT / "results" / "peers.json").read_text())
     code = {name: found["closure"][2] for name, found in peers.items()}
     assert f"is {code['glassbox']:,} lines of code, there {code['EasyR1']:,}, in TRL {code['trl']:,}" in text
-    assert f"smaller than ours ({code['MAYE']:,}): {peers['glassbox']['tests']} test functions, there none" in text
+    assert f"code ({code['MAYE']:,} lines, fewer than ours): we have {peers['glassbox']['tests']} test functions, it has none" in text
     assert peers["MAYE"]["tests"] == 0
 
 

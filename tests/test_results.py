@@ -183,6 +183,9 @@ def test_the_sentences_are_made_of_the_raw_files():
     short = " ".join(README.split())
     less = re.search(r"SFT out of distribution is -([\d.]+)", said["rl"])[1]
     assert f"GRPO is {less} points below SFT, mean of epochs" in short
+    half = re.search(r"ends at ([\d.]+) on test", said["quick"])[1]
+    sft = [row for row in accuracy_table() if row[:3] == ["test", SHORT, "SFT"]][0][-1].split()[0]
+    assert f"at half its rate, the default, it ends at {half} in other runs, SFT at {sft})" in short
     third = int(re.search(r"(\d+) % of its answers", said["route"])[1])
     assert "reflected in a third of them" in short and abs(third - 100 / 3) < 2
 
