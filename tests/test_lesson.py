@@ -115,3 +115,7 @@ def test_what_the_exercises_show_stands_in_results():
     common = found["first_row, the commonest answer"]
     assert f"GRPO ends at {grpo} % on validation, where always saying the commonest number gets {common} %" in text
     assert f"SFT ends at {sft} %" in text
+    first, last = zip(*(run["validation"] for run in found["first_row, by trainer and seed"]["train_grpo"]))
+    one, two, third = sorted(value - common for value in last)
+    assert 0 < one < two < 5 and f"RL began at {min(first):.0f} to {max(first):.0f} %;" in text
+    assert f"two seeds end less than 5 points above that guess, the third {third:.0f}." in text
