@@ -82,7 +82,7 @@ def test_the_first_ten_lines_stand_in_results():
     peers = json.loads((ROOT / "results" / "peers.json").read_text())
     code = {name: found["closure"][2] for name, found in peers.items()}
     assert f"is {code['glassbox']:,} lines of code, there {code['EasyR1']:,}, in TRL {code['trl']:,}" in text
-    assert f"smaller than ours ({code['MAYE']:,}): {peers['glassbox']['tests']} test functions, there none" in text
+    assert f"code ({code['MAYE']:,} lines, fewer than ours): we have {peers['glassbox']['tests']} test functions, it has none" in text
     assert peers["MAYE"]["tests"] == 0
 
 
@@ -115,3 +115,7 @@ def test_what_the_exercises_show_stands_in_results():
     common = found["first_row, the commonest answer"]
     assert f"GRPO ends at {grpo} % on validation, where always saying the commonest number gets {common} %" in text
     assert f"SFT ends at {sft} %" in text
+    first, last = zip(*(run["validation"] for run in found["first_row, by trainer and seed"]["train_grpo"]))
+    one, two, third = sorted(value - common for value in last)
+    assert 0 < one < two < 5 and f"RL began at {min(first):.0f} to {max(first):.0f} %;" in text
+    assert f"two seeds end less than 5 points above that guess, the third {third:.0f}." in text

@@ -138,6 +138,9 @@ def sentences():
     others = [share for _, share in second[:-1]]
     reach = [row for row in accuracy_table() if row[:3] == ["test", "pass8_t1", "GRPO"]][0]
     gained = {row[0]: (row[-2], row[-1]) for row in built_in[1:]}
+    base, start = habits("toy_model", "validation")
+    forced = sum(share * accuracy for share, accuracy in base.values())
+    few = found["3. Reflection goes with length, between answers of a step that open alike", "REINFORCE++"]
     without = {row[0]: row for row in without_table()[1:]}
     apart = {(row[0], row[2]): row[3] for row in report.difference_table(arms_of("without"))[1:] if row[1] == SHORT}
     quick = [json.loads((ROOT / "results" / "quickstart" / f"seed_{s}" / "result.json").read_text())
@@ -157,6 +160,8 @@ def sentences():
                  f"{min(others):.0f} to {max(others):.0f} %",
         "within": f"Between the answers of one step {r['answers of a step']}; among those that open alike "
                   f"{r['answers of a step that open alike']}; from step to step of a run {r['steps of a run']}",
+        "few": f"among answers that open alike rests on {few.rpartition(' ')[2]} answers only",
+        "forced": f"its forced accuracies make {100 * forced:.1f}, not the {100 * start:.1f} that gains are counted from",
         "choosing": f"{gained['grpo'][1]} of GRPO's {gained['grpo'][0]} points, {gained['reinforce'][1]} of "
                     f"REINFORCE++'s {gained['reinforce'][0]} and {gained['sft'][1]} of SFT's {gained['sft'][0]}",
         "without": f"GRPO ends at {without['GRPO'][4]} on test and SFT at {without['SFT'][4]}; the difference, mean of "
@@ -183,6 +188,9 @@ def test_the_sentences_are_made_of_the_raw_files():
     short = " ".join(README.split())
     less = re.search(r"SFT out of distribution is -([\d.]+)", said["rl"])[1]
     assert f"GRPO is {less} points below SFT, mean of epochs" in short
+    half = re.search(r"ends at ([\d.]+) on test", said["quick"])[1]
+    sft = [row for row in accuracy_table() if row[:3] == ["test", SHORT, "SFT"]][0][-1].split()[0]
+    assert f"at half its rate, the default, it ends at {half} in other runs, SFT at {sft})" in short
     third = int(re.search(r"(\d+) % of its answers", said["route"])[1])
     assert "reflected in a third of them" in short and abs(third - 100 / 3) < 2
 
