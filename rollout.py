@@ -90,9 +90,9 @@ def sample_tokens(logits, uniform, temperature, top_p):
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
     cumulative = probs.double().cumsum(-1)  # float64: 150,000 float32 additions lose digits
     total = cumulative[:, -1:]
-    # rounding must not step past the last token that has any mass
-    sought = (uniform.double()[:, None] * total).minimum(total.nextafter(torch.zeros_like(total)))
-    choice = torch.searchsorted(cumulative, sought, right=True).clamp(max=probs.shape[-1] - 1)
+    # a number below 1 times the total rounds to below the total: so it lands where there is mass
+    choice = torch.searchsorted(cumulative, uniform.double()[:, None] * total, right=True)
+    choice = choice.clamp(max=probs.shape[-1] - 1)  # NaN is above all
     logprobs = (probs.gather(-1, choice).double() / total).log().float()
     return (choice if ids is None else ids.gather(-1, choice)).squeeze(-1), logprobs.squeeze(-1)
 

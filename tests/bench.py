@@ -248,12 +248,17 @@ class Stepper:
         for i, s in enumerate(done):
             s.reward = float(i % 2)
         train_grpo.set_advantages(done, self.group, "grpo")  # logprobs: one update, so no pass
+        self.done = done
         with train_grpo.timed(seconds, "update"):
-            train_grpo.update(self.policy, self.optimizer, done, None, None, self.args)
+            self.update()
         with train_grpo.timed(seconds, "sync"):
             self.engine.sync(self.policy.model)
-        self.done = done
         return seconds
+
+    def update(self):
+        import train_grpo
+
+        train_grpo.update(self.policy, self.optimizer, self.done, None, None, self.args)
 
 
 def toy_with_pictures(folder, side, count):
@@ -344,8 +349,6 @@ def where_time_goes():
     """Print, for a short step's rollout and update, the operations that take most; return their milliseconds."""
     from torch.profiler import ProfilerActivity, profile
 
-    import train_grpo
-
     count, group, length, side = STEP_SHAPES["short"]
     with tempfile.TemporaryDirectory() as folder:
         path, samples = toy_with_pictures(Path(folder), side, count)
@@ -354,8 +357,7 @@ def where_time_goes():
             stepper.step(samples)
         phases = {
             "rollout": lambda: stepper.engine.generate(samples, group, 1.0, 1.0, length, 0),
-            "update": lambda: train_grpo.update(stepper.policy, stepper.optimizer, stepper.done, None, None,
-                                                stepper.args)}
+            "update": stepper.update}
         found = {}
         for name, phase in phases.items():
             with profile(activities=[ProfilerActivity.CPU]) as seen:
@@ -467,7 +469,7 @@ GROWTH_BASE = {"group": 8, "length": 64, "side": 224}
 
 
 def growth(rounds, prompts=4):
-    """Seconds and peak memory of rollout and update on a few prompts, shared prefix against plain."""
+    """Seconds of rollout and update, and the latter's peak memory, on a few prompts: shared prefix against plain."""
     table = {}
     for title, (name, values) in GROWTH.items():
         table[title] = []
@@ -475,14 +477,14 @@ def growth(rounds, prompts=4):
             point = GROWTH_BASE | {name: value}
             row = {"value": (value // 28) ** 2 if name == "side" else value}
             with tempfile.TemporaryDirectory() as folder:
-                path, samples = toy_with_pictures(Path(folder), point["side"], prompts * (rounds + 2))
+                path, samples = toy_with_pictures(Path(folder), point["side"], prompts * (rounds + 1))
                 batches = [samples[k : k + prompts] for k in range(0, len(samples), prompts)]
                 kinds = {"ours": {}, "plain": {"plain": True, "vision_cache": 0}}
                 kinds = {k: Stepper(path, point["group"], point["length"], **v) for k, v in kinds.items()}
-                steps = [{k: s.step(batch) for k, s in kinds.items()} for batch in batches[:-1]]
+                steps = [{k: s.step(batch) for k, s in kinds.items()} for batch in batches]
                 for kind, stepper in kinds.items():
                     row[kind] = {p: round(median(s[kind][p] for s in steps[1:]), 4) for p in ("rollout", "update")}
-                    row[kind]["peak_megabytes"] = round(peak_bytes(lambda: stepper.step(batches[-1])) / 1e6, 1)
+                    row[kind]["peak_megabytes"] = round(peak_bytes(stepper.update) / 1e6, 1)
             table[title].append(row)
             ours, plain = row["ours"], row["plain"]
             print(f"{title:>20} {row['value']:>5}  rollout {ours['rollout']:7.3f} {plain['rollout']:7.3f} s  update "
@@ -501,7 +503,7 @@ def draw_growth(found, path):
     figure, axes = pyplot.subplots(2, 3, figsize=(10, 5.6), sharey="row", layout="constrained")
     styles = {"plain": ("#D55E00", "s", "--", "a prompt for each completion (--plain)"),
               "ours": ("#0072B2", "o", "-", "shared prefix, frozen features kept")}
-    rows = (("update", "seconds an update"), ("peak_megabytes", "peak memory of a step, MB"))
+    rows = (("update", "seconds an update"), ("peak_megabytes", "peak memory of an update, MB"))
     for column, (title, points) in zip(axes.T, found["table"].items()):
         for panel, (metric, label) in zip(column, rows):
             for kind, (colour, marker, line, name) in styles.items():

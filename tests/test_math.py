@@ -563,6 +563,8 @@ def test_tokens_without_mass_are_never_picked(top_p):
     logits = torch.tensor([[ban, 0, ban, 0, ban]])  # cumulative 0, 0.5, 0.5, 1, 1
     ids, probs = pick(logits, ends[0], 0.5, ends[1], top_p=top_p)
     assert ids == [1, 3, 3] and close(probs, [0.5, 0.5, 0.5])
+    total = 1 + torch.arange(-9.0, 9, dtype=torch.float64) * 2**-53  # sums of probabilities end near 1
+    assert (total * ends[1] < total).all()  # so the largest number below 1 lands below each
     from_left = torch.searchsorted(torch.tensor([0, 0.5, 0.5, 1, 1]), torch.tensor([0.0, 0.5]))
     assert from_left.tolist() == [0, 1]  # right=False would have picked the banned id 0
 
