@@ -285,6 +285,20 @@ def test_the_samplers_figures_stand_in_results():
     assert f"`generate` {speed['generate']:,} (" in text
 
 
+def test_the_speedruns_entries_are_what_was_timed():
+    """Each line of the table; all three seeds of an entry at 95 % or more, or it says that it is none."""
+    page = (ROOT / "results" / "speedrun.md").read_text()
+    lines = (ROOT / "results" / "speedrun.jsonl").read_text().splitlines()
+    assert len(lines) == len(re.findall(r"^\| \d\.\d\d \|", page, re.M)) > 1
+    for found in map(json.loads, lines):
+        assert found["minutes"] == round(sorted(found["seconds"])[1] / 60, 2)
+        shares = ", ".join(f"{100 * x:.1f}" if x >= 0.95 else f"**{100 * x:.1f}**" for x in found["validation"])
+        flags = f"`{found['flags']}`" if found["flags"] else ""
+        row, = re.findall(rf"^\| {found['minutes']:.2f} \| .*$", page, re.M)
+        assert row.startswith(f"| {found['minutes']:.2f} | {shares} | {flags} | {found['commit']} |".replace("|  |", "| |"))
+        assert ("no entry" in row) == (min(found["validation"]) < 0.95)
+
+
 def test_the_doctors_table_stands_in_results():
     assert (ROOT / "results" / "doctor.txt").read_text() in RESULTS
     gaps = raw("tied_head.json")["sampler_gap"]
