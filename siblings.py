@@ -161,7 +161,8 @@ def pack(samples, sharing, model, flex=None):
     bias = None
     if not held.all():
         bias = torch.zeros(P, L, device=ids.device).masked_fill(~held, -math.inf)[:, None, None]
-    inputs["branches"] = Branches((P, L, n, C), slots, bias)
+    tokens = sum(len(s.prompt_ids) for s in firsts)
+    inputs["branches"] = Branches((P, L, n, C), slots, tokens, bias)
     if ids.is_cuda if flex is None else flex:
         inputs["branches"].mask_blocks()
     lengths = mask.sum(1)
@@ -183,6 +184,7 @@ class Branches:
 
     shape: tuple[int, int, int, int]  # P, L, n, C
     slots: torch.Tensor
+    tokens: int  # of prompts
     bias: torch.Tensor | None  # (P, 1, 1, L), -inf on the padding of prompts; None: there is none
     block_mask: BlockMask | None = None
 
@@ -207,7 +209,8 @@ class Branches:
             out = flex(query, key, value, block_mask=self.block_mask, scale=scaling)
             return out.transpose(1, 2)
         bias = None if self.bias is None else self.bias.to(query.dtype)
-        return RowAttention.apply(query, key, value, self.shape, self.slots, bias, scaling)
+        parts = self.shape, self.slots, self.tokens, bias
+        return RowAttention.apply(query, key, value, *parts, scaling)
 
 
 class RowAttention(torch.autograd.Function):
@@ -221,8 +224,8 @@ class RowAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, shape, slots, bias, scale):
-        """(1, h, T, D) each to (1, T, h, D); shape, slots and bias are those of `Branches`."""
+    def forward(ctx, query, key, value, shape, slots, tokens, bias, scale):
+        """(1, h, T, D) each to (1, T, h, D); shape to bias are those of `Branches`."""
         flash = getattr(torch.ops.aten, FLASH)
         (q, own_q), (k, own_k), (v, own_v) = (
             rectangles(x.transpose(1, 2), shape, slots) for x in (query, key, value))
@@ -236,8 +239,8 @@ class RowAttention(torch.autograd.Function):
         out = (first * (total - common).exp()[..., None].to(first.dtype)
                + rest * (own_total - common).exp()[..., None].to(first.dtype))
         ctx.save_for_backward(q, k, v, prompts, normaliser, own_q, own_k, own_v, out, common, slots)
-        ctx.shape, ctx.bias, ctx.scale = shape, bias, scale
-        return row(prompts, out, slots)
+        ctx.shape, ctx.tokens, ctx.bias, ctx.scale = shape, tokens, bias, scale
+        return row(prompts, out, slots, tokens)
 
     @staticmethod
     def backward(ctx, grad):
@@ -252,7 +255,7 @@ class RowAttention(torch.autograd.Function):
         first = flash(grad, q, k, v, prompts, normaliser, 0.0, True, scale=ctx.scale)
         grads = ((first[0], siblings_apart(asked[0], n) + own[0]),
                  (first[1] + asked[1], own[1]), (first[2] + asked[2], own[2]))
-        return *(row(*x, slots).transpose(1, 2) for x in grads), None, None, None, None
+        return *(row(*x, slots, ctx.tokens).transpose(1, 2) for x in grads), *[None] * 5
 
 
 def rectangles(x, shape, slots):
@@ -266,10 +269,10 @@ def rectangles(x, shape, slots):
             rest.unflatten(0, (P * n, C)).transpose(1, 2))
 
 
-def row(prompts, rest, slots):
+def row(prompts, rest, slots, tokens):
     """And back."""
     prompts, rest = (x.transpose(1, 2).flatten(0, 1) for x in (prompts, rest))
-    first, own = slots[slots < len(prompts)], slots[slots >= len(prompts)] - len(prompts)
+    first, own = slots[:tokens], slots[tokens:] - len(prompts)
     return torch.cat([prompts.index_select(0, first), rest.index_select(0, own)])[None]
 
 

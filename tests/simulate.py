@@ -318,7 +318,7 @@ def without_data(policy, dtype, flex):
         if isinstance(value, torch.Tensor):
             return torch.empty(value.shape, dtype=value.dtype, device=GPU)
         if isinstance(value, siblings.Branches):
-            value = siblings.Branches(value.shape, fake(value.slots), fake(value.bias))
+            value = siblings.Branches(value.shape, fake(value.slots), value.tokens, fake(value.bias))
             if flex:
                 value.mask_blocks()
         if isinstance(value, dict):

@@ -423,14 +423,15 @@ def test_attention_over_a_row_is_one_softmax(padded):
     bias = torch.zeros(P, 1, 1, L, dtype=torch.float64)
     bias[0, ..., lengths[0]:] = -torch.inf
     bias = bias if padded else None
-    got = RowAttention.apply(q, k, v, shape[:4], slots, bias, 0.3)
+    parts = shape[:4], slots, sum(lengths), bias, 0.3
+    got = RowAttention.apply(q, k, v, *parts)
     assert got.shape == (1, len(places), h, D)
     for a, (p, j, i) in enumerate(places):
         seen = [b for b, (p2, j2, i2) in enumerate(places)
                 if p2 == p and ((j2 == j and i2 <= i) or (j2 is None and j is not None))]
         weights = (0.3 * k[0, :, seen] @ q[0, :, a, :, None]).softmax(1)  # (h, keys, 1)
         torch.testing.assert_close(got[0, a], (weights * v[0, :, seen]).sum(1))
-    assert torch.autograd.gradcheck(lambda *x: RowAttention.apply(*x, shape[:4], slots, bias, 0.3), (q, k, v))
+    assert torch.autograd.gradcheck(lambda *x: RowAttention.apply(*x, *parts), (q, k, v))
 
 
 def test_a_row_is_laid_on_rectangles_and_back():
@@ -440,4 +441,4 @@ def test_a_row_is_laid_on_rectangles_and_back():
     prompts, rest = rectangles(x, (2, 2, 1, 2), slots)
     assert prompts.shape == rest.shape == (2, 1, 2, 1)
     assert prompts.flatten(1).tolist() == [[1, 2], [3, 0]] and rest.flatten(1).tolist() == [[0, 0], [4, 5]]
-    assert torch.equal(row(prompts, rest, slots), x)
+    assert torch.equal(row(prompts, rest, slots, 3), x)
