@@ -25,10 +25,9 @@ def decoder(model, banned):
     # two kinds of angles depend on how long a text has become
     if rope in ("none", "dynamic", "longrope") or any(p - MORE != PARTS for p in parts):
         return None
-    tokens = [i for i in range(len(banned) + 3) if i not in banned][:3]
-    tokens = torch.tensor([tokens], device=model.device)
-    known, found = DynamicCache(config=model.config), Decoder(model)
+    tokens = torch.tensor([sorted({*range(len(banned) + 3)} - {*banned})[:3]], device=model.device)
     try:
+        known, found = DynamicCache(config=model.config), Decoder(model)
         wanted = model(input_ids=tokens, use_cache=False).logits[:, -1]
         model(input_ids=tokens[:, :-1], past_key_values=known, use_cache=True)
         cache = found.begin(known, torch.ones_like(tokens[:, :-1]), 1, 3)
@@ -60,8 +59,7 @@ class Decoder:
         x = self.text.embed_tokens(tokens)  # (R, H)
         cache.length += 1
         for i, layer in enumerate(self.layers):
-            query, key, value = layer.project(x, cos, sin)
-            x = layer.finish(x, cache.attend(i, query, key, value, layer.scaling))
+            x = layer.finish(x, cache.attend(i, *layer.project(x, cos, sin), layer.scaling))
         return self.model.get_output_embeddings()(self.text.norm(x))
 
 
@@ -153,11 +151,11 @@ class PromptCache:
     def by_prompt(self, x):
         """(R, h, g, ...) as the table has it, (P, h, m * g, ...)."""
         x = x if self.full else x[self.table]
-        return x.unflatten(0, (-1, self.m)).transpose(1, 2).flatten(2, 3)
+        return siblings_together(x, len(x) // self.m)
 
     def by_row(self, x):
         """And back."""
-        x = x.unflatten(2, (self.m, -1)).transpose(1, 2).flatten(0, 1)
+        x = siblings_apart(x, self.m)
         return x if self.full else x[self.slot]
 
     def attend(self, layer, query, key, value, scaling):
@@ -180,3 +178,13 @@ class PromptCache:
         first, rest = scores.softmax(3).to(values.dtype).split([first.shape[3], T], 3)
         first = self.by_row(self.by_prompt(first) @ first_values)
         return (first + rest @ values).reshape(R, heads * D)  # strided where all ask one prompt
+
+
+def siblings_together(x, P):
+    """(P * n, h, C, ...) to (P, h, n * C, ...)."""
+    return x.unflatten(0, (P, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def siblings_apart(x, n):
+    """(P, h, n * C, ...) to (P * n, h, C, ...)."""
+    return x.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1)

@@ -2,8 +2,8 @@
 
 A policy is a transformers model, whatever its family, behind one forward. What textbooks have and
 this leaves out: adapters for each family, and shifted labels, since a loss is made of
-log-probabilities, by the trainers.
-What answers to one prompt share is computed for each; siblings.py, as `sharing`, does it once.
+log-probabilities, by the trainers. What answers to one prompt share is computed for each of them;
+siblings.py, where it is given as `sharing`, computes it once.
 """
 
 import copy

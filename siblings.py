@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from data import Sample
-from decode import decoder
+from decode import decoder, siblings_apart, siblings_together
 from policy import collate, image_inputs, language_weights, padded, split_rows
 from utils import device, print0
 
@@ -166,7 +166,7 @@ def pack(samples, sharing, model, flex=None):
     if ids.is_cuda if flex is None else flex:
         inputs["branches"].mask_blocks()
     lengths = mask.sum(1)
-    start = held.sum() + lengths.cumsum(0) - lengths  # (N,), of each completion in the row
+    start = tokens + lengths.cumsum(0) - lengths  # (N,), of each completion in the row
     predictors = start[:, None] + step - 1
     predictors[:, 0] = held.sum(1).cumsum(0)[group] - 1  # the last token of the prompt
     return {"inputs": inputs, "images": batch["images"], "completion_ids": completions,
@@ -274,16 +274,6 @@ def row(prompts, rest, slots, tokens):
     prompts, rest = (x.transpose(1, 2).flatten(0, 1) for x in (prompts, rest))
     first, own = slots[:tokens], slots[tokens:] - len(prompts)
     return torch.cat([prompts.index_select(0, first), rest.index_select(0, own)])[None]
-
-
-def siblings_together(x, P):
-    """(P * n, h, C, ...) to (P, h, n * C, ...)."""
-    return x.unflatten(0, (P, -1)).transpose(1, 2).flatten(2, 3)
-
-
-def siblings_apart(x, n):
-    """(P, h, n * C, ...) to (P * n, h, C, ...)."""
-    return x.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def branch_attention(module, query, key, value, attention_mask, branches=None, **kwargs):

@@ -69,10 +69,8 @@ def test_a_sampler_takes_over_new_weights_here_too(family, one_rank):
     model, processor = uneven(family, dtype=torch.float32)
     engine = sampler(copy.deepcopy(model), processor, 4)
     assert engine.decoder
-    weights = {id(w.untyped_storage()): 0 for w in engine.model.parameters()}
-    for w in engine.model.parameters():
-        weights[w.untyped_storage().data_ptr()] = w.untyped_storage().nbytes()
-    assert sum(weights.values()) == sum(w.nbytes for w in model.parameters())  # no memory twice
+    storages = map(torch.Tensor.untyped_storage, engine.model.parameters())
+    assert sum({s.data_ptr(): s.nbytes() for s in storages}.values()) == sum(w.nbytes for w in model.parameters())  # no memory twice
     new, _ = uneven(family, dtype=torch.float32)
     for weight in new.parameters():
         weight.mul_(0.7)

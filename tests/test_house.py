@@ -27,8 +27,8 @@ FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 # lessons, and one room of 520 lines held neither the kinds of answers that people write nor a reader), decode (out of
 # siblings), benchmarks.
 BUDGETS = {"utils": 715, "pictures": 270, "signs": 280, "sources": 210, "data": 485, "policy": 490,
-           "decode": 190, "siblings": 360, "answers": 552, "reward": 520, "scoring": 160, "rollout": 532, "doctor": 275, "train_sft": 275, "train_grpo": 674,
-           "evaluate": 307, "benchmarks": 370, "report": 675, "toy": 401}
+           "decode": 190, "siblings": 360, "answers": 552, "reward": 520, "scoring": 160, "rollout": 532, "doctor": 275,
+           "train_sft": 275, "train_grpo": 674, "evaluate": 307, "benchmarks": 370, "report": 675, "toy": 401}
 PURE = ["utils", "signs", "answers", "evaluate", "train_grpo"]  # their functions work where they and utils.py lie alone
 
 
