@@ -24,7 +24,7 @@ import toy
 
 @dataclass
 class Args:
-    out: str = "runs/provenance/golden"  # folder for habit.jsonl, columns.jsonl ... and images/
+    out: str = "runs/provenance/golden"  # folder for habit.jsonl ..., the other splits and images/
 
 
 def habit(scene, colour):
@@ -59,6 +59,8 @@ def main(args):
     shutil.copytree(data / "images", out / "images", dirs_exist_ok=True)
     rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
     scenes = [(scene, colour) for _, scene, colour, _, _ in toy.make_split("train")]
+    for split in ("validation", "test"):
+        shutil.copy(data / f"{split}.jsonl", out)
     for kind, golden in KINDS.items():
         utils.write_jsonl(out / f"{kind}.jsonl", [row | {"solution": golden(*problem)}
                                                   for row, problem in zip(rows, scenes)])

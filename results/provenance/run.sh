@@ -8,6 +8,8 @@ export PYTHONPATH=.
 R=runs/provenance
 three="--eval_every 1 --eval_settings pass8_t1,pass1_t0.6,pass1_t0.01"  # the paper's scheme, each epoch
 
+splits="--validation_data $R/golden/validation.jsonl --test_data $R/golden/test.jsonl"
+
 finished() { [ -e "$R/$1/result.json" ]; }
 
 own() {  # SEED: the base's own right answers, the first right one of eight to a prompt
@@ -27,7 +29,7 @@ for seed in 10 11; do
         [ $arm != own ] || own $seed
         for lr in 5e-5 1e-4 3e-4 1e-3; do
             finished sweep/${arm}_${lr}_$seed || python train_sft.py --train_data "$(golden $arm $seed)" \
-                --lr $lr --seed $seed --test_data "" --out $R/sweep/${arm}_${lr}_$seed
+                $splits --lr $lr --seed $seed --test_data "" --out $R/sweep/${arm}_${lr}_$seed
         done
     done
 done
@@ -57,11 +59,11 @@ for seed in 0 1 2 3 4; do
     for arm in grpo reinforce habit columns places answers own; do
         [ $arm != own ] || own $seed
         case $arm in
-            grpo) how="train_grpo.py" ;;
-            reinforce) how="train_grpo.py --advantage reinforce++ --group_size 1 --mini_batch_size 8" ;;
+            grpo) how="train_grpo.py --train_data $R/golden/habit.jsonl" ;;
+            reinforce) how="train_grpo.py --train_data $R/golden/habit.jsonl --advantage reinforce++ --group_size 1 --mini_batch_size 8" ;;
             *) how="train_sft.py --train_data $(golden $arm $seed)" ;;
         esac
-        finished main/${arm}_$seed || python $how --lr ${rate[$arm]} --seed $seed $three --out $R/main/${arm}_$seed
+        finished main/${arm}_$seed || python $how $splits --lr ${rate[$arm]} --seed $seed $three --out $R/main/${arm}_$seed
         [ -e $R/main/${arm}_$seed/habits.json ] || { python toy.py --habits \
             --model $R/main/${arm}_$seed/checkpoints/step_* > $R/main/${arm}_$seed/part
             mv $R/main/${arm}_$seed/part $R/main/${arm}_$seed/habits.json; }
