@@ -9,14 +9,16 @@ import re
 import shutil
 import subprocess
 import sys
+from statistics import mean
 
 import pytest
 from safetensors import safe_open
 
+import report
 import utils
 from runs import TINY, all_finite, elsewhere, fork, splits, timeless
 from test_exercises import FOLDER, apply, changed_lines, copy_tree
-from test_pages import ROOT
+from test_pages import LESSON, RESULTS, ROOT, section, words
 
 
 def patched(folder):
@@ -53,9 +55,9 @@ def check(folder, *more):
 
 def test_what_it_computes(tree):
     count = len(re.findall(r"^def test_", (FOLDER / "ppo_checks.py").read_text(), re.M))
-    code, report = check(tree)
-    passed = re.search(r"(\d+) passed", report)
-    assert code == 0 and passed and int(passed[1]) >= count, report[-3000:]
+    code, said = check(tree)
+    passed = re.search(r"(\d+) passed", said)
+    assert code == 0 and passed and int(passed[1]) >= count, said[-3000:]
 
 
 SLIPS = {  # what is changed in the patched tree, and the check that must see it
@@ -79,8 +81,8 @@ def test_a_slip_is_seen(slip, tmp_path):
     text = (patched(tmp_path) / file).read_text()
     assert text.count(right) == 1
     (tmp_path / file).write_text(text.replace(right, wrong))
-    code, report = check(tmp_path, "-k", name)
-    assert code == 1 and "failed" in report, report[-3000:]
+    code, said = check(tmp_path, "-k", name)
+    assert code == 1 and "failed" in said, said[-3000:]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -145,3 +147,94 @@ def test_it_learns(tree, tmp_path):
     rows = utils.read_jsonl(tmp_path / "run" / "metrics.jsonl")
     explained = [row["explained_variance"] for row in rows[8:32]]
     assert sum(explained) / len(explained) > 0.05  # the critic knows something of what an answer will earn
+
+
+# ---------------------------------------------------------------------------------------------
+# Beside GRPO: what the pages say is what results/quickstart and results/ppo hold
+
+
+def kept(arm, seed, name):
+    path = ROOT / "results" / arm / f"seed_{seed}" / name
+    return utils.read_jsonl(path) if path.suffix == ".jsonl" else json.loads(path.read_text())
+
+
+def ends(arm, split, when="after"):
+    """Accuracy of seeds 0 to 2, in %."""
+    return [100 * kept(arm, seed, "result.json")[f"{split}_pass1_t0.6"][when]["accuracy"] for seed in (0, 1, 2)]
+
+
+def ends_table():
+    rows = [["seed", *(f"{split}, {what}" for split in ("validation", "test") for what in ("untrained", "GRPO", "PPO"))]]
+    columns = [ends(*place) for split in ("validation", "test") for place in (
+        ("quickstart", split, "before"), ("quickstart", split), ("ppo", split))]
+    return rows + [[seed, *(f"{column[seed]:.1f}" for column in columns)] for seed in (0, 1, 2)]
+
+
+def course_table():
+    """Means of 8 steps and three seeds, on training prompts."""
+    rows = [["", *(f"steps {k + 1}-{k + 8}" for k in range(0, 48, 8))]]
+    for label, arm, name in (("GRPO, accuracy in %", "quickstart", "reward/accuracy"), ("PPO, accuracy in %", "ppo", "reward/accuracy"),
+                             ("PPO, explained variance", "ppo", "explained_variance")):
+        runs = [kept(arm, seed, "metrics.jsonl") for seed in (0, 1, 2)]
+        assert [len(run) for run in runs] == [48] * 3
+        means = [mean(row[name] for run in runs for row in run[k : k + 8]) for k in range(0, 48, 8)]
+        rows.append([label, *(f"{x:.2f}" if name == "explained_variance" else f"{100 * x:.0f}" for x in means)])
+    return rows
+
+
+def verdict(split):
+    grpo, ppo = ends("quickstart", split), ends("ppo", split)
+    return "better" if min(ppo) > max(grpo) else "worse" if max(ppo) < min(grpo) else "undecided"
+
+
+def test_the_comparison_is_what_the_pages_say():
+    """The tables, the verdicts by the rule, the rate that was chosen; both arms differ in nothing else."""
+    assert report.markdown_table(ends_table()) in LESSON and report.markdown_table(course_table()) in RESULTS
+    text = words(section("PPO with a critic", RESULTS))
+    means = [f"{mean(ends(arm, split)):.1f}" for split in ("validation", "test") for arm in ("ppo", "quickstart")]
+    assert f"PPO is {verdict('validation')} on validation ({means[0]} against {means[1]}, means of seeds)" in text
+    assert f"{verdict('test')} on test ({means[2]} against {means[3]})" in text
+    found = json.loads((ROOT / "results" / "ppo" / "ppo.json").read_text())
+    sweep = found["validation before and after, by learning rate and tuning seed"]
+    reached = {float(lr): mean(after for _, after in seeds) for lr, seeds in sweep.items()}
+    assert found["chosen"] == max(sorted(reached), key=reached.get)
+    said = ", ".join(f"{reached[lr]:.1f} at {lr:.0e}".replace("e-0", "e-") for lr in sorted(reached))
+    assert f"(mean of both seeds: {said})" in text
+    for seed in (0, 1, 2):
+        args, grpo = kept("ppo", seed, "args.json"), kept("quickstart", seed, "args.json")
+        own = {"advantage": "gae", "lr": found["chosen"], "gamma": 1.0, "gae_lambda": 1.0, "value_coef": 0.1, "value_lr": 0.003}
+        assert own.items() <= args.items() and args["seed"] == seed
+        assert {name for name in args if args[name] != grpo.get(name)} == own.keys() | {"out"}
+        assert ends("ppo", "validation", "before")[seed] == pytest.approx(ends("quickstart", "validation", "before")[seed], abs=1)
+
+
+def test_the_trials_are_what_the_page_says():
+    """15 on seed 10: what each ended at on validation, in the order of the page."""
+    trials, text = (json.loads((ROOT / "results" / "ppo" / "trials.json").read_text()),
+                    words(section("PPO with a critic", RESULTS)))
+    as_they_are = [t for t in trials if not t["rewards normalised"]]
+    assert len(trials) == 15 and len(as_they_are) == 6
+    explained = max(max(t["explained variance, steps 1-8, 9-16, 17-24"]) for t in as_they_are)
+    assert explained <= 0.01 and "the critic explained nothing in six" in text
+    after = [t["validation after, %"] for t in as_they_are]
+    assert f"validation ended at {min(after)} to {max(after)}." in text
+
+    def of(**wanted):
+        found, = [t for t in trials if t["rewards normalised"] and wanted.items() <= t.items()]
+        return found["validation after, %"]
+
+    half = {"value_coef": 0.5, "lr": 5e-5, "gae_lambda": 1.0}
+    heads = [of(value_lr=lr, **half) for lr in (3e-3, 1e-3, 1e-2)]
+    assert "ended at {} with the head at 3e-3, {} at 1e-3, {} at 1e-2".format(*heads) in text
+    assert f"and {of(**half | {'gae_lambda': 0.95})} with lambda 0.95" in text
+    fast = half | {"lr": 1e-4}
+    assert f"at rate 1e-4 at {of(**fast)}, with lambda 0.95 at {of(**fast | {'gae_lambda': 0.95})}" in text
+    tenth = [of(value_coef=0.1, lr=lr) for lr in (5e-5, 1e-4, 2e-4)]
+    assert "at 0.1, at {}, {} and {} with the three rates".format(*tenth) in text
+
+
+def test_the_lesson_says_how_long_the_patch_is(tree):
+    text = words(section("Exercises", LESSON))
+    assert f"changes {sum(changed_lines('ppo'))} lines of [policy.py](policy.py) and [train_grpo.py](train_grpo.py)" in text
+    node = next(n for n in ast.parse((tree / "train_grpo.py").read_text()).body if getattr(n, "name", "") == "main")
+    assert f"`main` then has {node.end_lineno - node.lineno + 1} lines" in text
