@@ -121,12 +121,12 @@ def banned_ids(processor):
 
 
 def mark_in(text, processor):
-    """The first of what would be a mark of the chat or of an image to the model, or None."""
+    """The first of what would be a mark of the chat or of an image to the model, or ""."""
     tokenizer = processor.tokenizer
     marks = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     marks = {*marks, *banned_ids(processor)} - {tokenizer.unk_token_id}
-    found = next((i for i in tokenise(tokenizer, text) if i in marks), None)
-    return found if found is None else tokenizer.convert_ids_to_tokens(found)
+    found = [i for i in tokenise(tokenizer, text) if i in marks]
+    return "".join(tokenizer.convert_ids_to_tokens(found[:1]))
 
 
 def refuse_marks(text, what, processor):
@@ -341,7 +341,7 @@ def load_samples(source, processor, max_prompt_tokens, *reading):
 def write_rows(path, samples, most):
     """Write answered samples as rows for SFT, pictures beside them; return how many there are.
 
-    Of each prompt the first `most` that differ: each is read as that prompt again, by no flag and
+    Of each prompt the first `most` that differ, each read as that prompt again, without a flag and
     wherever the folder lies. Without a row there is no file.
     """
     rows, count = [], Counter()

@@ -809,7 +809,7 @@ def test_answers_are_written_as_rows_of_the_same_prompts(folder, processor, tmp_
     pyarrow.parquet.write_table(table, folder / "a.parquet")
     samples += load_samples(folder / "a.parquet", processor, 512)
     out = tmp_path / "out"
-    done = [answer for s in samples for answer in said(s, "\\boxed{1}", "so \\boxed{1}", "\\boxed{1}", "then \\boxed{1}")]
+    done = [answer for s in samples for answer in said(s, *["\\boxed{1}"] * 2, "so \\boxed{1}", "then \\boxed{1}")]
     assert write_rows(out / "right.jsonl", done, 2) == 12
     files = [path.read_bytes() for path in (out / "images").iterdir()]
     assert sorted(files) == sorted([*((folder / "images" / name).read_bytes() for name in ("a.png", "b.jpg")), png("red")])
