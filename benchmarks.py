@@ -14,13 +14,10 @@ import utils  # first: from here on Ctrl-C is no traceback
 
 import ast
 import functools
-import hashlib
-import io
 import re
 from collections import Counter, namedtuple
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 
 import pictures
@@ -348,17 +345,10 @@ def written(image, folder, out):
         # a mere name may be that of a file further inside, where there is one alone
         found = [] if Path(folder, image).is_file() else files(folder).get(image, [])
         image = str(found[0].relative_to(folder)) if len(found) == 1 else image
-        image = Path(pictures.located(image, folder)).read_bytes()
-    try:
-        with Image.open(io.BytesIO(image)) as picture:
-            picture.load()
-    except Exception:  # Pillow's plug-ins raise what they like
+        image = pictures.located(image, folder)
+    if isinstance(pictures.size_or_problem(image), str):
         raise LeftOut("a picture cannot be read")
-    kind = {"JPEG": "jpg"}.get(picture.format, picture.format.lower())
-    name = f"images/{hashlib.sha256(image).hexdigest()[:20]}.{kind}"
-    if not (out / name).exists():
-        utils.write_bytes(out / name, image)
-    return name
+    return pictures.stored(image, out)
 
 
 @functools.cache

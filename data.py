@@ -20,6 +20,7 @@ import math
 import os
 import re
 import sys
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
@@ -29,7 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pictures import (
-    PICTURES, WRITTEN, open_image, picture_sizes, refuse_lost_images, row_images)
+    PICTURES, WRITTEN, open_image, picture_sizes, refuse_lost_images, row_images, stored)
 from sources import as_columns, folder_of, read_rows, renamed
 from utils import UserError, first_line, print0, rank
 
@@ -119,15 +120,19 @@ def banned_ids(processor):
     return list(dict.fromkeys(i for i in ids if i is not None))
 
 
-def refuse_marks(text, what, processor):
-    """UserError where a text holds what would be a mark of the chat or of an image to the model."""
+def mark_in(text, processor):
+    """The first of what would be a mark of the chat or of an image to the model, or ""."""
     tokenizer = processor.tokenizer
     marks = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     marks = {*marks, *banned_ids(processor)} - {tokenizer.unk_token_id}
-    for i in tokenise(tokenizer, text):
-        if i in marks:
-            mark = tokenizer.convert_ids_to_tokens(i)
-            raise UserError(f"the {what} holds the model's mark {mark}; remove it.")
+    found = [i for i in tokenise(tokenizer, text) if i in marks]
+    return "".join(tokenizer.convert_ids_to_tokens(found[:1]))
+
+
+def refuse_marks(text, what, processor):
+    """UserError where a text holds a mark of the model."""
+    if mark := mark_in(text, processor):
+        raise UserError(f"the {what} holds the model's mark {mark}; remove it.")
 
 
 def written_prompt(question, processor, instruction):
@@ -331,6 +336,28 @@ def load_samples(source, processor, max_prompt_tokens, *reading):
         print0(f"{source}: left out {len(dropped)} of {len(samples)} prompts that are longer than "
                f"{max_prompt_tokens} tokens: {', '.join(dropped[:5])}{' ...' * (len(dropped) > 5)}")
     return kept
+
+
+def write_rows(path, samples, most):
+    """Write answered samples as rows for SFT, pictures beside them; return how many there are.
+
+    Of each prompt the first `most` that differ, each read as that prompt again, without a flag and
+    wherever the folder lies. Without a row there is no file.
+    """
+    rows, count = [], Counter()
+    for s in {(s.id, s.completion_text): s for s in samples}.values():
+        count[s.id] += 1
+        if count[s.id] <= most:
+            # HAZARD: a mark before > is another one; those that stand first, the reader puts there
+            question = s.question.removeprefix(IMAGE_MARK * len(s.images))
+            rows.append({"id": f"{s.id}-{count[s.id]}" if most > 1 else s.id,
+                         "question": question if question.strip() else s.question,
+                         "answer": s.answer, "solution": s.completion_text,
+                         "images": [stored(image, path.parent) for image in s.images]})
+    path.unlink(missing_ok=True)  # of a run that ended before it was done
+    if rows:
+        utils.write_jsonl(path, rows)
+    return len(rows)
 
 
 def load_data(source, args, processor, limit=0):

@@ -9,12 +9,14 @@ import utils  # first: from here on Ctrl-C is no traceback
 
 import base64
 import binascii
+import hashlib
 import io
 import math
 import os
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -227,7 +229,7 @@ def size_or_problem(image):
 
 
 # ---------------------------------------------------------------------------------------------
-# Decoded
+# Decoded, and copied
 
 
 def open_image(source):
@@ -266,3 +268,14 @@ def as_png(image):
     file = io.BytesIO()
     image.save(file, "png")
     return file.getvalue()
+
+
+def stored(image, folder):
+    """Copy a picture, a path or bytes, into a folder under a name of its bytes; give that name."""
+    content = image if isinstance(image, bytes) else Path(image).read_bytes()
+    with Image.open(io.BytesIO(content)) as picture:
+        kind = {"JPEG": "jpg"}.get(picture.format, picture.format.lower())
+    name = f"images/{hashlib.sha256(content).hexdigest()[:20]}.{kind}"
+    if not (folder / name).exists():
+        utils.write_bytes(folder / name, content)
+    return name

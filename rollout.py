@@ -31,7 +31,7 @@ import torch
 from transformers import AutoConfig, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from data import banned_ids, load_data, refuse_mixture, tokenise
+from data import banned_ids, load_data, mark_in, refuse_mixture, tokenise, write_rows
 from pictures import open_image
 from policy import (
     collate, compute_dtype, load_model, load_pretrained, load_processor, pixel_bounds, twin,
@@ -58,6 +58,7 @@ class Args:
     max_new_tokens: int = 96  # completions are cut off here, with finish reason "length"
     max_prompt_tokens: int = 2048  # longer prompts, images included, are dropped
     limit: int = 0  # use only the first this many rows; 0: all
+    keep_right: int = 0  # right answers a prompt that right.jsonl gets for train_sft.py; 0: no file
     rewards: str = "accuracy:1.0"  # name:weight or file.py:function:weight, joined by commas
     engine: Literal["auto", "hf", "vllm"] = "auto"  # sampler; auto: vllm on CUDA, else embedded
     rollout_batch_size: int = 256  # completions sampled at one time on a rank
@@ -492,10 +493,14 @@ def make_engine(kind, model, processor, args, sharing=None):
 
 def main(args):
     from doctor import rehearse
+    from reward import accuracy_reward
     from scoring import load_rewards, score
 
     started = time.time()
     refuse_mixture(args)
+    if args.keep_right > args.n:
+        raise UserError(f"--keep_right {args.keep_right} is more than the {args.n} answers a prompt"
+                        "; lower it, or raise --n.")
     check_engine(args)
     out, _ = utils.choose_run(args)
     rewards = load_rewards(args.rewards, args.max_new_tokens)
@@ -522,6 +527,15 @@ def main(args):
         "seconds": round(time.time() - started, 1), "out": str(out)}
     if rank() == 0:
         utils.write_jsonl(out / "samples" / "step_000000.jsonl", [s.record() for s in done])
+        if args.keep_right:  # whatever --rewards pays
+            right = [s for s in done if s.finish_reason == "stop"
+                     and accuracy_reward(s.completion_text, s.answer) == 1
+                     and not mark_in(s.completion_text, processor)]  # which no row may hold
+            result["right_prompts"] = len({s.id for s in right})
+            result["right_rows"] = write_rows(out / "right.jsonl", right, args.keep_right)
+            if not right:
+                print0("No prompt has a right answer that ended, so there is no right.jsonl; raise "
+                       "--n or --max_new_tokens, or give easier prompts.")
         utils.write_json(out / "result.json", result)
         for s in done[: args.n]:
             print0(f"[reward {s.reward}] {s.completion_text!r}")

@@ -34,15 +34,16 @@ def processor():
     return policy.load_processor(str(ROOT / "toy_model"))
 
 
-def encoded(colour, kind="PNG", mode="RGB", size=(56, 56)):
+def encoded(colour, kind="PNG", mode="RGB", size=(56, 56), **more):
     file = io.BytesIO()
-    Image.new(mode, size, colour).save(file, kind)
+    Image.new(mode, size, colour).save(file, kind, **more)
     return file.getvalue()
 
 
 JPEG, PNG, CLEAR = encoded("red", "JPEG"), encoded("blue"), encoded((0, 200, 0, 90), mode="RGBA")
 GREY, WEBP = encoded(77, mode="L"), encoded("yellow", "WEBP")
 CUT = encoded("red", "JPEG", size=(300, 300))[:1000]  # with a whole header
+MOVING = encoded("red", "GIF", save_all=True, append_images=[Image.new("RGB", (56, 56), "blue")])  # data.py refuses it
 
 
 def features(columns):
@@ -114,6 +115,8 @@ PUBLISHED = {
         ({"pid": "6", "decoded_image": PNG, "image": "images/6.jpg", "answer": "4", "choices": ["4", "5", "4"],
           "query": "Question: Which?", "question_type": "multi_choice"}, "two options are the right one"),
         ({"pid": "7", "decoded_image": CUT, "image": "images/7.jpg", "answer": "4",
+          "query": "Question: Which?", "question_type": "free_form"}, "a picture cannot be read"),
+        ({"pid": "10", "decoded_image": MOVING, "image": "images/10.jpg", "answer": "4",
           "query": "Question: Which?", "question_type": "free_form"}, "a picture cannot be read"),
         ({"pid": "8", "decoded_image": PNG, "image": "images/8.jpg", "answer": "4", "choices": ["5"],
           "query": "Question: Which?", "question_type": "multi_choice"}, "no option is given as the right one"),

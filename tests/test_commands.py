@@ -13,9 +13,10 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,8 @@ import toy
 import train_grpo
 import train_sft
 import utils
+from policy import load_processor
+from reward import accuracy_reward
 from runs import all_finite, command, ROOT, run, splits, timeless, TINY
 
 
@@ -222,6 +225,31 @@ def test_rollout_is_the_same_on_two_ranks(data, tmp_path):
     assert texts[0] == texts[1]
 
 
+def test_right_answers_are_golden_responses(data, tmp_path):
+    """Rejection sampling, end to end: the same file on two ranks; moved, and without the data that it was made of, it
+    is read as the same prompts, and train_sft.py takes it."""
+    theirs = shutil.copytree(data, tmp_path / "theirs")
+    for ranks in (1, 2):
+        result, _ = run("rollout.py", "--data", theirs / "train.jsonl", "--n", 4, "--keep_right", 2, "--out",
+                        tmp_path / str(ranks), ranks=ranks)
+    texts = [(tmp_path / name / "right.jsonl").read_text() for name in "12"]
+    assert texts[0] == texts[1]
+    assert len({*(path.name for path in tmp_path.glob("[12]/images/*"))}) == len([*tmp_path.glob("1/images/*")])
+    processor = load_processor(ROOT / "toy_model")
+    prompts = {s.id: s for s in data_flow.load_samples(theirs / "train.jsonl", processor, 512)}
+    shutil.rmtree(theirs)
+    right = (tmp_path / "1").rename(tmp_path / "moved") / "right.jsonl"
+    read = data_flow.load_samples(right, processor, 512)
+    assert (result["right_rows"], result["right_prompts"]) == (len(read), len({s.id[:-2] for s in read}))
+    assert 16 <= len(read) <= 32 and all(accuracy_reward(s.solution, s.answer) == 1 for s in read)
+    for s in read:
+        before = prompts[s.id[:-2]]
+        assert (s.question, s.answer, s.prompt_ids) == (before.question, before.answer, before.prompt_ids)
+    result, stderr = run("train_sft.py", "--train_data", right, "--validation_data=", "--test_data=", "--max_steps", 1,
+                         "--out", tmp_path / "sft")
+    assert result["steps"] == 1 and "golden responses end in another answer" not in stderr
+
+
 def test_ctrl_c_ends_all_ranks_and_names_the_checkpoint(data, tmp_path):
     """SIGINT to the terminal's process group, as Ctrl-C sends it, while both ranks are at work."""
     out = tmp_path / "run"
@@ -338,7 +366,7 @@ RANGES = {  # by hand: what a float may be, and what it may not
     "tis_cap": ("0 1 2", "0.5"), "kl_coef": ("0 0.04", ""), "lr": ("1e-9 1", "0 1.01"),
     "weight_decay": ("0 0.1 1", "2"), "lora_alpha": ("0.5 1e9", "0"), "max_grad_norm": ("0.1 1e9", "0")}
 NOUGHT = set("seed refills max_steps vision_cache warmup_steps eval_every save_every keep limit groups lora_rank "
-             "min_pixels max_pixels"
+             "min_pixels max_pixels keep_right"
              .split())
 
 
@@ -378,6 +406,7 @@ def test_numbers_without_sense_are_refused(stage, name, kind, script, tmp_path):
     (train_grpo, ["--rewards", ""], "--rewards must not be empty"),
     (train_sft, ["--model", ""], "--model must not be empty"),
     (rollout, ["--data="], "--data must not be empty"),
+    (rollout, ["--n", 2, "--keep_right", 3], "--keep_right 3 is more than the 2 answers a prompt; lower it, or raise --n."),
     (report, [""], "--runs must not be empty"),
     (toy, [], "say one thing to do"),
     (toy, ["--data", "x", "--build"], "say one thing to do")])
@@ -467,6 +496,34 @@ def test_little_data_can_be_measured_and_trained_on(script, tmp_path):
         assert script(train_grpo, *words, *how, "--out", f"grpo_{len(how)}")["steps"] == 1
     runs = [path.parent for path in tmp_path.glob("*/args.json")]
     assert script(report, *runs, "--out", "report")["runs"] == len(runs) == 7
+
+
+def test_which_answers_are_kept(script, tmp_path, monkeypatch):
+    """Right by our grader, ended, without a mark of the model, unlike each other, the first two; no file without any,
+    not even the one of a run that was stopped."""
+    answers, said = {}, []
+
+    def generate(samples, n, *_):
+        return [replace(s, completion_text=text.format(s.answer), finish_reason=reason, completion_ids=[1])
+                for s in samples for text, reason in answers.get(s.id[-1], [("\\boxed{{9}}", "stop")] * n)]
+
+    monkeypatch.setattr(rollout, "make_engine", lambda *_: SimpleNamespace(generate=generate))
+    monkeypatch.setattr(doctor, "rehearse", lambda *_: None)
+    monkeypatch.setattr(rollout, "print0", said.append)
+    one, cut, two = ("1: \\boxed{{{}}}", "stop"), ("cut: \\boxed{{{}}}", "length"), ("2: \\boxed{{{}}}", "stop")
+    wrong, marked, three = ("\\boxed{{9}}", "stop"), ("<|im_start|>\\boxed{{{}}}", "stop"), ("3: \\boxed{{{}}}", "stop")
+    answers |= {"0": [wrong, cut, one, one, two, three], "1": [wrong, wrong, marked, three, cut, wrong], "2": [cut] * 6}
+    words = [rollout, "--model", ROOT / "toy_model", "--n", 6, "--keep_right", 2, "--rewards", "format:1.0", "--out", "run"]
+    result, rows = script(*words), utils.read_jsonl(tmp_path / "run" / "right.jsonl")
+    assert [(row["id"][-3:], row["solution"][:2]) for row in rows] == [("0-1", "1:"), ("0-2", "2:"), ("1-1", "3:")]
+    assert (result["right_prompts"], result["right_rows"]) == (2, 3)
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+    assert not any("right.jsonl" in line for line in said)
+    (tmp_path / "run" / "result.json").unlink()
+    answers.clear()
+    result = script(*words)
+    assert (result["right_prompts"], result["right_rows"]) == (0, 0) and not (tmp_path / "run" / "right.jsonl").exists()
+    assert sum(line.startswith("No prompt has a right answer that ended, so there is no right.jsonl;") for line in said) == 1
 
 
 PICKY = """

@@ -9,9 +9,11 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import hypothesis
@@ -24,7 +26,7 @@ import data as data_flow
 import pictures
 import utils
 from conftest import png, ROOT
-from data import IMAGE_MARK, INSTRUCTION, load_samples, make_sample
+from data import IMAGE_MARK, INSTRUCTION, load_samples, make_sample, write_rows
 from pictures import open_image, size_or_problem
 from policy import bound_pixels, collate, load_model, load_processor
 from runs import fork
@@ -783,6 +785,69 @@ def test_no_file_ends_in_a_traceback(folder, processor, content, name):
     with pytest.raises(utils.UserError) as error:
         load_samples(folder / name, processor, 512)
     assert name in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Written: answered samples are rows again
+
+
+def said(sample, *texts):
+    """The sample with each of these completions."""
+    return [replace(sample, completion_text=text) for text in texts]
+
+
+def test_answers_are_written_as_rows_of_the_same_prompts(folder, processor, tmp_path):
+    """Pictures of files and of parquet, several, none, alone; texts that would make another mark of one before them."""
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (112, 56), "blue").save(folder / "images" / "b.jpg", exif=turned, quality=40)
+    rows = [GOOD | {"question": "> 5?"}, TWO | {"images": ["images/b.jpg", "images/a.png"], "id": "a-1"},
+            TWO | {"question": "this <image> or\n<image> that", "images": ["images/a.png", "images/b.jpg"]},
+            GOOD | {"question": "<image>", "id": 7, "answer": 20.50}, TEXT | {"question": " \u00e9\u2028 $<$ ?"}]
+    samples = load(folder, rows, processor)
+    table = pyarrow.Table.from_pylist([{"problem": "$>$?", "answer": "1", "images": [{"bytes": png("red"), "path": None}] * 2}])
+    pyarrow.parquet.write_table(table, folder / "a.parquet")
+    samples += load_samples(folder / "a.parquet", processor, 512)
+    out = tmp_path / "out"
+    done = [answer for s in samples for answer in said(s, *["\\boxed{1}"] * 2, "so \\boxed{1}", "then \\boxed{1}")]
+    assert write_rows(out / "right.jsonl", done, 2) == 12
+    files = [path.read_bytes() for path in (out / "images").iterdir()]
+    assert sorted(files) == sorted([*((folder / "images" / name).read_bytes() for name in ("a.png", "b.jpg")), png("red")])
+    shutil.rmtree(folder / "images")
+    shutil.move(out, tmp_path / "moved")
+    again = load_samples(tmp_path / "moved" / "right.jsonl", processor, 512)
+    assert [s.solution for s in again] == ["\\boxed{1}", "so \\boxed{1}"] * 6
+    assert [s.id for s in again[:4]] == ["a-1", "a-2", "a-1-1", "a-1-2"]
+    for before, after in zip([s for s in samples for _ in range(2)], again, strict=True):
+        assert (after.question, after.answer, after.prompt_ids) == (before.question, before.answer, before.prompt_ids)
+        assert len(after.images) == len(before.images)
+
+
+def test_one_answer_a_prompt_keeps_its_id_and_none_leaves_no_file(folder, processor, tmp_path):
+    samples = load(folder, [GOOD, TEXT], processor)
+    path = tmp_path / "out" / "right.jsonl"
+    assert write_rows(path, [a for s in samples for a in said(s, "3", "4")], 1) == 2
+    assert [s.id for s in load_samples(path, processor, 512)] == [s.id for s in samples]
+    assert write_rows(path, [], 1) == 0 and not path.exists()
+
+
+PIECES = st.sampled_from([IMAGE_MARK, "<", ">", "|", "image", " ", "\n", "$", "img", "!", "[", "](", "a", "1", "/", "\u00e9"])
+
+
+@hypothesis.settings(max_examples=150, deadline=None,
+                     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(words=st.lists(PIECES, min_size=1, max_size=6), count=st.integers(0, 2))
+@hypothesis.example(words=[">"], count=1)
+@hypothesis.example(words=["$", ">", "a"], count=2)
+def test_any_question_that_is_read_is_read_again(folder, processor, words, count):
+    row = TEXT | {"question": "".join(words), "images": ["images/a.png"] * count}
+    try:
+        samples = load(folder, [row], processor)
+    except utils.UserError:
+        return
+    write_rows(folder / "again" / "right.jsonl", said(samples[0], "2"), 2)
+    (again,) = load_samples(folder / "again" / "right.jsonl", processor, 512)
+    assert (again.question, again.prompt_ids) == (samples[0].question, samples[0].prompt_ids)
 
 
 # ---------------------------------------------------------------------------------------------

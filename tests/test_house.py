@@ -18,17 +18,17 @@ FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 # Lines, blank ones included. Above the plan, since what would have to go is worth more: utils (450: a flag that is nearly
 # right is told which one is meant, what makes no sense is refused, a signal is met inside a collective, folders move, runs
 # are made longer, a save is tried before step 1, a tracker), data (400: other people's sources and columns, prompts by
-# formula, whatever a tokenizer's files say changes nothing), policy (320: files that are torn, weights that do not fit,
-# bounds on pixels, models of text alone; LoRA by hand, weights that are merged and gathered one by one), rollout (480: every
-# hang and every wrong answer of vLLM is a sentence), doctor (230: the rehearsal, which every stage calls, and the guard of
-# each step), train_grpo (600: flags for data and memory; metrics of how far the sampler is), report (650: a page on folders
-# that may be broken). Rooms that the plan has not: pictures and sources (out of data), signs (out of report), answers
-# and scoring (out of reward: the mathematics of an answer, the words around it, and what a sample earns are three
+# formula, whatever a tokenizer's files say changes nothing, answers as rows again), policy (320: files that are torn, weights
+# that do not fit, bounds on pixels, models of text alone; LoRA by hand, weights that are merged and gathered one by one),
+# rollout (480: every hang and every wrong answer of vLLM is a sentence), doctor (230: the rehearsal, which every stage calls,
+# and the guard of each step), train_grpo (600: flags for data and memory; metrics of how far the sampler is), report (650: a
+# page on folders that may be broken). Rooms that the plan has not: pictures and sources (out of data), signs (out of report),
+# answers and scoring (out of reward: the mathematics of an answer, the words around it, and what a sample earns are three
 # lessons, and one room of 520 lines held neither the kinds of answers that people write nor a reader), decode (out of
 # siblings), benchmarks.
-BUDGETS = {"utils": 715, "pictures": 270, "signs": 280, "sources": 210, "data": 485, "policy": 490,
-           "decode": 190, "siblings": 360, "answers": 552, "reward": 520, "scoring": 160, "rollout": 532, "doctor": 275,
-           "train_sft": 275, "train_grpo": 674, "evaluate": 307, "benchmarks": 370, "report": 675, "toy": 401}
+BUDGETS = {"utils": 715, "pictures": 281, "signs": 280, "sources": 210, "data": 505, "policy": 490,
+           "decode": 190, "siblings": 360, "answers": 552, "reward": 520, "scoring": 125, "rollout": 546, "doctor": 275,
+           "train_sft": 275, "train_grpo": 674, "evaluate": 307, "benchmarks": 360, "report": 675, "toy": 401}
 PURE = ["utils", "signs", "answers", "evaluate", "train_grpo"]  # their functions work where they and utils.py lie alone
 
 

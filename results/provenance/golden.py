@@ -13,7 +13,6 @@ says where something is. The pictures are toy_data's own.
 
 import utils  # first: from here on Ctrl-C is no traceback
 
-import json
 import random
 import shutil
 from dataclasses import dataclass
@@ -25,6 +24,8 @@ import toy
 @dataclass
 class Args:
     out: str = "runs/provenance/golden"  # folder for habit.jsonl ..., the other splits and images/
+    train: int = 512  # prompts, the first of toy_data's: answers come in turn, so any multiple of 6
+    held_out: int = 512  # prompts of validation and of test
 
 
 def habit(scene, colour):
@@ -54,13 +55,17 @@ def answers(scene, colour):
 KINDS = {kind.__name__: kind for kind in (habit, columns, places, answers)}
 
 
+def first(split, count):
+    return utils.read_jsonl(Path(toy.HERE) / "toy_data" / f"{split}.jsonl")[:count]
+
+
 def main(args):
-    data, out = Path(toy.HERE) / "toy_data", Path(args.out)
-    shutil.copytree(data / "images", out / "images", dirs_exist_ok=True)
-    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
-    scenes = [(scene, colour) for _, scene, colour, _, _ in toy.make_split("train")]
+    out = Path(args.out)
+    shutil.copytree(Path(toy.HERE) / "toy_data" / "images", out / "images", dirs_exist_ok=True)
     for split in ("validation", "test"):
-        shutil.copy(data / f"{split}.jsonl", out)
+        utils.write_jsonl(out / f"{split}.jsonl", first(split, args.held_out))
+    rows = first("train", args.train)
+    scenes = [(scene, colour) for _, scene, colour, _, _ in toy.make_split("train")]
     for kind, golden in KINDS.items():
         utils.write_jsonl(out / f"{kind}.jsonl", [row | {"solution": golden(*problem)}
                                                   for row, problem in zip(rows, scenes)])

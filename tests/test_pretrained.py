@@ -1,0 +1,225 @@
+"""results/pretrained: what a checkpoint has forgotten is measured rightly; on the toy, since tests have no other model."""
+
+import copy
+import importlib.util
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from data import banned_ids, load_samples
+from policy import Policy, collate, load_model, load_processor
+from runs import run
+from utils import UserError
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "results" / "pretrained"
+spec = importlib.util.spec_from_file_location("forgetting", FOLDER / "forgetting.py")
+forgetting = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(forgetting)
+
+TEXT = (FOLDER / "text.txt").read_text()
+ROWS = [json.loads(line) for line in (FOLDER / "knowledge.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def toys():
+    """The toy, a copy whose weights are a little elsewhere, their processor, and eight prompts with pictures."""
+    model, processor = load_model(ROOT / "toy_model", torch.float32).eval(), load_processor(ROOT / "toy_model")
+    moved = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in moved.parameters():
+            weight += 0.1 * weight.std() * torch.randn(weight.shape, generator=generator) if weight.ndim > 1 else 0
+    prompts = load_samples(ROOT / "toy_data" / "validation.jsonl", processor, 2048)[:8]
+    return model, moved, processor, prompts
+
+
+# ---------------------------------------------------------------------------------------------
+# What is asked
+
+
+def test_the_text_is_five_paragraphs_of_plain_english():
+    """Without a character that a tokenizer might spell otherwise, and of the size that was meant."""
+    assert TEXT.isascii() and len(TEXT.strip().split("\n\n")) == 5
+    assert 400 <= len(TEXT.split()) <= 600
+
+
+def test_the_questions_are_a_hundred_each_with_four_options():
+    assert len(ROWS) == len({row["question"] for row in ROWS}) == 100
+    for row in ROWS:
+        assert list(row) == ["question", "options", "answer"]
+        assert len(row["options"]) == len(set(row["options"])) == 4 and row["answer"] in row["options"], row
+        for text in (row["question"], *row["options"]):  # a plain continuation: a space joins them
+            assert text.isascii() and text == text.strip() and not text.endswith((".", "?", ":")), row
+
+
+def test_the_right_option_stands_anywhere():
+    """Who always says the option of one place gets a quarter."""
+    places = [row["options"].index(row["answer"]) for row in ROWS]
+    assert [places.count(place) for place in range(4)] == [25] * 4
+
+
+# ---------------------------------------------------------------------------------------------
+# Text and questions
+
+
+def test_the_likelihood_of_a_text_is_minus_the_cross_entropy(toys):
+    """Of every token but the first, and not of the placeholders, which are never sampled."""
+    model, _, processor, _ = toys
+    text = TEXT.split("\n\n")[0]
+    ids = torch.tensor([processor.tokenizer(text)["input_ids"]])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0]
+    logits[:, banned_ids(processor)] = -math.inf
+    wanted = -torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:]).item()
+    got, tokens = forgetting.text_likelihood(Policy(model, processor), text)
+    assert got == pytest.approx(wanted, abs=1e-5) and tokens == ids.shape[1] - 1
+
+
+def test_log_likelihoods_come_in_the_order_of_the_pairs(toys):
+    """Though rows are computed by length, some beside others: each is what it is alone."""
+    policy = Policy(toys[0], toys[2])
+    pairs = [([20, 21, 22], [23] * 7), ([20], [24, 25]), ([26] * 600, [27, 28, 29]), ([20, 21], [30])]
+    together = forgetting.log_likelihoods(policy, pairs)
+    assert [len(values) for values in together] == [7, 2, 3, 1]
+    for values, pair in zip(together, pairs):
+        assert values == pytest.approx(forgetting.log_likelihoods(policy, [pair])[0], abs=1e-5)
+
+
+def test_the_option_that_is_chosen_is_the_likeliest_whole():
+    """-3 is less than -2.5, though its mean is more; of equals the first."""
+    assert forgetting.choice([[-1.0, -1.0, -1.0], [-2.5], [-2.0, -2.0], [-9.0]]) == 1
+    assert forgetting.choice([[-4.0], [-1.0, -1.0], [-2.0], [-3.0]]) == 1
+
+
+def test_knowledge_counts_the_questions_whose_right_option_is_the_likeliest(monkeypatch, toys):
+    """Likelihoods from hand: the second option of each question, by its length in a sum of -1 a token."""
+    rows = [{"question": "a", "options": ["w", "x", "y", "z"], "answer": "x"},
+            {"question": "b", "options": ["w", "x", "y", "z"], "answer": "z"},
+            {"question": "c", "options": ["w", "x", "y", "z"], "answer": "x"},
+            {"question": "d", "options": ["w", "x", "y", "z"], "answer": "x"}]
+    asked = []
+    monkeypatch.setattr(forgetting, "log_likelihoods", lambda policy, pairs: asked.extend(pairs) or [
+        [-1.0] * (1 if i % 4 == 1 else 2) for i in range(len(pairs))])
+    policy = Policy(toys[0], toys[2])
+    got = forgetting.knowledge(policy, rows)
+    assert {**got, "interval_95": 0} == {"right": 3, "of": 4, "by_row": "1011", "interval_95": 0}
+    assert got["interval_95"] == [0.3006, 0.9544]  # Wilson's, of 3 in 4
+    said = [tuple(toys[2].tokenizer.decode(ids) for ids in pair) for pair in asked]
+    assert said == [(row["question"], f" {option}") for row in rows for option in row["options"]]
+
+
+# ---------------------------------------------------------------------------------------------
+# Divergences
+
+
+def test_divergences_by_hand():
+    """KL of (1/2, 1/4, 1/4) from (1/4, 1/2, 1/4): ln 2 / 2 - ln 2 / 4; the other way round it is another's."""
+    p, q, r = (torch.tensor([row]).log() for row in ([0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.8, 0.1, 0.1]))
+    assert forgetting.token_divergences(p, q).tolist() == pytest.approx([math.log(2) / 4])
+    wanted = [0.5 * math.log(0.625) + 0.5 * math.log(2.5), 0.8 * math.log(1.6) + 0.2 * math.log(0.4)]
+    assert forgetting.token_divergences(torch.cat([p, r]), torch.cat([r, p])).tolist() == pytest.approx(wanted)
+    never = torch.tensor([[0.0, torch.finfo(torch.float32).min]])  # as a banned id is
+    assert forgetting.token_divergences(never, never).tolist() == [0.0]
+
+
+def test_distributions_are_those_that_were_sampled_from(toys):
+    """At the tokens that were drawn they are the engine's own log-probabilities; a placeholder has none."""
+    model, _, processor, prompts = toys
+    done = forgetting.HFEngine(model, processor, 8).generate(prompts, 1, 1.0, 1.0, 24, 0)
+    batch = collate(done, processor)
+    found = forgetting.distributions(model, batch, banned_ids(processor))
+    ids = batch["completion_ids"][batch["mask"]]
+    said = torch.tensor([p for s in done for p in s.sampler_logprobs])
+    assert len({len(s.completion_ids) for s in done}) > 1
+    torch.testing.assert_close(found.gather(-1, ids[:, None]).squeeze(-1), said, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.exp().sum(-1), torch.ones(len(found)))
+    assert found[:, banned_ids(processor)].exp().max() == 0
+
+
+def test_a_model_has_not_moved_from_itself(toys):
+    model, _, processor, prompts = toys
+    got = forgetting.divergence(model, copy.deepcopy(model), processor, prompts, 24, 0)
+    assert abs(got["answer"]["mean"]) < 1e-6 and got["prompts"] == 8
+
+
+def test_a_divergence_is_summed_over_an_answer_and_averaged_over_prompts(toys):
+    """Against logits of each answer by itself: of the first model's answers, in the first model's eyes."""
+    model, moved, processor, prompts = toys
+    for p, q in ((model, moved), (moved, model)):
+        done = forgetting.HFEngine(p, processor, 8).generate(prompts, 1, 1.0, 1.0, 24, 3)
+        sums, means = [], []
+        for s in done:
+            inputs, count = collate([s], processor)["inputs"], len(s.completion_ids)
+            with torch.no_grad():
+                logits = [m(**inputs).logits[0, -count - 1 : -1].double() for m in (p, q)]
+            for rows in logits:
+                rows[:, banned_ids(processor)] = -1e30
+            at = torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=rows) for rows in logits))
+            sums.append(at.sum())
+            means.append(at.mean())
+        got = forgetting.divergence(p, q, processor, prompts, 24, 3)
+        for name, values in (("answer", sums), ("token", means)):
+            values = torch.stack(values)
+            wanted = {"mean": values.mean().item(), "standard_error": values.std().item() / 8**0.5}
+            assert got[name] == pytest.approx(wanted, rel=1e-3) and wanted["mean"] > 0.01
+        assert got["length"] == sum(len(s.completion_ids) for s in done) / 8
+        assert got["truncated"] == sum(s.finish_reason == "length" for s in done) / 8
+
+
+def test_by_the_chain_rule_it_is_the_divergence_of_whole_answers(toys):
+    """Answers of at most two tokens can be counted out, some 376 x 376; 600 draws meet that within four errors."""
+    model, moved, processor, prompts = toys
+    banned, ends = banned_ids(processor), forgetting.HFEngine(model, processor, 8).eos.tolist()
+    going = [i for i in range(model.config.text_config.vocab_size) if i not in (*banned, *ends)]
+    both = [replace(prompts[0], completion_ids=[i, 20]) for i in going]  # at 20 stands what follows i
+    whole = []
+    for m in (model, moved):
+        found = torch.cat([forgetting.distributions(m, collate(both[i : i + 64], processor), banned).double()
+                           for i in range(0, len(both), 64)])
+        first, second = found[0], found[1::2]
+        whole.append(torch.cat([(first[going, None] + second).flatten(), first[ends]]))
+    assert whole[0].exp().sum() == pytest.approx(1, abs=1e-4)
+    wanted = (whole[0].exp() * (whole[0] - whole[1])).sum().item()
+    draws = [replace(prompts[0], id=str(i)) for i in range(600)]
+    got = forgetting.divergence(model, moved, processor, draws, 2, 0)["answer"]
+    assert abs(got["mean"] - wanted) < 4 * got["standard_error"] < wanted
+
+
+# ---------------------------------------------------------------------------------------------
+# The script
+
+
+SCRIPT = ("results/pretrained/forgetting.py", "--data", "toy_data/validation.jsonl", "--limit", "3", "--max_new_tokens", "8")
+
+
+def test_the_script_writes_what_it_prints(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER))
+    out = tmp_path / "new" / "forgotten.json"
+    result, _ = run(*SCRIPT, "--out", out)
+    assert json.loads(out.read_text()) == result
+    assert list(result) == ["model", "start", "data", "log_likelihood", "tokens", "knowledge", "kl_from_start",
+                            "kl_to_start", "seconds"]
+    assert result["knowledge"]["of"] == 100 and result["log_likelihood"] < 0
+    for name in ("kl_from_start", "kl_to_start"):
+        assert abs(result[name]["answer"]["mean"]) < 1e-6 and result[name]["prompts"] == 3
+
+
+def test_a_start_with_another_vocabulary_is_refused(tmp_path):
+    """Their distributions would be over unlike ids."""
+    processor = load_processor(ROOT / "toy_model")
+    processor.tokenizer.add_tokens(["another"])
+    processor.save_pretrained(tmp_path)
+    shutil.copy(ROOT / "toy_model" / "config.json", tmp_path)
+    with pytest.raises(UserError, match="--start .*: its vocabulary is not that of --model toy_model"):
+        forgetting.main(forgetting.Args(start=str(tmp_path)))
+
+
+def test_one_prompt_has_no_error(data):
+    with pytest.raises(UserError, match="one prompt has no standard error"):
+        forgetting.main(forgetting.Args(data=str(data / "test.jsonl"), limit=1))
