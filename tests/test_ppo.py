@@ -48,7 +48,7 @@ def test_it_is_short_and_in_the_style_of_the_house(tree):
 
 
 def check(folder, *more):
-    words = ["pytest", "-q", "-p", "no:cacheprovider", "tests/exercises/ppo_checks.py", *more]
+    words = ["pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={folder}/temporary", "tests/exercises/ppo_checks.py", *more]
     (code,), out, err = fork(*words, act=elsewhere, folder=folder)
     return code, out + err
 
