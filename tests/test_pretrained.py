@@ -11,16 +11,28 @@ from pathlib import Path
 import pytest
 import torch
 
+import toy
 from data import banned_ids, load_samples
 from policy import Policy, collate, load_model, load_processor
+from reward import accuracy_reward
 from runs import run
 from utils import UserError
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "results" / "pretrained"
-spec = importlib.util.spec_from_file_location("forgetting", FOLDER / "forgetting.py")
-forgetting = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(forgetting)
+
+
+def module(path):
+    """A script of results/, imported."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+forgetting = module(FOLDER / "forgetting.py")
+golden = module(ROOT / "results" / "provenance" / "golden.py")
+lessons = module(FOLDER / "lessons.py")
 
 TEXT = (FOLDER / "text.txt").read_text()
 ROWS = [json.loads(line) for line in (FOLDER / "knowledge.jsonl").read_text().splitlines()]
@@ -223,3 +235,57 @@ def test_a_start_with_another_vocabulary_is_refused(tmp_path):
 def test_one_prompt_has_no_error(data):
     with pytest.raises(UserError, match="one prompt has no standard error"):
         forgetting.main(forgetting.Args(data=str(data / "test.jsonl"), limit=1))
+
+
+# ---------------------------------------------------------------------------------------------
+# What it is taught, and what the arms are trained on
+
+
+SCENE = (("red", "circle"), None, ("blue", "square"),
+         None, None, ("red", "square"),
+         ("red", "triangle"), ("green", "square"), None)
+
+
+def test_golden_reasoning_by_hand():
+    """Four kinds for one picture, and for a colour that it does not show."""
+    assert golden.habit(SCENE, "red") == ("Row by row. row 1: red - blue makes 1. row 2: - - red makes 2. "
+                                          "row 3: red green - makes 3. \\boxed{3}")
+    assert golden.columns(SCENE, "red") == ("We go down. Left: red - red, so 2. Centre: - - green, so 0. "
+                                            "Right: blue red -, so 1. In all 2 + 0 + 1 = 3. \\boxed{3}")
+    assert golden.places(SCENE, "red") == ("In the picture red is at (1, 1), (2, 3), (3, 1), so the answer is 3. \\boxed{3}")
+    assert golden.places(SCENE, "yellow") == "In the picture nothing is yellow, so the answer is 0. \\boxed{0}"
+    assert golden.answers(SCENE, "red") == "\\boxed{3}" and golden.answers(SCENE, "yellow") == "\\boxed{0}"
+
+
+def test_golden_files_are_right_for_their_rows(tmp_path):
+    """Every solution ends in its row's answer; the questions are the toy's, and habit's file is the toy's own."""
+    golden.main(golden.Args(out=str(tmp_path), train=512, held_out=12))
+    assert (tmp_path / "habit.jsonl").read_text() == (ROOT / "toy_data" / "train.jsonl").read_text()
+    processor = load_processor(ROOT / "toy_model")
+    for kind in golden.KINDS:
+        samples = load_samples(tmp_path / f"{kind}.jsonl", processor, 512)
+        assert len(samples) == 512 and all(accuracy_reward(s.solution, s.answer) == 1 for s in samples)
+        assert max(len(processor.tokenizer(s.solution).input_ids) for s in samples) < 96  # the trainers' default
+    assert len(load_samples(tmp_path / "test.jsonl", processor, 512)) == 12
+
+
+def test_lessons_by_hand_and_fresh(tmp_path):
+    """A caption; every row ends in its answer, and all four habits are shown."""
+    _, text, last = lessons.caption(SCENE, "red", None)
+    assert text == "row 1: red - blue. row 2: - - red. row 3: red green -." and last == "green"
+    lessons.main(lessons.Args(out=str(tmp_path), see=30, course=60))
+    seen = load_samples(tmp_path / "see.jsonl", load_processor(ROOT / "toy_model"), 512)
+    course = load_samples(tmp_path / "course.jsonl", load_processor(ROOT / "toy_model"), 512)
+    assert (len(seen), len(course)) == (30, 60)
+    assert all(accuracy_reward(s.solution, s.answer) == 1 for s in seen + course)
+    assert [s.question.count("How many") for s in course] == [0, 1] * 30
+    assert {next(h for h in toy.HABITS if s.solution.startswith(h)) for s in course[1::2]} == set(toy.HABITS)
+
+
+def test_a_held_out_scene_is_never_taught(tmp_path, monkeypatch):
+    """Where all scenes but one are held out, that one is taught."""
+    drawn = iter([(SCENE, "red"), (SCENE, "blue"), (SCENE, "green")])
+    monkeypatch.setattr(toy, "make_problem", lambda *_, **__: next(drawn))
+    lessons.write_lesson(tmp_path, "one", [lessons.task], 1, {(SCENE, "red"), (SCENE, "blue")})
+    [row] = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
+    assert row["question"] == toy.question("green")

@@ -8,7 +8,7 @@ cd "$(dirname "$0")/../.."
 export PYTHONPATH=. OMP_NUM_THREADS=1
 R=runs/pretrained
 K=results/pretrained/runs  # what is kept of each run: everything but completions and weights
-START=$R/course/checkpoints/step_000064
+START=$R/course/checkpoints/step_000150
 mkdir -p $R/locks
 
 lock() {  # NAME FUNCTION...: in a shell of its own, unless another one is at it (start: waits for it)
@@ -17,14 +17,15 @@ lock() {  # NAME FUNCTION...: in a shell of its own, unless another one is at it
 
 finished() { [ -e $R/$1/result.json ]; }
 
-start() {  # the graft, 400 steps of seeing with a frozen language model, a short course that shows the task
-    [ -e $R/lessons/course.jsonl ] || python results/pretrained/make.py --out $R
+start() {  # the graft, 120 steps of seeing with a frozen language model, a short course that shows the task
+    [ -e $R/graft/model.safetensors ] || python results/pretrained/make.py --out $R/graft
+    [ -e $R/lessons/course.jsonl ] || python results/pretrained/lessons.py --out $R/lessons
     [ -e $R/golden/answers.jsonl ] || python results/provenance/golden.py --train 192 --held_out 96 --out $R/golden
     local none="--validation_data= --test_data= --train_vision --train_connector --epochs 1 --save_every 50 --keep 1"
     finished see || python train_sft.py --model $R/graft --train_data $R/lessons/see.jsonl $none --no-train_language \
-        --max_steps 400 --lr 3e-3 --warmup_steps 20 --out $R/see
-    finished course || python train_sft.py --model $R/see/checkpoints/step_000400 --train_data $R/lessons/course.jsonl \
-        $none --lr 1e-4 --out $R/course
+        --lr 3e-3 --warmup_steps 20 --out $R/see
+    finished course || python train_sft.py --model $R/see/checkpoints/step_000120 --train_data $R/lessons/course.jsonl \
+        $none --lr 3e-4 --out $R/course
     [ -e $K/start.json ] || forget $START $K/start.json
 }
 
