@@ -345,7 +345,7 @@ def written(image, folder, out):
         # a mere name may be that of a file further inside, where there is one alone
         found = [] if Path(folder, image).is_file() else files(folder).get(image, [])
         image = str(found[0].relative_to(folder)) if len(found) == 1 else image
-        image = pictures.located(image, folder)
+        image = Path(pictures.located(image, folder)).read_bytes()
     if isinstance(pictures.size_or_problem(image), str):
         raise LeftOut("a picture cannot be read")
     return pictures.stored(image, out)

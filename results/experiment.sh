@@ -39,18 +39,7 @@ done
 # the rate with the best validation accuracy after the last epoch, mean of both seeds; the smaller of two alike
 declare -A best
 for arm in grpo reinforce sft; do
-    best[$arm]=$(python - $R/sweep $arm <<'END'
-import json, sys
-from collections import defaultdict
-from pathlib import Path
-found = defaultdict(list)
-for path in Path(sys.argv[1]).glob(f"{sys.argv[2]}_*/result.json"):
-    found[path.parent.name.split("_")[1]].append(
-        json.loads(path.read_text())["validation_pass1_t0.6"]["after"]["accuracy"])
-assert all(len(values) == 2 for values in found.values())
-print(max(sorted(found, key=float), key=lambda lr: sum(found[lr])))
-END
-    )
+    best[$arm]=$(python results/best_rate.py $R/sweep $arm 8)
 done
 echo "learning rates: grpo ${best[grpo]}, reinforce++ ${best[reinforce]}, sft ${best[sft]}" >&2
 

@@ -5,6 +5,8 @@ import importlib.util
 import json
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -289,3 +291,26 @@ def test_a_held_out_scene_is_never_taught(tmp_path, monkeypatch):
     lessons.write_lesson(tmp_path, "one", [lessons.task], 1, {(SCENE, "red"), (SCENE, "blue")})
     [row] = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
     assert row["question"] == toy.question("green")
+
+
+# ---------------------------------------------------------------------------------------------
+# Equal trials
+
+
+def test_the_best_rate_of_equal_trials(tmp_path):
+    """Means 0.5, 0.75, 0.75 and another arm's 1: the smaller of two alike, as a number; none while a trial is missing."""
+    trials = {"own_1e-4_10": 0.0, "own_1e-4_11": 1.0, "own_9e-5_10": 0.75, "own_9e-5_11": 0.75, "own_2e-3_10": 0.75,
+              "own_2e-3_11": 0.75, "grpo_1e-5_10": 1.0, "grpo_1e-5_11": 1.0}
+    for name, accuracy in trials.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps({"validation_pass1_t0.6": {"after": {"accuracy": accuracy}}}))
+
+    def best(arm, count):
+        return subprocess.run([sys.executable, ROOT / "results" / "best_rate.py", tmp_path, arm, str(count)],
+                              capture_output=True, text=True)
+
+    assert best("own", 6).stdout == "9e-5\n" and best("grpo", 2).stdout == "1e-5\n"
+    for seed, count in ((11, 5), (10, 6)):  # a rate with one trial, then a rate without any
+        (tmp_path / f"own_2e-3_{seed}" / "result.json").unlink()
+        done = best("own", count)
+        assert (done.returncode, done.stdout) == (1, "") and f"own has not its {count} trials yet" in done.stderr

@@ -16,23 +16,11 @@ train() {  # OUT FLAG...
     [ -e "$R/$1/result.json" ] || (cd "$R/tree" && python train_grpo.py --advantage gae --out "../$1" "${@:2}")
 }
 
-best() {  # the rate with the best mean accuracy on validation; the smaller of two alike
-    python - "$R/sweep" <<'END'
-import json, sys
-from collections import defaultdict
-from pathlib import Path
-found = defaultdict(list)
-for path in Path(sys.argv[1]).glob("*/result.json"):
-    found[path.parent.name.split("_")[0]].append(
-        json.loads(path.read_text())["validation_pass1_t0.6"]["after"]["accuracy"])
-assert all(len(values) == 2 for values in found.values())
-print(max(sorted(found, key=float), key=lambda lr: sum(found[lr])))
-END
-}
+best() { python results/best_rate.py "$R/sweep" ppo 6; }
 
 for seed in 10 11; do
     for lr in 5e-5 1e-4 2e-4; do
-        train sweep/${lr}_$seed --lr $lr --seed $seed --test_data ""
+        train sweep/ppo_${lr}_$seed --lr $lr --seed $seed --test_data ""
     done
 done
 if [ "${1:-}" = sweep ]; then  # alone
@@ -61,7 +49,7 @@ def ends(run):
     return [round(100 * points[when]["accuracy"], 1) for when in ("before", "after")]
 
 
-sweep = {lr: [ends(R / "sweep" / f"{lr}_{seed}") for seed in (10, 11)] for lr in ("5e-5", "1e-4", "2e-4")}
+sweep = {lr: [ends(R / "sweep" / f"ppo_{lr}_{seed}") for seed in (10, 11)] for lr in ("5e-5", "1e-4", "2e-4")}
 chosen = json.loads((R / "seed_0" / "args.json").read_text())
 print(json.dumps({"validation before and after, by learning rate and tuning seed": sweep, "chosen": chosen["lr"]}, indent=1))
 END

@@ -35,8 +35,8 @@ forget() {  # CHECKPOINT FILE
 }
 
 own() {  # SEED: the start's own right answers, the first right one of eight to a prompt
-    finished own/$1 || python rollout.py --model $START --data $R/golden/habit.jsonl --n 8 --keep_right 1 --seed $1 \
-        --out $R/own/$1
+    (flock 8; finished own/$1 || python rollout.py --model $START --data $R/golden/habit.jsonl --n 8 --keep_right 1 \
+        --seed $1 --out $R/own/$1) 8> $R/locks/own_$1  # two trials of one seed wait for one another
 }
 
 train() {  # ARM SEED LR NAME FLAG...: two epochs from the start
@@ -74,16 +74,6 @@ compared() {  # ARM SEED LR: the paper's three settings each epoch, and what was
     }
 }
 
-best() {  # ARM: the rate with the best validation accuracy, the smaller of two alike; nothing while a trial is missing
-    python - $K/sweep $1 <<'END'
-import json, sys
-from pathlib import Path
-found = {path.parent.name.split("_")[1]: json.loads(path.read_text())["validation_pass1_t0.6"]["after"]["accuracy"]
-         for path in Path(sys.argv[1]).glob(f"{sys.argv[2]}_*_10/result.json")}
-print(max(sorted(found, key=float), key=found.get) if len(found) == 3 else "")
-END
-}
-
 declare -A rates
 for arm in grpo reinforce; do rates[$arm]="5e-6 2e-5 8e-5"; done
 for arm in habit columns places answers own; do rates[$arm]="1e-5 4e-5 1.6e-4"; done
@@ -93,8 +83,8 @@ for arms in "grpo columns own" "places answers" "reinforce habit"; do  # the dea
     for arm in $arms; do for lr in ${rates[$arm]}; do lock sweep_${arm}_$lr trial $arm 10 $lr; done; done
     for seed in 0 1 2; do
         for arm in $arms; do
-            lr=$(best $arm)
-            [ -z "$lr" ] || lock main_${arm}_$seed compared $arm $seed $lr
+            lr=$(python results/best_rate.py $K/sweep $arm 3) || continue  # another shell is at a trial
+            lock main_${arm}_$seed compared $arm $seed $lr
         done
     done
 done

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # When does RL beat SFT, on the toy: SFT on golden reasoning of five origins beside GRPO and REINFORCE++ (results/README.md
-# has the rules). Two and a half hours on one core, a run at most 4 minutes; stop it whenever you like, started again it
-# passes over what is finished. The environment with requirements.txt must be active.
+# has the rules). Some hours on one core; stop it whenever you like, started again it passes over what is finished. The environment with requirements.txt must be active.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PYTHONPATH=.
@@ -33,23 +32,9 @@ for seed in 10 11; do
         done
     done
 done
-# the rate with the best validation accuracy after the last epoch, mean of both seeds; the smaller of two alike
-best() {
-    python - $R/sweep $1 <<'END'
-import json, sys
-from collections import defaultdict
-from pathlib import Path
-found = defaultdict(list)
-for path in Path(sys.argv[1]).glob(f"{sys.argv[2]}_*/result.json"):
-    found[path.parent.name.split("_")[1]].append(
-        json.loads(path.read_text())["validation_pass1_t0.6"]["after"]["accuracy"])
-assert all(len(values) == 2 for values in found.values())
-print(max(sorted(found, key=float), key=lambda lr: sum(found[lr])))
-END
-}
 declare -A rate=([grpo]=1e-4 [reinforce]=5e-5 [habit]=5e-5)
 for arm in columns places answers own; do
-    rate[$arm]=$(best $arm)
+    rate[$arm]=$(python results/best_rate.py $R/sweep $arm 8)
     echo "learning rate of $arm: ${rate[$arm]}" >&2
 done
 
