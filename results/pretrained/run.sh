@@ -7,15 +7,9 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PYTHONPATH=. OMP_NUM_THREADS=1
 R=runs/pretrained
-K=results/pretrained/runs  # what is kept of each run: everything but completions and weights
+K=results/pretrained/runs
 START=$R/course/checkpoints/step_000150
-mkdir -p $R/locks
-
-lock() {  # NAME FUNCTION...: in a shell of its own, unless another one is at it (start: waits for it)
-    (flock $([ "$1" = start ] || echo --nonblock) 9 || exit 0; "${@:2}") 9> $R/locks/$1
-}
-
-finished() { [ -e $R/$1/result.json ]; }
+. results/resumable.sh
 
 start() {  # the graft, 120 steps of seeing with a frozen language model, a short course that shows the task
     [ -e $R/graft/model.safetensors ] || python results/pretrained/make.py --out $R/graft
@@ -52,15 +46,10 @@ train() {  # ARM SEED LR NAME FLAG...: two epochs from the start
         --test_data $R/golden/test.jsonl --epochs 2 --lr $lr --seed $seed --save_every 8 --keep 1 --out $R/$name "${@:5}"
 }
 
-keep() {  # NAME: copy what is small
-    mkdir -p $K/$1
-    for file in args result eval metrics; do cp $R/$1/$file.json* $K/$1; done
-}
-
 trial() {  # ARM SEED LR: validation alone, before and after
     [ -e $K/sweep/$1_$3_$2/result.json ] || {
         train $1 $2 $3 sweep/$1_$3_$2 --test_data= --eval_settings pass1_t0.6
-        keep sweep/$1_$3_$2
+        keep sweep/$1_$3_$2 args eval metrics result
         rm -r $R/sweep/$1_$3_$2/checkpoints
     }
 }
@@ -68,7 +57,7 @@ trial() {  # ARM SEED LR: validation alone, before and after
 compared() {  # ARM SEED LR: the paper's three settings each epoch, and what was forgotten
     [ -e $K/main/$1_$2/forgetting.json ] || {
         train $1 $2 $3 main/$1_$2 --eval_every 1 --eval_settings pass8_t1,pass1_t0.6,pass1_t0.01
-        keep main/$1_$2
+        keep main/$1_$2 args eval metrics result
         forget $R/main/$1_$2/checkpoints/step_* $K/main/$1_$2/forgetting.json
         rm -rf $R/main/$1_$2/checkpoints/step_*/resume
     }
