@@ -9,13 +9,14 @@ export PYTHONPATH=. OMP_NUM_THREADS=1
 R=runs/pretrained
 K=results/pretrained/runs
 START=$R/course/checkpoints/step_000150
+bf16="--dtype bfloat16"  # of compute, as on a GPU; on a CPU that has it for products, twice as fast
 . results/resumable.sh
 
 start() {  # the graft, 120 steps of seeing with a frozen language model, a short course that shows the task
     [ -e $R/graft/model.safetensors ] || python results/pretrained/make.py --out $R/graft
     [ -e $R/lessons/course.jsonl ] || python results/pretrained/lessons.py --out $R/lessons
     [ -e $R/golden/answers.jsonl ] || python results/provenance/golden.py --train 192 --held_out 96 --out $R/golden
-    local none="--validation_data= --test_data= --train_vision --train_connector --epochs 1 --save_every 50 --keep 1"
+    local none="--validation_data= --test_data= --train_vision --train_connector --epochs 1 --save_every 50 --keep 1 $bf16"
     finished see || python train_sft.py --model $R/graft --train_data $R/lessons/see.jsonl $none --no-train_language \
         --lr 3e-3 --warmup_steps 20 --out $R/see
     finished course || python train_sft.py --model $R/see/checkpoints/step_000120 --train_data $R/lessons/course.jsonl \
@@ -43,7 +44,7 @@ train() {  # ARM SEED LR NAME FLAG...: two epochs from the start
         own) own $seed; data=$R/own/$seed/right.jsonl ;;
     esac
     finished $name || python $how --model $START --train_data $data --validation_data $R/golden/validation.jsonl \
-        --test_data $R/golden/test.jsonl --epochs 2 --lr $lr --seed $seed --save_every 8 --keep 1 --out $R/$name "${@:5}"
+        --test_data $R/golden/test.jsonl --epochs 2 --lr $lr --seed $seed --save_every 8 --keep 1 $bf16 --out $R/$name "${@:5}"
 }
 
 trial() {  # ARM SEED LR: validation alone, before and after

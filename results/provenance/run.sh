@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# When does RL beat SFT, on the toy: SFT on golden reasoning of five origins beside GRPO and REINFORCE++ (results/README.md
-# has the rules). Three hours on one core; a run is one process with one thread; started twice at once, this uses two. Stop it
-# whenever you like, started again it passes over what is finished. The environment with requirements.txt must be active.
+# When does RL beat SFT, on the toy: SFT on golden reasoning of four more origins, beside the GRPO, REINFORCE++ and SFT of
+# results/experiment.sh (results/README.md has the rules). Two hours on one core; a run is one process with one thread; started
+# twice at once, this uses two. Stop it whenever you like, started again it passes over what is finished. The environment with
+# requirements.txt must be active.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PYTHONPATH=. OMP_NUM_THREADS=1
@@ -19,13 +20,9 @@ own() {  # SEED: the base's own right answers, the first right one of eight to a
 }
 
 train() {  # ARM SEED LR NAME FLAG...
-    local how=train_sft.py data=$R/golden/$1.jsonl
-    case $1 in
-        grpo) how=train_grpo.py data=$R/golden/habit.jsonl ;;
-        reinforce) how="train_grpo.py --advantage reinforce++ --group_size 1 --mini_batch_size 8" data=$R/golden/habit.jsonl ;;
-        own) own $2; data=$R/own/$2/right.jsonl ;;
-    esac
-    finished $4 || python $how --train_data $data $splits --lr $3 --seed $2 --out $R/$4 "${@:5}"
+    local data=$R/golden/$1.jsonl
+    [ $1 != own ] || { own $2; data=$R/own/$2/right.jsonl; }
+    finished $4 || python train_sft.py --train_data $data $splits --lr $3 --seed $2 --out $R/$4 "${@:5}"
 }
 
 trial() {  # ARM SEED LR: validation alone
@@ -51,10 +48,9 @@ for seed in 10 11; do
         for lr in 5e-5 1e-4 3e-4 1e-3; do lock sweep_${arm}_${lr}_$seed trial $arm $seed $lr; done
     done
 done
-declare -A found=([grpo]=1e-4 [reinforce]=5e-5 [habit]=5e-5)  # by results/experiment.sh's trials, which are the same
 for seed in 0 1 2 3 4; do
-    for arm in columns places answers own grpo reinforce habit; do
-        lr=${found[$arm]:-$(python results/best_rate.py $K/sweep $arm 8)} || continue  # another shell is at a trial
+    for arm in columns places answers own; do
+        lr=$(python results/best_rate.py $K/sweep $arm 8) || continue  # another shell is at a trial
         lock main_${arm}_$seed compared $arm $seed $lr
     done
 done

@@ -1,0 +1,145 @@
+"""When does RL beat SFT? The tables and the figure of that section, from the raw files of both comparisons.
+
+    PYTHONPATH=. python results/when.py results/when.png
+"""
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+
+import report
+import toy
+
+HERE = Path(__file__).parent
+ARMS = {"grpo": "GRPO", "reinforce": "REINFORCE++", "habit": "SFT, habit", "columns": "SFT, columns",
+        "places": "SFT, places", "answers": "SFT, answers", "own": "SFT, own"}
+USUAL = "pass1_t0.6"
+SETTINGS = (USUAL, "pass1_t0.01", "pass8_t1")
+
+
+def toy_paths(arm, experiment="{arm}_*", provenance="{arm}_*"):
+    """An arm's files on the toy, by seed: three arms are runs of results/experiment."""
+    name = arm.replace("habit", "sft")
+    return sorted([*HERE.glob("experiment/" + experiment.format(arm=name)),
+                   *HERE.glob("provenance/" + provenance.format(arm=arm))])
+
+
+def toys():
+    """The toy's runs by arm, `{label: [runs, by seed]}`."""
+    return read({arm: toy_paths(arm, "main/{arm}_*", "main/{arm}_*") for arm in ARMS})
+
+
+def pretrained():
+    return read({arm: sorted(HERE.glob(f"pretrained/runs/main/{arm}_*")) for arm in ARMS})
+
+
+def read(paths):
+    """Arms that have all seeds that any arm has."""
+    most = max(map(len, paths.values()))
+    return {ARMS[arm]: [report.read_run(path, False) for path in found]
+            for arm, found in paths.items() if len(found) == most > 0}
+
+
+def percent(runs, split, setting, name):
+    return report.percent(report.statistic(runs, split, setting, name))
+
+
+def accuracy_table(arms):
+    """Accuracy in % where the prompts are as in training and out of distribution, and what the answers look like."""
+    rows = [["arm", "validation, last epoch", "test, untrained", "test, mean of epochs", "test, last epoch",
+             "test, last, T = 0.01", "test, last, pass@8", "tokens", "reflect, %"]]
+    for label, runs in arms.items():
+        last = [[r for r in run.evals if (r["split"], r["setting"]) == ("test", USUAL)][-1] for run in runs]
+        rows.append([label, percent(runs, "validation", USUAL, "last"),
+                     percent(runs, "test", USUAL, report.START), percent(runs, "test", USUAL, "mean"),
+                     *(percent(runs, "test", setting, "last") for setting in SETTINGS),
+                     f"{mean(r['length'] for r in last):.1f}",
+                     f"{100 * mean(r['reflection_ratio'] for r in last):.0f}"])
+    return rows
+
+
+def gaps(arms):
+    """RL minus SFT on `test`, mean of epochs: `{(rl, sft): {setting: (value, replicates)}}`."""
+    found = defaultdict(dict)
+    for split, setting, compared, difference, _ in report.against_sft(arms):
+        if split == "test":
+            found[tuple(compared.split(" - "))][setting] = difference
+    return found
+
+
+def verdict(difference):
+    """By the rule that was fixed beforehand, of the interval at T = 0.6."""
+    low, high = report.interval(difference[1])
+    return "RL wins" if low > 0 else "SFT wins" if high < 0 else "undecided"
+
+
+def verdict_table(arms):
+    rows = [["RL", "minus", "points at T = 0.6", "verdict", "T = 0.01", "pass@8"]]
+    for (rl, sft), found in gaps(arms).items():
+        usual, *others = (report.percent(found[setting]) for setting in SETTINGS)
+        rows.append([rl, sft, usual, verdict(found[USUAL]), *others])
+    return rows
+
+
+def habits_table():
+    """Of the toy's answers to validation at T = 1: each habit's share, and its accuracy when forced, in %, mean of seeds."""
+    rows = [["model", *toy.HABITS, "anything else"]]
+    for arm, label in ARMS.items():
+        tables = [json.loads(path.read_text())["validation"]
+                  for path in toy_paths(arm, "habits/{arm}_*.json", "main/{arm}_*/habits.json")]
+        share, forced = ([mean(table[opening][key] for table in tables) for opening in toy.HABITS]
+                         for key in ("share", "forced"))
+        rows.append([label, *(f"{100 * s:.0f}, {100 * f:.0f}" for s, f in zip(share, forced)),
+                     f"{100 * (1 - sum(share)):.0f}"])
+    return rows
+
+
+def sweep_table(folder, arms):
+    """Validation at T = 0.6 after the last epoch of each trial, mean of its seeds; the rate that was taken is the best."""
+    rows = [["arm", *(f"{which} rate" for which in ("lowest", "second", "third", "highest"))]]
+    for arm in arms:
+        found = defaultdict(list)
+        for path in folder.glob(f"sweep/{arm}_*/result.json"):
+            result = json.loads(path.read_text())
+            rate = path.parent.name.split("_")[1]
+            found[float(rate)].append(100 * result[f"validation_{USUAL}"]["after"]["accuracy"])
+        rows.append([ARMS[arm], *(f"{mean(found[rate]):.1f} at {rate:.0e}".replace("e-0", "e-") for rate in sorted(found))])
+    return rows
+
+
+def draw(experiments, path):
+    """RL minus each SFT out of distribution, T = 0.6, mean of epochs, with 95 % intervals; `experiments` are (title, arms)."""
+    from matplotlib.figure import Figure  # no window is ever opened
+
+    figure = Figure(figsize=(5.5 * len(experiments), 3.4), layout="constrained", dpi=96)
+    for number, (title, arms) in enumerate(experiments, 1):
+        axis = figure.add_subplot(1, len(experiments), number, title=title)
+        found = gaps(arms)
+        names = list(dict.fromkeys(sft for _, sft in found))
+        for (rl, sft), settings in found.items():
+            value, replicates = settings[USUAL]
+            low, high = report.interval(replicates)
+            first = rl == "GRPO"
+            axis.errorbar(100 * value, -names.index(sft) + (0.12 if first else -0.12), fmt="o" if first else "s",
+                          xerr=[[100 * (value - low)], [100 * (high - value)]], capsize=3,
+                          color=report.COLOURS[0 if first else 1], label=rl if sft == names[0] else None)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_yticks([-i for i in range(len(names))], [name.partition(", ")[2] for name in names])
+        axis.set_ylabel("SFT on")
+        axis.set_xlabel("RL minus SFT out of distribution, points\nleft of 0: SFT is better; right: RL is")
+        axis.legend()
+    figure.savefig(path, metadata={"Software": None})
+
+
+def main():
+    for rows in (accuracy_table(toys()), verdict_table(toys()), habits_table(),
+                 sweep_table(HERE / "provenance", ("columns", "places", "answers", "own")),
+                 accuracy_table(pretrained()), verdict_table(pretrained())):
+        print(report.markdown_table(rows), "\n")
+    draw([("the toy, 1.2 M weights", toys()), ("SmolLM2 with eyes, 135 M", pretrained())], sys.argv[1])
+
+
+if __name__ == "__main__":
+    main()
