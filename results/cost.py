@@ -1,6 +1,6 @@
 """What GRPO costs beside SFT, to train on the same queries once: operations, seconds, bytes.
 
-    PYTHONPATH=. python results/cost.py > results/cost.json      # one thread, five minutes, 8 GB
+    PYTHONPATH=. python results/cost.py > results/cost.json      # one thread, 5 minutes, 8 GB
 
 A query is a prompt with its picture; GRPO samples 8 answers to it and makes one update, without a
 reference model, SFT has one golden answer, as long as a sampled one. Both train the language model
@@ -74,12 +74,11 @@ def operations(config, prompt, merged, answer, recomputed):
 
 
 def picture(vision, merged):
-    """A forward pass of the vision tower; four patches become a token."""
+    """A pass of the tower: 4 patches become a token, most layers look no further than a window."""
     hidden, patches = vision.hidden_size, 4 * merged
     weights = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * hidden
     weights += vision.depth * (4 * hidden**2 + 3 * hidden * vision.intermediate_size)
     connector = 4 * hidden * (4 * hidden + vision.out_hidden_size)
-    # some layers look at all patches, the others no further than a window
     full, window = len(vision.fullatt_block_indexes), (vision.window_size // vision.patch_size) ** 2
     seen = full * patches + (vision.depth - full) * min(patches, window)
     return 2 * (weights * patches + connector * merged) + 4 * hidden * patches * seen

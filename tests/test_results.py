@@ -12,10 +12,15 @@ from statistics import mean
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "results")]
 
+import torch
+
+import bench
+import cost
 import report
 import toy
+from siblings import FLASH
 from test_pages import same_picture
 
 FOLDER = ROOT / "results" / "experiment"
@@ -170,8 +175,94 @@ def sentences():
     }
 
 
+# ---------------------------------------------------------------------------------------------
+# The cost of RL and of SFT: results/cost.py
+
+
+COST = json.loads((ROOT / "results" / "cost.json").read_text())
+MEASURED, EXTENDED = COST[:2], COST[2:]
+
+
+def compact(number):
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def both_arms(of):
+    """What GRPO and what SFT take, of operations or of seconds by part."""
+    return of["picture"] + of["rollout"] + of["update"], of["picture"] + of["SFT's update"]
+
+
+def times(of):
+    grpo, sft = both_arms(of)
+    return grpo / sft
+
+
+def operations_table():
+    """10^9 operations a query by part; times what SFT takes, with layers recomputed and with layers kept."""
+    rows = [["model", "P", "C", "tokens, GRPO", "SFT", "picture", "rollout", "GRPO's update", "SFT's update", "GRPO : SFT",
+             "with layers kept"]]
+    for row in COST:
+        P, C, parts = row["prompt"], row["answer"], row["formula"]
+        rows.append([row["model"], f"{P:,}", f"{C:,}", f"{P + 8 * C:,}", f"{P + C:,}", *(compact(n / 1e9) for n in parts.values()),
+                     f"{times(parts):.1f}" if row in EXTENDED else "", f"{times(row.get('layers kept', parts)):.1f}"])
+    return rows
+
+
+def measured_table():
+    """CPU seconds a query, and the most bytes that a step adds to weights and AdamW's state."""
+    rows = [["model", "picture, s", "rollout, s", "GRPO's update, s", "SFT's update, s", "GRPO : SFT", "of operations",
+             "rollout, MB", "GRPO's update, MB", "SFT's update, MB", "tokens a pass, GRPO", "SFT"]]
+    for row in MEASURED:
+        P, C, queries = row["prompt"], row["answer"], row["queries"]
+        passes = [min(queries, row["tokens a pass"] // tokens) * tokens for tokens in (P + 8 * C, P + C)]
+        rows.append([row["model"], *(f"{s:.3f}" for s in row["CPU seconds"].values()), f"{times(row['CPU seconds']):.1f}",
+                     f"{times(row['counted']):.1f}", *(f"{b / 1e6:,.0f}" for b in [*row["peak bytes"].values()][1:]),
+                     *(f"{tokens:,}" for tokens in passes)])
+    return rows
+
+
+def sampler_table():
+    """GB that a trainer holds for either, and a sampler besides; operations of a rollout for each byte it must read."""
+    rows = [["model", "P", "C", "weights, gradients, AdamW, GB", "sampler's weights, GB", "its caches, GB",
+             "read a query, GB", "operations a byte"]]
+    for row in EXTENDED:
+        trainer = 16 * row["trained"] + 2 * (row["weights"] - row["trained"])
+        rows.append([row["model"], f"{row['prompt']:,}", f"{row['answer']:,}", *(f"{b / 1e9:,.1f}" for b in (
+            trainer, 2 * row["weights"], row["sampler caches"])), f"{row['sampler reads'] / 1e9:,.0f}",
+            f"{row['formula']['rollout'] / row['sampler reads']:.0f}"])
+    return rows
+
+
+def cost_sentences():
+    toy_row, smol = MEASURED
+    shares = {key: [row[key]["rollout"] / both_arms(row[key])[0] for row in MEASURED] for key in ("counted", "CPU seconds")}
+    ratios = [times(row["formula"]) for row in EXTENDED]
+    rough = [(1.25 if row in EXTENDED else 4 / 3) * (row["prompt"] + 8 * row["answer"]) / (row["prompt"] + row["answer"])
+             / times(row["formula"]) - 1 for row in COST]
+    runs = [json.loads((ROOT / f"results/quickstart/seed_{s}/metrics.jsonl").read_text().splitlines()[i])["length"]
+            for s in (0, 1, 2) for i in range(48)]
+    intensity = [row["formula"]["rollout"] / row["sampler reads"] for row in EXTENDED]
+    slower = [(row["CPU seconds"]["rollout"] / row["counted"]["rollout"])
+              / (row["CPU seconds"]["update"] / row["counted"]["update"]) for row in MEASURED]
+    seen = toy_row["CPU seconds"]["picture"] / both_arms(toy_row["CPU seconds"])[1]
+    return {
+        "ratio": f"GRPO costs {times(toy_row['counted']):.1f} times SFT's operations on the toy, {times(smol['counted']):.1f} at "
+                 f"135M, {min(ratios):.1f} to {max(ratios):.1f} at 3B and 7B",
+        "rough": f"within {100 * max(map(abs, rough)):.0f} % of the table",
+        "length": f"in the quick start's runs the mean is {mean(runs):.0f}",
+        "steps": f"over {toy_row['steps']} steps of {toy_row['queries']} queries on the toy, {smol['steps']} of "
+                 f"{smol['queries']} at 135M",
+        "seconds": f"a rollout is {100 * shares['counted'][0]:.0f} and {100 * shares['counted'][1]:.0f} % of GRPO's operations, "
+                   f"and {100 * shares['CPU seconds'][0]:.0f} and {100 * shares['CPU seconds'][1]:.0f} % of its seconds",
+        "bytes": f"{min(intensity):.0f} to {max(intensity):.0f} operations for each byte; an H100 needs {989 / 3.35:.0f}",
+        "slower": f"an operation of a rollout takes {min(slower):.1f} to {max(slower):.1f} times as long as one of an update",
+        "picture": f"to read and to look at a picture takes {100 * seen:.0f} % of SFT's seconds",
+        "gradients": f"{smol['trained'] * 4 / 1e6:.0f} MB of GRPO's peak are gradients of earlier passes",
+    }
+
+
 TABLES = [accuracy_table, sweep_table, without_table, ablation_table, damage_table, habits_table, cost_table,
-          lambda: findings_table("main")]
+          lambda: findings_table("main"), operations_table, measured_table, sampler_table]
 
 
 @pytest.mark.parametrize("made", TABLES, ids=lambda made: made.__name__)
@@ -230,6 +321,39 @@ def test_the_comparison_is_what_the_page_says():
             points = {(r["epoch"], r["split"], r["setting"]) for r in run.evals}
             assert len(points) == len(run.evals) == 4 * 2 * 3
             assert json.loads((run.path / "result.json").read_text())["minutes"] <= 4
+
+
+# ---------------------------------------------------------------------------------------------
+# The cost of RL and of SFT
+
+
+def test_the_cost_sections_sentences_are_made_of_the_raw_file():
+    text = " ".join(RESULTS.split("\n## The cost of RL and of SFT\n")[1].split("\n## ")[0].split())
+    for place, sentence in cost_sentences().items():
+        assert sentence in text, f"{place}: {sentence}"
+    for row in COST:  # "to the last operation"
+        assert all(row["counted"][part] == row["formula"][part] for part in row["counted"])
+    assert all(set(row["counted"]) == {"picture", "rollout", "update", "SFT's update"} for row in MEASURED)
+    assert all(set(row["counted"]) == {"update", "SFT's update"} for row in EXTENDED)
+
+
+def test_the_counted_operations_are_those_of_products_by_hand():
+    assert bench.count_operations(lambda: torch.ones(2, 3) @ torch.ones(3, 4)) == 2 * 2 * 3 * 4
+    attend = getattr(torch.ops.aten, FLASH)
+    q, k = torch.ones(1, 1, 3, 8), torch.ones(1, 1, 5, 8)
+    assert bench.count_operations(lambda: attend(q, k, k)) == 2 * 2 * 3 * 5 * 8
+    assert bench.count_operations(lambda: attend(q, q, q, is_causal=True)) == 2 * 2 * 6 * 8  # 1 + 2 + 3 pairs
+
+
+def test_the_cost_of_a_query_is_what_it_was(one_rank):
+    """A query's operations, by the formula and as they run, on fewer queries than for the raw file."""
+    found = cost.measured("toy", ROOT / "toy_model", 2, 1)
+    for key in ("weights", "trained", "prompt", "answer", "formula", "counted"):
+        assert found[key] == MEASURED[0][key], key
+    assert found["counted"] == found["formula"]
+    assert all(seconds > 0 for seconds in found["CPU seconds"].values())
+    assert found["peak bytes"]["update"] > found["peak bytes"]["SFT's update"] > 0
+    assert cost.extended("3B", 400, 400) == EXTENDED[0]
 
 
 if __name__ == "__main__":
