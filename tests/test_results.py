@@ -198,66 +198,75 @@ def times(of):
 
 
 def operations_table():
-    """10^9 operations a query by part; times what SFT takes, with layers recomputed and with layers kept."""
-    rows = [["model", "P", "C", "tokens, GRPO", "SFT", "picture", "rollout", "GRPO's update", "SFT's update", "GRPO : SFT",
-             "with layers kept"]]
+    """10^9 operations a query by part; times what SFT takes, layers recomputed, and layers kept."""
+    rows = [["model", "P", "C", "tokens, GRPO", "SFT", "picture", "rollout", "GRPO's update",
+             "SFT's update", "GRPO : SFT", "with layers kept"]]
     for row in COST:
         P, C, parts = row["prompt"], row["answer"], row["formula"]
-        rows.append([row["model"], f"{P:,}", f"{C:,}", f"{P + 8 * C:,}", f"{P + C:,}", *(compact(n / 1e9) for n in parts.values()),
-                     f"{times(parts):.1f}" if row in EXTENDED else "", f"{times(row.get('layers kept', parts)):.1f}"])
+        rows.append([row["model"], *(f"{n:,}" for n in (P, C, P + 8 * C, P + C)),
+                     *(compact(n / 1e9) for n in parts.values()),
+                     f"{times(parts):.1f}" if row in EXTENDED else "",
+                     f"{times(row.get('layers kept', parts)):.1f}"])
     return rows
 
 
 def measured_table():
     """CPU seconds a query, and the most bytes that a step adds to weights and AdamW's state."""
-    rows = [["model", "picture, s", "rollout, s", "GRPO's update, s", "SFT's update, s", "GRPO : SFT", "of operations",
-             "rollout, MB", "GRPO's update, MB", "SFT's update, MB", "tokens a pass, GRPO", "SFT"]]
+    rows = [["model", "picture, s", "rollout, s", "GRPO's update, s", "SFT's update, s", "GRPO : SFT",
+             "of operations", "rollout, MB", "GRPO's update, MB", "SFT's update, MB",
+             "tokens a pass, GRPO", "SFT"]]
     for row in MEASURED:
-        P, C, queries = row["prompt"], row["answer"], row["queries"]
-        passes = [min(queries, row["tokens a pass"] // tokens) * tokens for tokens in (P + 8 * C, P + C)]
-        rows.append([row["model"], *(f"{s:.3f}" for s in row["CPU seconds"].values()), f"{times(row['CPU seconds']):.1f}",
-                     f"{times(row['counted']):.1f}", *(f"{b / 1e6:,.0f}" for b in [*row["peak bytes"].values()][1:]),
+        P, C, most = row["prompt"], row["answer"], row["tokens a pass"]
+        passes = [min(row["queries"], most // tokens) * tokens for tokens in (P + 8 * C, P + C)]
+        rows.append([row["model"], *(f"{s:.3f}" for s in row["CPU seconds"].values()),
+                     f"{times(row['CPU seconds']):.1f}", f"{times(row['counted']):.1f}",
+                     *(f"{b / 1e6:,.0f}" for b in [*row["peak bytes"].values()][1:]),
                      *(f"{tokens:,}" for tokens in passes)])
     return rows
 
 
 def sampler_table():
-    """GB that a trainer holds for either, and a sampler besides; operations of a rollout for each byte it must read."""
-    rows = [["model", "P", "C", "weights, gradients, AdamW, GB", "sampler's weights, GB", "its caches, GB",
-             "read a query, GB", "operations a byte"]]
+    """GB of a trainer, for either, and of a sampler; a rollout's operations for a byte it must read."""
+    rows = [["model", "P", "C", "weights, gradients, AdamW, GB", "sampler's weights, GB",
+             "its caches, GB", "read a query, GB", "operations a byte"]]
     for row in EXTENDED:
         trainer = 16 * row["trained"] + 2 * (row["weights"] - row["trained"])
-        rows.append([row["model"], f"{row['prompt']:,}", f"{row['answer']:,}", *(f"{b / 1e9:,.1f}" for b in (
-            trainer, 2 * row["weights"], row["sampler caches"])), f"{row['sampler reads'] / 1e9:,.0f}",
-            f"{row['formula']['rollout'] / row['sampler reads']:.0f}"])
+        held = (trainer, 2 * row["weights"], row["sampler caches"])
+        rows.append([row["model"], f"{row['prompt']:,}", f"{row['answer']:,}",
+                     *(f"{b / 1e9:,.1f}" for b in held), f"{row['sampler reads'] / 1e9:,.0f}",
+                     f"{row['formula']['rollout'] / row['sampler reads']:.0f}"])
     return rows
 
 
 def cost_sentences():
-    toy_row, smol = MEASURED
-    shares = {key: [row[key]["rollout"] / both_arms(row[key])[0] for row in MEASURED] for key in ("counted", "CPU seconds")}
+    """What the section says beside its tables."""
+    small, smol = MEASURED
+    counted, seconds = ([100 * row[key]["rollout"] / both_arms(row[key])[0] for row in MEASURED]
+                        for key in ("counted", "CPU seconds"))
     ratios = [times(row["formula"]) for row in EXTENDED]
-    rough = [(1.25 if row in EXTENDED else 4 / 3) * (row["prompt"] + 8 * row["answer"]) / (row["prompt"] + row["answer"])
-             / times(row["formula"]) - 1 for row in COST]
-    runs = [json.loads((ROOT / f"results/quickstart/seed_{s}/metrics.jsonl").read_text().splitlines()[i])["length"]
-            for s in (0, 1, 2) for i in range(48)]
-    intensity = [row["formula"]["rollout"] / row["sampler reads"] for row in EXTENDED]
+    rule = [(1.25 if row in EXTENDED else 4 / 3) * (row["prompt"] + 8 * row["answer"])
+            / (row["prompt"] + row["answer"]) / times(row["formula"]) for row in COST]
+    lengths = [json.loads(line)["length"] for seed in (0, 1, 2) for line in (
+        ROOT / f"results/quickstart/seed_{seed}/metrics.jsonl").read_text().splitlines()]
+    by_byte = [row["formula"]["rollout"] / row["sampler reads"] for row in EXTENDED]
     slower = [(row["CPU seconds"]["rollout"] / row["counted"]["rollout"])
               / (row["CPU seconds"]["update"] / row["counted"]["update"]) for row in MEASURED]
-    seen = toy_row["CPU seconds"]["picture"] / both_arms(toy_row["CPU seconds"])[1]
+    look = small["CPU seconds"]["picture"] / both_arms(small["CPU seconds"])[1]
     return {
-        "ratio": f"GRPO costs {times(toy_row['counted']):.1f} times SFT's operations on the toy, {times(smol['counted']):.1f} at "
-                 f"135M, {min(ratios):.1f} to {max(ratios):.1f} at 3B and 7B",
-        "rough": f"within {100 * max(map(abs, rough)):.0f} % of the table",
-        "length": f"in the quick start's runs the mean is {mean(runs):.0f}",
-        "steps": f"over {toy_row['steps']} steps of {toy_row['queries']} queries on the toy, {smol['steps']} of "
-                 f"{smol['queries']} at 135M",
-        "seconds": f"a rollout is {100 * shares['counted'][0]:.0f} and {100 * shares['counted'][1]:.0f} % of GRPO's operations, "
-                   f"and {100 * shares['CPU seconds'][0]:.0f} and {100 * shares['CPU seconds'][1]:.0f} % of its seconds",
-        "bytes": f"{min(intensity):.0f} to {max(intensity):.0f} operations for each byte; an H100 needs {989 / 3.35:.0f}",
-        "slower": f"an operation of a rollout takes {min(slower):.1f} to {max(slower):.1f} times as long as one of an update",
-        "picture": f"to read and to look at a picture takes {100 * seen:.0f} % of SFT's seconds",
+        "ratio": f"GRPO costs {times(small['counted']):.1f} times SFT's operations on the toy, "
+                 f"{times(smol['counted']):.1f} at 135M, {min(ratios):.1f} to {max(ratios):.1f} at 3B and 7B",
+        "rule": f"within {100 * max(abs(r - 1) for r in rule):.0f} % of the table",
+        "length": f"golden answers have {small['answer']} tokens, and here sampled ones too; in the "
+                  f"quick start's runs the mean is {mean(lengths):.0f}",
+        "steps": f"over {small['steps']} steps of {small['queries']} queries on the toy, "
+                 f"{smol['steps']} of {smol['queries']} at 135M",
+        "slower": f"takes {min(slower):.1f} to {max(slower):.1f} times as long as one of an update",
+        "seconds": f"a rollout is {counted[0]:.0f} and {counted[1]:.0f} % of GRPO's operations, and "
+                   f"{seconds[0]:.0f} and {seconds[1]:.0f} % of its seconds",
+        "picture": f"to read and to look at a picture takes {100 * look:.0f} % of SFT's seconds",
         "gradients": f"{smol['trained'] * 4 / 1e6:.0f} MB of GRPO's peak are gradients of earlier passes",
+        "bytes": f"{min(by_byte):.0f} to {max(by_byte):.0f} operations for each byte; an H100 needs "
+                 f"{989 / 3.35:.0f} ",
     }
 
 
