@@ -207,6 +207,28 @@ def peak_of(seen):
     return max(itertools.accumulate(changes))
 
 
+def count_operations(function):
+    """Multiplications and additions in the products of matrices that run in `function`."""
+    from math import prod
+
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from siblings import FLASH
+
+    def product(query, key, causal):
+        *rest, rows, width = query
+        return 2 * prod(rest) * width * (rows * (rows + 1) // 2 if causal else rows * key[-2])
+
+    kernels = {  # a CPU's, which PyTorch's counter does not know: forward two products, backward five
+        FLASH: lambda q, k, v, drop=0.0, causal=False, **_: 2 * product(q, k, causal),
+        FLASH + "_backward": lambda grad, q, k, v, out, total, drop, causal, **_: 5 * product(q, k, causal)}
+    known = {getattr(torch.ops.aten, name): cost for name, cost in kernels.items()}
+    with FlopCounterMode(display=False, custom_mapping=known) as counter:
+        function()
+    return counter.get_total_flops()
+
+
 class Stepper:
     """train_grpo.py's step on a saved toy, every answer exactly `length` tokens long, phases timed.
 

@@ -12,10 +12,15 @@ from statistics import mean
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "results")]
 
+import torch
+
+import bench
+import cost
 import report
 import toy
+from siblings import FLASH
 from test_pages import same_picture
 
 FOLDER = ROOT / "results" / "experiment"
@@ -170,8 +175,103 @@ def sentences():
     }
 
 
+# ---------------------------------------------------------------------------------------------
+# The cost of RL and of SFT: results/cost.py
+
+
+COST = json.loads((ROOT / "results" / "cost.json").read_text())
+MEASURED, EXTENDED = COST[:2], COST[2:]
+
+
+def compact(number):
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def both_arms(of):
+    """What GRPO and what SFT take, of operations or of seconds by part."""
+    return of["picture"] + of["rollout"] + of["update"], of["picture"] + of["SFT's update"]
+
+
+def times(of):
+    grpo, sft = both_arms(of)
+    return grpo / sft
+
+
+def operations_table():
+    """10^9 operations a query by part; times what SFT takes, layers recomputed, and layers kept."""
+    rows = [["model", "P", "C", "tokens, GRPO", "SFT", "picture", "rollout", "GRPO's update",
+             "SFT's update", "GRPO : SFT", "with layers kept"]]
+    for row in COST:
+        P, C, parts = row["prompt"], row["answer"], row["formula"]
+        rows.append([row["model"], *(f"{n:,}" for n in (P, C, P + 8 * C, P + C)),
+                     *(compact(n / 1e9) for n in parts.values()),
+                     f"{times(parts):.1f}" if row in EXTENDED else "",
+                     f"{times(row.get('layers kept', parts)):.1f}"])
+    return rows
+
+
+def measured_table():
+    """CPU seconds a query, and the most bytes that a step adds to weights and AdamW's state."""
+    rows = [["model", "picture, s", "rollout, s", "GRPO's update, s", "SFT's update, s", "GRPO : SFT",
+             "of operations", "rollout, MB", "GRPO's update, MB", "SFT's update, MB",
+             "tokens a pass, GRPO", "SFT"]]
+    for row in MEASURED:
+        P, C, most = row["prompt"], row["answer"], row["tokens a pass"]
+        passes = [min(row["queries"], most // tokens) * tokens for tokens in (P + 8 * C, P + C)]
+        rows.append([row["model"], *(f"{s:.3f}" for s in row["CPU seconds"].values()),
+                     f"{times(row['CPU seconds']):.1f}", f"{times(row['counted']):.1f}",
+                     *(f"{b / 1e6:,.0f}" for b in [*row["peak bytes"].values()][1:]),
+                     *(f"{tokens:,}" for tokens in passes)])
+    return rows
+
+
+def sampler_table():
+    """GB of a trainer, for either, and of a sampler; a rollout's operations for a byte it must read."""
+    rows = [["model", "P", "C", "weights, gradients, AdamW, GB", "sampler's weights, GB",
+             "its caches, GB", "read a query, GB", "operations a byte"]]
+    for row in EXTENDED:
+        trainer = 16 * row["trained"] + 2 * (row["weights"] - row["trained"])
+        held = (trainer, 2 * row["weights"], row["sampler caches"])
+        rows.append([row["model"], f"{row['prompt']:,}", f"{row['answer']:,}",
+                     *(f"{b / 1e9:,.1f}" for b in held), f"{row['sampler reads'] / 1e9:,.0f}",
+                     f"{row['formula']['rollout'] / row['sampler reads']:.0f}"])
+    return rows
+
+
+def cost_sentences():
+    """What the section says beside its tables."""
+    small, smol = MEASURED
+    counted, seconds = ([100 * row[key]["rollout"] / both_arms(row[key])[0] for row in MEASURED]
+                        for key in ("counted", "CPU seconds"))
+    ratios = [times(row["formula"]) for row in EXTENDED]
+    rule = [(1.25 if row in EXTENDED else 4 / 3) * (row["prompt"] + 8 * row["answer"])
+            / (row["prompt"] + row["answer"]) / times(row["formula"]) for row in COST]
+    lengths = [json.loads(line)["length"] for seed in (0, 1, 2) for line in (
+        ROOT / f"results/quickstart/seed_{seed}/metrics.jsonl").read_text().splitlines()]
+    by_byte = [row["formula"]["rollout"] / row["sampler reads"] for row in EXTENDED]
+    slower = [(row["CPU seconds"]["rollout"] / row["counted"]["rollout"])
+              / (row["CPU seconds"]["update"] / row["counted"]["update"]) for row in MEASURED]
+    look = small["CPU seconds"]["picture"] / both_arms(small["CPU seconds"])[1]
+    return {
+        "ratio": f"GRPO costs {times(small['counted']):.1f} times SFT's operations on the toy, "
+                 f"{times(smol['counted']):.1f} at 135M, {min(ratios):.1f} to {max(ratios):.1f} at 3B and 7B",
+        "rule": f"within {100 * max(abs(r - 1) for r in rule):.0f} % of the table",
+        "length": f"golden answers have {small['answer']} tokens, and here sampled ones too; in the "
+                  f"quick start's runs the mean is {mean(lengths):.0f}",
+        "steps": f"over {small['steps']} steps of {small['queries']} queries on the toy, "
+                 f"{smol['steps']} of {smol['queries']} at 135M",
+        "slower": f"takes {min(slower):.1f} to {max(slower):.1f} times as long as one of an update",
+        "seconds": f"a rollout is {counted[0]:.0f} and {counted[1]:.0f} % of GRPO's operations, and "
+                   f"{seconds[0]:.0f} and {seconds[1]:.0f} % of its seconds",
+        "picture": f"to read and to look at a picture takes {100 * look:.0f} % of SFT's seconds",
+        "gradients": f"{smol['trained'] * 4 / 1e6:.0f} MB of GRPO's peak are gradients of earlier passes",
+        "bytes": f"{min(by_byte):.0f} to {max(by_byte):.0f} operations for each byte; an H100 needs "
+                 f"{989 / 3.35:.0f} ",
+    }
+
+
 TABLES = [accuracy_table, sweep_table, without_table, ablation_table, damage_table, habits_table, cost_table,
-          lambda: findings_table("main")]
+          lambda: findings_table("main"), operations_table, measured_table, sampler_table]
 
 
 @pytest.mark.parametrize("made", TABLES, ids=lambda made: made.__name__)
@@ -230,6 +330,39 @@ def test_the_comparison_is_what_the_page_says():
             points = {(r["epoch"], r["split"], r["setting"]) for r in run.evals}
             assert len(points) == len(run.evals) == 4 * 2 * 3
             assert json.loads((run.path / "result.json").read_text())["minutes"] <= 4
+
+
+# ---------------------------------------------------------------------------------------------
+# The cost of RL and of SFT
+
+
+def test_the_cost_sections_sentences_are_made_of_the_raw_file():
+    text = " ".join(RESULTS.split("\n## The cost of RL and of SFT\n")[1].split("\n## ")[0].split())
+    for place, sentence in cost_sentences().items():
+        assert sentence in text, f"{place}: {sentence}"
+    for row in COST:  # "to the last operation"
+        assert all(row["counted"][part] == row["formula"][part] for part in row["counted"])
+    assert all(set(row["counted"]) == {"picture", "rollout", "update", "SFT's update"} for row in MEASURED)
+    assert all(set(row["counted"]) == {"update", "SFT's update"} for row in EXTENDED)
+
+
+def test_the_counted_operations_are_those_of_products_by_hand():
+    assert bench.count_operations(lambda: torch.ones(2, 3) @ torch.ones(3, 4)) == 2 * 2 * 3 * 4
+    attend = getattr(torch.ops.aten, FLASH)
+    q, k = torch.ones(1, 1, 3, 8), torch.ones(1, 1, 5, 8)
+    assert bench.count_operations(lambda: attend(q, k, k)) == 2 * 2 * 3 * 5 * 8
+    assert bench.count_operations(lambda: attend(q, q, q, is_causal=True)) == 2 * 2 * 6 * 8  # 1 + 2 + 3 pairs
+
+
+def test_the_cost_of_a_query_is_what_it_was(one_rank):
+    """A query's operations, by the formula and as they run, on fewer queries than for the raw file."""
+    found = cost.measured("toy", ROOT / "toy_model", 2, 1)
+    for key in ("weights", "trained", "prompt", "answer", "formula", "counted"):
+        assert found[key] == MEASURED[0][key], key
+    assert found["counted"] == found["formula"]
+    assert all(seconds > 0 for seconds in found["CPU seconds"].values())
+    assert found["peak bytes"]["update"] > found["peak bytes"]["SFT's update"] > 0
+    assert cost.extended("3B", 400, 400) == EXTENDED[0]
 
 
 if __name__ == "__main__":
