@@ -9,6 +9,8 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
+
 import report
 import toy
 
@@ -19,27 +21,30 @@ USUAL = "pass1_t0.6"
 SETTINGS = (USUAL, "pass1_t0.01", "pass8_t1")
 
 
-def toy_paths(arm, experiment="{arm}_*", provenance="{arm}_*"):
-    """An arm's files on the toy, by seed: three arms are runs of results/experiment."""
-    name = arm.replace("habit", "sft")
-    return sorted([*HERE.glob("experiment/" + experiment.format(arm=name)),
-                   *HERE.glob("provenance/" + provenance.format(arm=arm))])
+def read(paths):
+    """The runs of each arm by seed; arms that have all seeds that any arm has."""
+    most = max(map(len, paths.values()))
+    return {ARMS[arm]: [report.read_run(path, False) for path in found]
+            for arm, found in paths.items() if len(found) == most > 0}
+
+
+def files(arm, experiment, provenance):
+    """An arm's files on the toy, by seed: three arms were run for results/experiment, where habit is sft."""
+    return sorted([*HERE.glob(f"experiment/{experiment.format(arm.replace('habit', 'sft'))}"),
+                   *HERE.glob(f"provenance/{provenance.format(arm)}")])
 
 
 def toys():
     """The toy's runs by arm, `{label: [runs, by seed]}`."""
-    return read({arm: toy_paths(arm, "main/{arm}_*", "main/{arm}_*") for arm in ARMS})
+    return read({arm: files(arm, "main/{}_*", "main/{}_*") for arm in ARMS})
 
 
 def pretrained():
-    return read({arm: sorted(HERE.glob(f"pretrained/runs/main/{arm}_*")) for arm in ARMS})
-
-
-def read(paths):
-    """Arms that have all seeds that any arm has."""
-    most = max(map(len, paths.values()))
-    return {ARMS[arm]: [report.read_run(path, False) for path in found]
-            for arm, found in paths.items() if len(found) == most > 0}
+    """The pretrained model's runs by arm, with what was kept of every answer in training."""
+    arms = read({arm: sorted(HERE.glob(f"pretrained/runs/main/{arm}_*")) for arm in ARMS})
+    for run in (run for runs in arms.values() for run in runs if (run.path / "answers.json").exists()):
+        run.answers = np.array(json.loads((run.path / "answers.json").read_text()), dtype=float).reshape(-1, 5)
+    return arms
 
 
 def percent(runs, split, setting, name):
@@ -88,7 +93,7 @@ def habits_table():
     rows = [["model", *toy.HABITS, "anything else"]]
     for arm, label in ARMS.items():
         tables = [json.loads(path.read_text())["validation"]
-                  for path in toy_paths(arm, "habits/{arm}_*.json", "main/{arm}_*/habits.json")]
+                  for path in files(arm, "habits/{}_*.json", "main/{}_*/habits.json")]
         share, forced = ([mean(table[opening][key] for table in tables) for opening in toy.HABITS]
                          for key in ("share", "forced"))
         rows.append([label, *(f"{100 * s:.0f}, {100 * f:.0f}" for s, f in zip(share, forced)),
@@ -107,6 +112,42 @@ def sweep_table(folder, arms):
             found[float(rate)].append(100 * result[f"validation_{USUAL}"]["after"]["accuracy"])
         rows.append([ARMS[arm], *(f"{mean(found[rate]):.1f} at {rate:.0e}".replace("e-0", "e-") for rate in sorted(found))])
     return rows
+
+
+def moved(run):
+    """What forgetting.py measured of a final model; of `start`, before training."""
+    return json.loads((run / "forgetting.json").read_text())
+
+
+def forgetting_table(arms):
+    """Means over seeds: what was forgotten, how far the model went from its start, and what it was good for."""
+    start = json.loads((HERE / "pretrained" / "runs" / "start.json").read_text())
+    rows = [["model", "English text, nats a token", "questions right, of 100", "KL(model, start), nats an answer",
+             "KL(start, model)", "test, last epoch, %"],
+            ["start", f"{start['log_likelihood']:.3f}", start["knowledge"]["right"], None, None, None]]
+    for label, runs in arms.items():
+        found = [moved(run.path) for run in runs]
+        rows.append([label, f"{mean(f['log_likelihood'] for f in found):.3f}",
+                     f"{mean(f['knowledge']['right'] for f in found):.1f}",
+                     *(f"{mean(f[way]['answer']['mean'] for f in found):.2f}" for way in ("kl_from_start", "kl_to_start")),
+                     f"{100 * report.statistic(runs, 'test', USUAL, 'last')[0]:.1f}"])
+    return rows
+
+
+def rank_correlation(x, y, group):
+    """Spearman's: Pearson's r of ranks, equals sharing theirs; each group's mean rank taken off."""
+    ranks = [np.array([(v < each).sum() + (v == each).sum() / 2 for each in v]) for v in (np.array(x), np.array(y))]
+    group = np.array(group)
+    a, b = (v - np.array([v[group == g].mean() for g in group]) for v in ranks)
+    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
+
+
+def shift_and_transfer(arms):
+    """Rank correlation of KL(model, start) and last accuracy on test: over all runs, and within arms."""
+    runs = [(label, run) for label, found in arms.items() for run in found]
+    shift = [moved(run.path)["kl_from_start"]["answer"]["mean"] for _, run in runs]
+    reached = [report.statistic([run], "test", USUAL, "last")[0] for _, run in runs]
+    return [rank_correlation(shift, reached, group) for group in ([0] * len(runs), [label for label, _ in runs])]
 
 
 def draw(experiments, path):
@@ -133,13 +174,22 @@ def draw(experiments, path):
     figure.savefig(path, metadata={"Software": None})
 
 
+def kept_answers(folder):
+    """Of every completion of a run: step, tokens, reflects, right, opening; what report.py asks of completions."""
+    return report.read_run(Path(folder), False).answers.astype(int).tolist()
+
+
 def main():
     for rows in (accuracy_table(toys()), verdict_table(toys()), habits_table(),
                  sweep_table(HERE / "provenance", ("columns", "places", "answers", "own")),
-                 accuracy_table(pretrained()), verdict_table(pretrained())):
+                 sweep_table(HERE / "pretrained" / "runs", ARMS), accuracy_table(pretrained()), verdict_table(pretrained()),
+                 forgetting_table(pretrained()), report.findings(pretrained())):
         print(report.markdown_table(rows), "\n")
     draw([("the toy, 1.2 M weights", toys()), ("SmolLM2 with eyes, 135 M", pretrained())], sys.argv[1])
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1] == "--keep":
+        print(json.dumps(kept_answers(sys.argv[2]), separators=(",", ":")))
+    else:
+        main()

@@ -15,7 +15,7 @@ bf16="--dtype bfloat16"  # of compute, as on a GPU; on a CPU that has it for pro
 start() {  # the graft, 120 steps of seeing with a frozen language model, a short course that shows the task
     [ -e $R/graft/model.safetensors ] || python results/pretrained/make.py --out $R/graft
     [ -e $R/lessons/course.jsonl ] || python results/pretrained/lessons.py --out $R/lessons
-    [ -e $R/golden/answers.jsonl ] || python results/provenance/golden.py --train 192 --held_out 96 --out $R/golden
+    [ -e $R/golden/answers.jsonl ] || python results/provenance/golden.py --train 120 --held_out 96 --out $R/golden
     local none="--validation_data= --test_data= --train_vision --train_connector --epochs 1 --save_every 50 --keep 1 $bf16"
     finished see || python train_sft.py --model $R/graft --train_data $R/lessons/see.jsonl $none --no-train_language \
         --lr 3e-3 --warmup_steps 20 --out $R/see
@@ -31,7 +31,7 @@ forget() {  # CHECKPOINT FILE
 
 own() {  # SEED: the start's own right answers, the first right one of eight to a prompt
     (flock 8; finished own/$1 || python rollout.py --model $START --data $R/golden/habit.jsonl --n 8 --keep_right 1 \
-        --seed $1 --out $R/own/$1) 8> $R/locks/own_$1  # two trials of one seed wait for one another
+        $bf16 --seed $1 --out $R/own/$1) 8> $R/locks/own_$1  # two trials of one seed wait for one another
 }
 
 train() {  # ARM SEED LR NAME FLAG...: two epochs from the start
@@ -59,6 +59,7 @@ compared() {  # ARM SEED LR: the paper's three settings each epoch, and what was
     [ -e $K/main/$1_$2/forgetting.json ] || {
         train $1 $2 $3 main/$1_$2 --eval_every 1 --eval_settings pass8_t1,pass1_t0.6,pass1_t0.01
         keep main/$1_$2 args eval metrics result
+        python results/when.py --keep $R/main/$1_$2 > $K/main/$1_$2/answers.json
         forget $R/main/$1_$2/checkpoints/step_* $K/main/$1_$2/forgetting.json
         rm -rf $R/main/$1_$2/checkpoints/step_*/resume
     }
