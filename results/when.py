@@ -89,7 +89,7 @@ def verdict_table(arms):
 
 
 def habits_table():
-    """Of the toy's answers to validation at T = 1: each habit's share, and its accuracy when forced, in %, mean of seeds."""
+    """Of the toy's answers to validation at T = 1: a habit's share, its accuracy when forced, in %."""
     rows = [["model", *toy.HABITS, "anything else"]]
     for arm, label in ARMS.items():
         tables = [json.loads(path.read_text())["validation"]
@@ -102,16 +102,18 @@ def habits_table():
 
 
 def sweep_table(folder, arms):
-    """Validation at T = 0.6 after the last epoch of each trial, mean of its seeds; the rate that was taken is the best."""
-    rows = [["arm", *(f"{which} rate" for which in ("lowest", "second", "third", "highest"))]]
+    """Validation at T = 0.6 after the last epoch of each trial, mean of its seeds; the best is taken."""
+    rows = []
     for arm in arms:
         found = defaultdict(list)
         for path in folder.glob(f"sweep/{arm}_*/result.json"):
             result = json.loads(path.read_text())
             rate = path.parent.name.split("_")[1]
             found[float(rate)].append(100 * result[f"validation_{USUAL}"]["after"]["accuracy"])
-        rows.append([ARMS[arm], *(f"{mean(found[rate]):.1f} at {rate:.0e}".replace("e-0", "e-") for rate in sorted(found))])
-    return rows
+        rows.append([ARMS[arm], *(f"{mean(found[rate]):.1f} at {rate:.1e}".replace(".0e", "e").replace("e-0", "e-")
+                                  for rate in sorted(found))])
+    names = ("lowest", "second", "third", "highest")
+    return [["arm", *(f"{name} rate" for name in names[:max(map(len, rows)) - 1])]] + rows
 
 
 def moved(run):
@@ -129,16 +131,19 @@ def forgetting_table(arms):
         found = [moved(run.path) for run in runs]
         rows.append([label, f"{mean(f['log_likelihood'] for f in found):.3f}",
                      f"{mean(f['knowledge']['right'] for f in found):.1f}",
-                     *(f"{mean(f[way]['answer']['mean'] for f in found):.2f}" for way in ("kl_from_start", "kl_to_start")),
+                     *(f"{mean(f[way]['answer']['mean'] for f in found):.2f}"
+                       for way in ("kl_from_start", "kl_to_start")),
                      f"{100 * report.statistic(runs, 'test', USUAL, 'last')[0]:.1f}"])
     return rows
 
 
 def rank_correlation(x, y, group):
     """Spearman's: Pearson's r of ranks, equals sharing theirs; each group's mean rank taken off."""
-    ranks = [np.array([(v < each).sum() + (v == each).sum() / 2 for each in v]) for v in (np.array(x), np.array(y))]
-    group = np.array(group)
-    a, b = (v - np.array([v[group == g].mean() for g in group]) for v in ranks)
+    group, centred = np.array(group), []
+    for values in (np.array(x), np.array(y)):
+        ranks = np.array([(values < v).sum() + (values == v).sum() / 2 for v in values])
+        centred.append(ranks - np.array([ranks[group == g].mean() for g in group]))
+    a, b = centred
     return float(a @ b / np.sqrt((a @ a) * (b @ b)))
 
 
@@ -151,7 +156,7 @@ def shift_and_transfer(arms):
 
 
 def draw(experiments, path):
-    """RL minus each SFT out of distribution, T = 0.6, mean of epochs, with 95 % intervals; `experiments` are (title, arms)."""
+    """RL minus each SFT out of distribution, T = 0.6, mean of epochs; `experiments` are (title, arms)."""
     from matplotlib.figure import Figure  # no window is ever opened
 
     figure = Figure(figsize=(5.5 * len(experiments), 3.4), layout="constrained", dpi=96)
@@ -179,13 +184,20 @@ def kept_answers(folder):
     return report.read_run(Path(folder), False).answers.astype(int).tolist()
 
 
+def shown():
+    """The panels of the figure: an experiment with as many seeds as its rules ask for."""
+    found = [("the toy, 1.2 M weights", toys(), 5), ("SmolLM2 with eyes, 135 M", pretrained(), 3)]
+    return [(title, arms) for title, arms, seeds in found if seeds == max(map(len, arms.values()), default=0)]
+
+
 def main():
-    for rows in (accuracy_table(toys()), verdict_table(toys()), habits_table(),
+    small, large = toys(), pretrained()
+    for rows in (accuracy_table(small), verdict_table(small), habits_table(),
                  sweep_table(HERE / "provenance", ("columns", "places", "answers", "own")),
-                 sweep_table(HERE / "pretrained" / "runs", ARMS), accuracy_table(pretrained()), verdict_table(pretrained()),
-                 forgetting_table(pretrained()), report.findings(pretrained())):
+                 accuracy_table(large), verdict_table(large), sweep_table(HERE / "pretrained" / "runs", ARMS),
+                 forgetting_table(large), report.findings(large)):
         print(report.markdown_table(rows), "\n")
-    draw([("the toy, 1.2 M weights", toys()), ("SmolLM2 with eyes, 135 M", pretrained())], sys.argv[1])
+    draw(shown(), sys.argv[1])
 
 
 if __name__ == "__main__":

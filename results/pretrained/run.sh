@@ -24,7 +24,7 @@ start() {  # the graft, 120 steps of seeing with a frozen language model, a shor
     [ -e $K/start.json ] || forget $START $K/start.json
     # on another machine: do its roundings lead to the very weights that finished runs began from?
     [ -e $K/start.sha256 ] || sha256sum $START/model.safetensors > $K/start.sha256
-    sha256sum --check --quiet $K/start.sha256
+    sha256sum --check --quiet $K/start.sha256 || { echo "$K is of another start: to begin anew, remove it" >&2; exit 1; }
 }
 
 forget() {  # CHECKPOINT FILE

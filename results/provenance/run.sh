@@ -41,6 +41,13 @@ compared() {  # ARM SEED LR: the paper's three settings each epoch; then which h
     }
 }
 
+longer() {  # ARM SEED: ten times the epochs, measured at their end
+    [ -e $K/longer/$1_$2/result.json ] || {
+        train $1 $2 3e-4 longer/$1_$2 --epochs 30 --eval_settings pass8_t1,pass1_t0.6,pass1_t0.01
+        keep longer/$1_$2 args eval result
+    }
+}
+
 lock start golden
 # equal trials: four learning rates on seeds 10 and 11, which appear nowhere else
 for seed in 10 11; do
@@ -54,3 +61,5 @@ for seed in 0 1 2 3 4; do
         lock main_${arm}_$seed compared $arm $seed $lr
     done
 done
+# exploratory, no part of the verdicts: with time, does the toy learn foreign reasoning, and is it then better?
+for seed in 0 1 2; do lock longer_columns_$seed longer columns $seed; done
