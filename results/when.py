@@ -17,6 +17,8 @@ import toy
 HERE = Path(__file__).parent
 ARMS = {"grpo": "GRPO", "reinforce": "REINFORCE++", "habit": "SFT, habit", "columns": "SFT, columns",
         "places": "SFT, places", "answers": "SFT, answers", "own": "SFT, own"}
+GOLDEN = {"habit": "its best habit,\nwithout a slip", "columns": "foreign reasoning,\nthorough",
+          "places": "foreign reasoning,\nterse", "answers": "answers alone", "own": "its own\nright answers"}
 USUAL = "pass1_t0.6"
 SETTINGS = (USUAL, "pass1_t0.01", "pass8_t1")
 
@@ -91,9 +93,10 @@ def verdict_table(arms):
 def habits_table():
     """Of the toy's answers to validation at T = 1: a habit's share, its accuracy when forced, in %."""
     rows = [["model", *toy.HABITS, "anything else"]]
-    for arm, label in ARMS.items():
-        tables = [json.loads(path.read_text())["validation"]
-                  for path in files(arm, "habits/{}_*.json", "main/{}_*/habits.json")]
+    for arm, label in {"toy_model": "base", **ARMS}.items():
+        paths = [HERE / "experiment" / "habits" / "toy_model.json"] if arm == "toy_model" else files(
+            arm, "habits/{}_*.json", "main/{}_*/habits.json")
+        tables = [json.loads(path.read_text())["validation"] for path in paths]
         share, forced = ([mean(table[opening][key] for table in tables) for opening in toy.HABITS]
                          for key in ("share", "forced"))
         rows.append([label, *(f"{100 * s:.0f}, {100 * f:.0f}" for s, f in zip(share, forced)),
@@ -159,7 +162,7 @@ def draw(experiments, path):
     """RL minus each SFT out of distribution, T = 0.6, mean of epochs; `experiments` are (title, arms)."""
     from matplotlib.figure import Figure  # no window is ever opened
 
-    figure = Figure(figsize=(5.5 * len(experiments), 3.4), layout="constrained", dpi=96)
+    figure = Figure(figsize=(6 * len(experiments), 3.6), layout="constrained", dpi=96)
     for number, (title, arms) in enumerate(experiments, 1):
         axis = figure.add_subplot(1, len(experiments), number, title=title)
         found = gaps(arms)
@@ -172,10 +175,10 @@ def draw(experiments, path):
                           xerr=[[100 * (value - low)], [100 * (high - value)]], capsize=3,
                           color=report.COLOURS[0 if first else 1], label=rl if sft == names[0] else None)
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_yticks([-i for i in range(len(names))], [name.partition(", ")[2] for name in names])
-        axis.set_ylabel("SFT on")
+        axis.set_yticks([-i for i in range(len(names))], [GOLDEN[name.partition(", ")[2]] for name in names])
+        axis.set_ylabel("SFT on ...")
         axis.set_xlabel("RL minus SFT out of distribution, points\nleft of 0: SFT is better; right: RL is")
-        axis.legend()
+        axis.legend(loc="lower right")
     figure.savefig(path, metadata={"Software": None})
 
 
