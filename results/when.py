@@ -41,6 +41,11 @@ def toys():
     return read({arm: files(arm, "main/{}_*", "main/{}_*") for arm in ARMS})
 
 
+def longer():
+    """The toy's exploratory runs: columns, ten times the epochs."""
+    return [report.read_run(path, False) for path in sorted(HERE.glob("provenance/longer/columns_*"))]
+
+
 def pretrained():
     """The pretrained model's runs by arm, with what was kept of every answer in training."""
     arms = read({arm: sorted(HERE.glob(f"pretrained/runs/main/{arm}_*")) for arm in ARMS})

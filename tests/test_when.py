@@ -1,6 +1,7 @@
 """When does RL beat SFT? The tables, verdicts and figure of that section, made of the raw files in results/."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,15 @@ def test_the_figure_is_drawn_of_the_raw_files(tmp_path):
     assert same_picture(tmp_path / "when.png", ROOT / "results" / "when.png")
 
 
+def test_the_exploratory_runs_are_three_and_differ_in_epochs_and_rate():
+    short = {run.args["seed"]: run.args for run in when.toys()["SFT, columns"]}
+    assert [run.args["seed"] for run in when.longer()] == [0, 1, 2]
+    for run in when.longer():
+        other = short[run.args["seed"]]
+        assert {key for key in other if other[key] != run.args[key]} == {"out", "epochs", "lr", "eval_every"}
+        assert (run.args["epochs"], run.args["lr"]) == (30, 3e-4)
+
+
 def sentences():
     """What the pages say of the toy beside the tables, with the numbers in it."""
     arms = when.toys()
@@ -95,6 +105,7 @@ def sentences():
     built = {row[0]: row[1:] for row in when.habits_table()}
     counts = [json.loads((ROOT / f"results/provenance/own/{seed}/result.json").read_text())["right_rows"]
               for seed in range(5)]
+    near, far = (when.percent(when.longer(), split, when.USUAL, "last") for split in ("validation", "test"))
     rows = built["SFT, columns"][2].split(", ")[1], built["base"][2].split(", ")[1]
     return {
         "gaps": f"{gap['SFT, own']} points above SFT on the base's own right answers, {gap['SFT, answers']} above SFT on "
@@ -104,6 +115,9 @@ def sentences():
                   f"forced, is right in {rows[0]} % where the base was in {rows[1]}",
         "own": f"it reflects in {table['SFT, own']['reflect, %']} % of its answers",
         "reach": f"pass@8 is {reach['SFT, own']}, GRPO's {reach['GRPO']}",
+        "longer": f"After ten times the epochs columns are right in {near} % of validation, and in {far} % of `test`",
+        "tenth": f"where GRPO with a tenth of the epochs has {table['GRPO']['validation, last epoch'].split()[0]} and "
+                 f"{table['GRPO']['test, last epoch'].split()[0]}",
         "kept": f"{min(counts)} to {max(counts)} of the 512 prompts",
         "answers": f"{built['SFT, answers'][-1]} % of the answers open in none",
     }
@@ -116,3 +130,5 @@ def test_the_sentences_about_the_toy_are_made_of_the_raw_files():
         assert sentence in text, f"{place}: {sentence}"
     short = " ".join(README.split())
     assert said["gaps"] in short and said["below"] in short
+    near, far = re.findall(r"([\d.]+) \[", said["longer"])
+    assert f"ten times the epochs teach it ({near} % on validation) and still leave it at {far} out of distribution" in short
