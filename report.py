@@ -392,7 +392,7 @@ def findings(arms):
         for how, table, group in (("steps of a run", steps, [0]),
                                   ("answers of a step", answers, [0, 1]),
                                   ("answers of a step that open alike", answers, [0, 1, 5])):
-            if not len(table):
+            if len(table) < 3 * len(runs):  # two points of a run always lie on a line
                 continue
             run, step, length, reflects = table[:, :4].T
             effect, verdict = "length or reflection does not vary", "not testable"

@@ -237,6 +237,19 @@ def test_findings_of_made_runs(tmp_path):
     assert flat["verdict"] == "not testable"  # half of each step's answers reflect
 
 
+@pytest.mark.parametrize("steps, said", [(2, False), (3, True)])
+def test_two_steps_are_no_correlation(tmp_path, steps, said):
+    """They always lie on a line: r would be 1 or -1, without an interval."""
+    words = {"words": dict.fromkeys(report.REFLECTION_WORDS, 0)}
+    for seed in (0, 1):
+        write_run(tmp_path / f"g{seed}", seed=seed, metrics=[
+            metric(i + 1, (i + 1) / steps, 10.0 + i, **dict.fromkeys(report.RATIOS, share), **words)
+            for i, share in enumerate((0.1, 0.3, 0.4)[:steps])])
+    make(tmp_path / "out", tmp_path)
+    found = [row["finding"] for row in table(tmp_path / "out", "The paper's findings")]
+    assert ("3. Reflection goes with length, between steps of a run" in found) == said
+
+
 @pytest.mark.parametrize("sign, change", [
     ("reward up while validation is down", dict(rows=([1] * 40, [0] * 40), late={"reward": 0.9})),
     ("dead groups", dict(late={"groups_all_alike": 0.6})),
