@@ -83,8 +83,8 @@ def gaps(arms):
 
 def verdict(difference):
     """By the rule that was fixed beforehand, of the interval at T = 0.6."""
-    low, high = report.interval(difference[1])
-    return "RL wins" if low > 0 else "SFT wins" if high < 0 else "undecided"
+    said = report.judge(*report.interval(difference[1]))
+    return {"reproduced": "RL wins", "the opposite": "SFT wins"}.get(said, said)
 
 
 def verdict_table(arms):
@@ -99,9 +99,8 @@ def habits_table():
     """Of the toy's answers to validation at T = 1: a habit's share, its accuracy when forced, in %."""
     rows = [["model", *toy.HABITS, "anything else"]]
     for arm, label in {"toy_model": "base", **ARMS}.items():
-        paths = [HERE / "experiment" / "habits" / "toy_model.json"] if arm == "toy_model" else files(
-            arm, "habits/{}_*.json", "main/{}_*/habits.json")
-        tables = [json.loads(path.read_text())["validation"] for path in paths]
+        tables = [json.loads(path.read_text())["validation"]
+                  for path in files(arm, "habits/{}*.json", "main/{}_*/habits.json")]
         share, forced = ([mean(table[opening][key] for table in tables) for opening in toy.HABITS]
                          for key in ("share", "forced"))
         rows.append([label, *(f"{100 * s:.0f}, {100 * f:.0f}" for s, f in zip(share, forced)),
@@ -125,7 +124,7 @@ def sweep_table(folder, arms):
 
 
 def moved(run):
-    """What forgetting.py measured of a final model; of `start`, before training."""
+    """What forgetting.py measured of a run's final model."""
     return json.loads((run / "forgetting.json").read_text())
 
 
@@ -205,6 +204,7 @@ def main():
                  accuracy_table(large), verdict_table(large), sweep_table(HERE / "pretrained" / "runs", ARMS),
                  forgetting_table(large), report.findings(large)):
         print(report.markdown_table(rows), "\n")
+    print("shift from the start with accuracy on test, rank correlation over all runs, within arms:", shift_and_transfer(large))
     draw(shown(), sys.argv[1])
 
 
