@@ -117,8 +117,9 @@ def sweep_table(folder, arms):
             result = json.loads(path.read_text())
             rate = path.parent.name.split("_")[1]
             found[float(rate)].append(100 * result[f"validation_{USUAL}"]["after"]["accuracy"])
-        rows.append([ARMS[arm], *(f"{mean(found[rate]):.1f} at {rate:.1e}".replace(".0e", "e").replace("e-0", "e-")
-                                  for rate in sorted(found))])
+        if found:
+            rows.append([ARMS[arm], *(f"{mean(found[rate]):.1f} at {rate:.1e}".replace(".0e", "e").replace("e-0", "e-")
+                                      for rate in sorted(found))])
     names = ("lowest", "second", "third", "highest")
     return [["arm", *(f"{name} rate" for name in names[:max(map(len, rows)) - 1])]] + rows
 
@@ -151,7 +152,8 @@ def rank_correlation(x, y, group):
         ranks = np.array([(values < v).sum() + (values == v).sum() / 2 for v in values])
         centred.append(ranks - np.array([ranks[group == g].mean() for g in group]))
     a, b = centred
-    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
+    size = np.sqrt((a @ a) * (b @ b))
+    return float(a @ b / size) if size > 0 else None  # one that is all alike goes with nothing
 
 
 def shift_and_transfer(arms):
@@ -160,6 +162,18 @@ def shift_and_transfer(arms):
     shift = [moved(run.path)["kl_from_start"]["answer"]["mean"] for _, run in runs]
     reached = [report.statistic([run], "test", USUAL, "last")[0] for _, run in runs]
     return [rank_correlation(shift, reached, group) for group in ([0] * len(runs), [label for label, _ in runs])]
+
+
+def reflection_and_length(arms, split):
+    """Rank correlation over all final models of an answer's mean length and the share that reflects."""
+    last = [[r for r in run.evals if (r["split"], r["setting"]) == (split, USUAL)][-1]
+            for runs in arms.values() for run in runs]
+    return rank_correlation([r["length"] for r in last], [r["reflection_ratio"] for r in last], [0] * len(last))
+
+
+def findings_table(arms):
+    """The paper's second and third finding by the rules of report.py; verdict_table has the first."""
+    return [row for row in report.findings(arms) if not row[0].startswith("1.")]
 
 
 def draw(experiments, path):
@@ -202,9 +216,12 @@ def main():
     for rows in (accuracy_table(small), verdict_table(small), habits_table(),
                  sweep_table(HERE / "provenance", ("columns", "places", "answers", "own")),
                  accuracy_table(large), verdict_table(large), sweep_table(HERE / "pretrained" / "runs", ARMS),
-                 forgetting_table(large), report.findings(large)):
+                 forgetting_table(large), findings_table(large)):
         print(report.markdown_table(rows), "\n")
-    print("shift from the start with accuracy on test, rank correlation over all runs, within arms:", shift_and_transfer(large))
+    print("rank correlation of shift from the start with accuracy on test, over all runs and within arms:",
+          shift_and_transfer(large))
+    print("and of length with reflection over final models, on validation and test:",
+          [reflection_and_length(large, split) for split in ("validation", "test")])
     draw(shown(), sys.argv[1])
 
 

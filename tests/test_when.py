@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,6 +42,29 @@ def test_within_groups_a_difference_between_groups_does_not_count():
     x, y = [1, 2, 11, 12], [2, 1, 12, 11]
     assert when.rank_correlation(x, y, [0] * 4) == pytest.approx(0.6)
     assert when.rank_correlation(x, y, [0, 0, 1, 1]) == pytest.approx(-1)
+    assert when.rank_correlation(x, [3, 3, 3, 3], [0] * 4) is None
+    assert when.rank_correlation(x, y, range(4)) is None  # groups of one
+
+
+def test_between_models_the_last_evaluation_of_each_counts():
+    def run(*lengths_and_shares):
+        rows = [{"split": "test", "setting": when.USUAL, "length": n, "reflection_ratio": share}
+                for n, share in lengths_and_shares]
+        return SimpleNamespace(evals=[*rows, {**rows[-1], "setting": "pass8_t1", "length": 0},
+                                      {**rows[-1], "split": "validation", "length": 0}])
+
+    arms = {"GRPO": [run((99, 0), (20, 0.1)), run((0, 1), (30, 0.3))], "SFT, own": [run((1, 1), (40, 0.2))]}
+    # ranks 1, 2, 3 and 1, 3, 2
+    assert when.reflection_and_length(arms, "test") == pytest.approx(0.5)
+
+
+def test_an_arm_without_trials_is_no_row(tmp_path):
+    for name, reached in (("grpo_5e-6_10", 0.5), ("grpo_5e-6_11", 0.75), ("grpo_2e-5_10", 1), ("own_1e-5_10", 0.25)):
+        (tmp_path / "sweep" / name).mkdir(parents=True)
+        result = {"validation_pass1_t0.6": {"after": {"accuracy": reached}}}
+        (tmp_path / "sweep" / name / "result.json").write_text(json.dumps(result))
+    assert when.sweep_table(tmp_path, when.ARMS) == [
+        ["arm", "lowest rate", "second rate"], ["GRPO", "62.5 at 5e-6", "100.0 at 2e-5"], ["SFT, own", "25.0 at 1e-5"]]
 
 
 # ---------------------------------------------------------------------------------------------

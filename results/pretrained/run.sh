@@ -33,8 +33,8 @@ forget() {  # CHECKPOINT FILE
 }
 
 own() {  # SEED: the start's own right answers, the first right one of eight to a prompt
-    (flock 8; finished own/$1 || python rollout.py --model $START --data $R/golden/habit.jsonl --n 8 --keep_right 1 \
-        $bf16 --seed $1 --out $R/own/$1) 8> $R/locks/own_$1  # two trials of one seed wait for one another
+    (flock 8; finished own/$1 || { python rollout.py --model $START --data $R/golden/habit.jsonl --n 8 --keep_right 1 \
+        $bf16 --seed $1 --out $R/own/$1; keep own/$1 result; }) 8> $R/locks/own_$1  # two trials of one seed wait for one another
 }
 
 train() {  # ARM SEED LR NAME FLAG...: two epochs from the start
