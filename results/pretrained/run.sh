@@ -73,7 +73,7 @@ for arm in grpo reinforce; do rates[$arm]="5e-6 2e-5 8e-5"; done
 for arm in habit columns places answers own; do rates[$arm]="1e-5 4e-5 1.6e-4"; done
 
 lock start start
-for arms in "grpo columns own" "places answers" "reinforce habit"; do  # the dear ones first
+for arms in "grpo columns own" answers places "reinforce habit"; do  # in the order of the rules
     for arm in $arms; do for lr in ${rates[$arm]}; do lock sweep_${arm}_$lr trial $arm 10 $lr; done; done
     for seed in 0 1 2; do
         for arm in $arms; do
