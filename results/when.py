@@ -181,19 +181,22 @@ def draw(experiments, path):
     from matplotlib.figure import Figure  # no window is ever opened
 
     figure = Figure(figsize=(6 * len(experiments), 3.6), layout="constrained", dpi=96)
-    for number, (title, arms) in enumerate(experiments, 1):
-        axis = figure.add_subplot(1, len(experiments), number, title=title)
+    panels = figure.subplots(1, len(experiments), sharex=True, squeeze=False)[0]
+    for axis, (title, arms) in zip(panels, experiments):
         found = gaps(arms)
-        names = list(dict.fromkeys(sft for _, sft in found))
+        rls, names = (list(dict.fromkeys(pair[i] for pair in found)) for i in (0, 1))
         for (rl, sft), settings in found.items():
             value, replicates = settings[USUAL]
             low, high = report.interval(replicates)
-            first = rl == "GRPO"
-            axis.errorbar(100 * value, -names.index(sft) + (0.12 if first else -0.12), fmt="o" if first else "s",
-                          xerr=[[100 * (value - low)], [100 * (high - value)]], capsize=3,
-                          color=report.COLOURS[0 if first else 1], label=rl if sft == names[0] else None)
+            number = rls.index(rl)
+            beside = 0.12 * (len(rls) - 1 - 2 * number)  # two RL arms stand one above the other
+            axis.errorbar(100 * value, beside - names.index(sft), fmt="os"[number], capsize=3,
+                          xerr=[[100 * (value - low)], [100 * (high - value)]],
+                          color=report.COLOURS[number], label=rl if sft == names[0] else None)
         axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_title(title)
         axis.set_yticks([-i for i in range(len(names))], [GOLDEN[name.partition(", ")[2]] for name in names])
+        axis.set_ylim(0.5 - len(names), 0.5)
         axis.set_ylabel("SFT on ...")
         axis.set_xlabel("RL minus SFT out of distribution, points\nleft of 0: SFT is better; right: RL is")
         axis.legend(loc="lower right")

@@ -156,3 +156,98 @@ def test_the_sentences_about_the_toy_are_made_of_the_raw_files():
     assert said["gaps"] in short and said["below"] in short
     near, far = re.findall(r"([\d.]+) \[", said["longer"])
     assert f"ten times the epochs teach it ({near} % on validation) and still leave it at {far} out of distribution" in short
+
+
+# ---------------------------------------------------------------------------------------------
+# A pretrained language model
+
+PRETRAINED = ROOT / "results/pretrained/runs"
+
+
+@pytest.mark.parametrize("made", [lambda: when.accuracy_table(when.pretrained()), lambda: when.verdict_table(when.pretrained()),
+                                  lambda: when.forgetting_table(when.pretrained()),
+                                  lambda: when.findings_table(when.pretrained()),
+                                  lambda: when.sweep_table(PRETRAINED, when.ARMS)],
+                         ids=["accuracy", "verdicts", "forgetting", "findings", "trials"])
+def test_a_table_of_the_pretrained_model_is_made_of_the_raw_files(made):
+    assert report.markdown_table(made()) in RESULTS
+
+
+def test_the_pretrained_runs_are_what_the_rules_say():
+    arms = when.pretrained()
+    assert {"GRPO", "SFT, columns", "SFT, own"} <= arms.keys()
+    usual = arms["SFT, columns"][0]
+    for label, runs in arms.items():
+        assert [run.args["seed"] for run in runs] == [0, 1, 2]
+        for run in runs:
+            asked = {"epochs": 2, "batch_size": 8, "dtype": "bfloat16", "model": usual.args["model"]}
+            assert asked.items() <= run.args.items()
+            assert len(run.evals) == 3 * 2 * 3 and {row["n"] for row in run.evals} == {96}
+            if label.startswith("SFT"):
+                free = {"out", "seed", "train_data", "lr"}
+                assert {k: v for k, v in run.args.items() if k not in free} == {
+                    k: v for k, v in usual.args.items() if k not in free}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_every_pretrained_run_of_a_seed_begins_at_one_start(seed):
+    """They were made days apart: before training the same answers are right, prompt for prompt."""
+    first, *others = [[(row["split"], row["setting"], row["right"]) for row in runs[seed].evals if row["epoch"] == 0]
+                      for runs in when.pretrained().values()]
+    assert len(first) == 6 and len(others) >= 2 and all(other == first for other in others)
+
+
+@pytest.mark.parametrize("arm", ["grpo", "columns", "own"])
+def test_the_rate_of_a_pretrained_arm_is_what_its_trials_say(arm):
+    found = subprocess.run([sys.executable, ROOT / "results/best_rate.py", PRETRAINED / "sweep", arm, "3"],
+                           capture_output=True, text=True, check=True).stdout
+    assert {run.args["lr"] for run in when.pretrained()[when.ARMS[arm]]} == {float(found)}
+
+
+def sentences_of_the_pretrained():
+    """What the pages say of the pretrained model beside the tables, with the numbers in it."""
+    arms = when.pretrained()
+    header, *rows = when.accuracy_table(arms)
+    table = {row[0]: {name: cell.split()[0] for name, cell in zip(header[1:], row[1:])} for row in rows}
+    gap = {sft: report.percent(found[when.USUAL]) for (rl, sft), found in when.gaps(arms).items() if rl == "GRPO"}
+    before = 100 * report.statistic(arms["SFT, columns"], "validation", when.USUAL, report.START)[0]
+    columns, own, grpo = (table[label] for label in ("SFT, columns", "SFT, own", "GRPO"))
+    header, _, *rows = when.forgetting_table(arms)
+    shift = {row[0]: row[header.index("KL(model, start), nats an answer")] for row in rows}
+    found = [when.moved(run.path) for runs in arms.values() for run in runs]
+    right, text = ([f(run) for run in found] for f in (lambda run: run["knowledge"]["right"], lambda run: run["log_likelihood"]))
+    overall, within = when.shift_and_transfer(arms)
+    models = [when.reflection_and_length(arms, split) for split in ("validation", "test")]
+    kept = [json.loads((PRETRAINED / f"own/{seed}/result.json").read_text())["right_rows"] for seed in range(3)]
+    share = [100 * np.mean([run.reflection[step]["reflection_ratio"] for run in arms["GRPO"] for step in steps])
+             for steps in (range(1, 6), range(7, 12), range(26, 31))]
+    length = [np.mean([row["length"] for run in arms["GRPO"] for row in run.metrics[part]])
+              for part in (slice(0, 5), slice(25, 30))]
+    return {
+        "gaps": f"{gap['SFT, own']} above SFT on its own right answers, {gap['SFT, columns']} on foreign reasoning, "
+                f"{gap['SFT, answers']} on answers alone",
+        "learnt": f"columns end at {columns['validation, last epoch']} on validation and {columns['test, last epoch']} on "
+                  f"`test`, from {before:.1f} and {columns['test, untrained']}",
+        "own": f"right in {own['test, last epoch']} % of `test` at T = 0.6 and reflects in {own['reflect, %']} %",
+        "kept": f"{min(kept)} to {max(kept)} of the 120 prompts",
+        "reach": f"pass@8 is {own['test, last, pass@8']}, GRPO's {grpo['test, last, pass@8']} and columns' "
+                 f"{columns['test, last, pass@8']}",
+        "shift": f"Own has moved {shift['SFT, own']} nats an answer from the start, GRPO {shift['GRPO']}, and they end at "
+                 f"{own['test, last epoch']} and {grpo['test, last epoch']} out of distribution; columns have moved "
+                 f"{float(shift['SFT, columns']):.0f} and end at {columns['test, last epoch']}",
+        "correlation": f"over all {len(found)} runs the rank correlation of shift with accuracy is {overall:.2f}, within arms "
+                       f"{within:.2f}",
+        "forgotten": f"{min(right)} to {max(right)} of 100 questions (the start: 77), and {min(text):.2f} to {max(text):.2f} nats a "
+                     "token of the text (the start: -3.87)",
+        "rise": f"length rises from {length[0]:.0f} tokens (the first five steps) to {length[1]:.0f} (the last five)",
+        "fall": f"from {share[0]:.0f} to {share[1]:.0f} % of the answers (steps 7 to 11) and falls to {share[2]:.0f}",
+        "models": f"{models[0]:.2f} on validation and {models[1]:.2f} on `test`",
+    }
+
+
+def test_the_sentences_about_the_pretrained_model_are_made_of_the_raw_files():
+    text = " ".join(RESULTS.split())
+    said = sentences_of_the_pretrained()
+    for place, sentence in said.items():
+        assert sentence in text, f"{place}: {sentence}"
+    assert said["gaps"] in " ".join(README.split())
