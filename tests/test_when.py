@@ -181,7 +181,7 @@ def test_a_table_of_the_pretrained_model_is_made_of_the_raw_files(made):
 
 def test_the_pretrained_runs_are_what_the_rules_say():
     arms = when.pretrained()
-    assert {"GRPO", "SFT, columns", "SFT, own"} <= arms.keys()
+    assert list(arms) == ["GRPO", "SFT, columns", "SFT, answers", "SFT, own"]
     usual = arms["SFT, columns"][0]
     for label, runs in arms.items():
         assert [run.args["seed"] for run in runs] == [0, 1, 2]
@@ -203,7 +203,7 @@ def test_every_pretrained_run_of_a_seed_begins_at_one_start(seed):
     assert len(first) == 6 and len(others) >= 2 and all(other == first for other in others)
 
 
-@pytest.mark.parametrize("arm", ["grpo", "columns", "own"])
+@pytest.mark.parametrize("arm", ["grpo", "columns", "answers", "own"])
 def test_the_rate_of_a_pretrained_arm_is_what_its_trials_say(arm):
     found = subprocess.run([sys.executable, ROOT / "results/best_rate.py", PRETRAINED / "sweep", arm, "3"],
                            capture_output=True, text=True, check=True).stdout
