@@ -197,7 +197,7 @@ def test_the_pretrained_runs_are_what_the_rules_say():
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_every_pretrained_run_of_a_seed_begins_at_one_start(seed):
-    """They were made days apart: before training the same answers are right, prompt for prompt."""
+    """Some were made after the start had been made again: before training the same answers are right, prompt for prompt."""
     first, *others = [[(row["split"], row["setting"], row["right"]) for row in runs[seed].evals if row["epoch"] == 0]
                       for runs in when.pretrained().values()]
     assert len(first) == 6 and len(others) >= 2 and all(other == first for other in others)
