@@ -54,6 +54,11 @@ def pretrained():
     return arms
 
 
+def final(run, split):
+    """What the last evaluation of a run measured of a split at T = 0.6."""
+    return [row for row in run.evals if (row["split"], row["setting"]) == (split, USUAL)][-1]
+
+
 def percent(runs, split, setting, name):
     return report.percent(report.statistic(runs, split, setting, name))
 
@@ -63,7 +68,7 @@ def accuracy_table(arms):
     rows = [["arm", "validation, last epoch", "test, untrained", "test, mean of epochs", "test, last epoch",
              "test, last, T = 0.01", "test, last, pass@8", "tokens", "reflect, %"]]
     for label, runs in arms.items():
-        last = [[r for r in run.evals if (r["split"], r["setting"]) == ("test", USUAL)][-1] for run in runs]
+        last = [final(run, "test") for run in runs]
         rows.append([label, percent(runs, "validation", USUAL, "last"),
                      percent(runs, "test", USUAL, report.START), percent(runs, "test", USUAL, "mean"),
                      *(percent(runs, "test", setting, "last") for setting in SETTINGS),
@@ -166,8 +171,7 @@ def shift_and_transfer(arms):
 
 def reflection_and_length(arms, split):
     """Rank correlation over all final models of an answer's mean length and the share that reflects."""
-    last = [[r for r in run.evals if (r["split"], r["setting"]) == (split, USUAL)][-1]
-            for runs in arms.values() for run in runs]
+    last = [final(run, split) for runs in arms.values() for run in runs]
     return rank_correlation([r["length"] for r in last], [r["reflection_ratio"] for r in last], [0] * len(last))
 
 

@@ -229,6 +229,8 @@ def sentences_of_the_pretrained():
     overall, within = when.shift_and_transfer(arms)
     models = [when.reflection_and_length(arms, split) for split in ("validation", "test")]
     kept = [json.loads((PRETRAINED / f"own/{seed}/result.json").read_text())["right_rows"] for seed in range(3)]
+    arrives = [row[-1] for row in report.transfer_table({"longer": when.longer(), "GRPO": when.toys()["GRPO"]})
+               if row[0] == when.USUAL]
     share = [100 * np.mean([run.reflection[step]["reflection_ratio"] for run in arms["GRPO"] for step in steps])
              for steps in (range(1, 6), range(7, 12), range(26, 31))]
     length = [np.mean([row["length"] for run in arms["GRPO"] for row in run.metrics[part]])
@@ -238,6 +240,7 @@ def sentences_of_the_pretrained():
                 f"{gap['SFT, columns']} on foreign reasoning",
         "gains": f"GRPO gains {gain['GRPO'][0]} points on validation and {gain['GRPO'][1]} on `test`, columns "
                  f"{gain['SFT, columns'][0]} and {gain['SFT, columns'][1]}, own {gain['SFT, own'][0]} and {gain['SFT, own'][1]}",
+        "arrives": f"{arrives[0].replace(']', '] %')} of what columns gained, {arrives[1]} of what GRPO did",
         "own": f"right in {own['test, last epoch']} % of `test` at T = 0.6 and reflects in {own['reflect, %']} %",
         "kept": f"{min(kept)} to {max(kept)} of the 120 prompts",
         "reach": f"pass@8 on `test` is {start:.1f} at the start, after own, columns, GRPO and answers "
